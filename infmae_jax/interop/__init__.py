@@ -1,0 +1,1 @@
+"""Checkpoints in and out: the published PyTorch format, safetensors, serialised StableHLO."""

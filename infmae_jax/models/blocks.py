@@ -1,0 +1,255 @@
+"""Building blocks: non-overlapping patch embedding, masked convolution block, transformer block.
+
+Layers that stay inside a patch act on arrays of any leading shape (..., rows, columns, C), so one set of modules
+serves the dense map (B, h*r, w*r, C) and the packed visible patches (B, K, r, r, C). Only the depthwise convolution
+looks across patches; `Layout` tells it how.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.models import patches
+
+CONV_EPS = 1e-5  # LayerNorm in patch embeddings and convolution blocks
+TOKEN_EPS = 1e-6  # LayerNorm in transformer blocks and final norms
+
+xavier_uniform = nn.initializers.xavier_uniform()
+
+
+def fan_in_uniform(fan_in: int) -> nn.initializers.Initializer:
+    """Uniform in +-1/sqrt(fan_in): the published initialisation of convolution kernels and their biases."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def flattened_xavier_uniform(key, shape, dtype=jnp.float32):
+    """Xavier-uniform over a convolution kernel (p, p, C_in, C_out) seen as a (p*p*C_in, C_out) matrix."""
+    return xavier_uniform(key, (shape[0] * shape[1] * shape[2], shape[3]), dtype).reshape(shape)
+
+
+def float_dtype(dtype: str) -> jnp.dtype:
+    """Dtype of parameters, norms and softmax for a compute dtype: float32, or float64 when computing in float64."""
+    return jnp.promote_types(jnp.dtype(dtype), jnp.float32)
+
+
+def layer_norm(dtype: str, epsilon: float, name: str | None = None) -> nn.LayerNorm:
+    """LayerNorm whose statistics are at least float32 and whose output has the compute dtype."""
+    return nn.LayerNorm(
+        epsilon=epsilon, dtype=jnp.dtype(dtype), param_dtype=float_dtype(dtype), use_fast_variance=False, name=name
+    )
+
+
+@flax.struct.dataclass
+class Layout:
+    """Which patches the arrays of the convolution stages hold, and what their neighbours are.
+
+    Attributes:
+      grid: token rows and columns (h, w).
+      ids_keep: (B,K) int32 visible tokens, or None: every patch is visible.
+      packed: arrays hold the K visible patches only, (B,K,r,r,C), not the whole map (B,h*r,w*r,C).
+    """
+
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    ids_keep: jax.Array | None = None
+    packed: bool = flax.struct.field(pytree_node=False, default=False)
+
+    def spread(self, cells: jax.Array) -> jax.Array:
+        """To the whole map (B,h*r,w*r,C), zero at masked patches: what the depthwise convolution reads."""
+        if self.ids_keep is None:
+            return cells
+        batch, n = cells.shape[0], self.grid[0] * self.grid[1]
+        if self.packed:
+            tokens = patches.place_tokens(cells, self.ids_keep, jnp.zeros((batch, n, *cells.shape[2:]), cells.dtype))
+            return patches.tokens_to_grid(tokens, self.grid)
+        r = cells.shape[1] // self.grid[0]
+        visible = (1.0 - patches.token_mask(self.ids_keep, n)).astype(cells.dtype)
+        visible = jnp.broadcast_to(visible[:, :, None, None, None], (batch, n, r, r, 1))
+        return cells * patches.tokens_to_grid(visible, self.grid)
+
+    def gather(self, cells: jax.Array) -> jax.Array:
+        """Back from the whole map to the layout's own shape."""
+        if not self.packed:
+            return cells
+        return patches.take_tokens(patches.grid_to_tokens(cells, self.grid), self.ids_keep)
+
+    def tokens(self, cells: jax.Array) -> jax.Array:
+        """One cell a patch, (B,K,1,1,D) or (B,h,w,D), to tokens: (B,K,D), or (B,N,D) where all are visible."""
+        tokens = cells.reshape(cells.shape[0], -1, cells.shape[-1])
+        return tokens if self.packed or self.ids_keep is None else patches.take_tokens(tokens, self.ids_keep)
+
+
+class NonOverlappingConv(nn.Module):
+    """Convolution with kernel = stride = `patch`: (..., r*patch, s*patch, C) -> (..., r, s, features).
+
+    Written as a matrix product, because nothing crosses the border of a kernel position.
+    """
+
+    features: int
+    patch: int
+    dtype: str
+    kernel_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        *lead, rows, columns, channels = x.shape
+        p, fan_in = self.patch, self.patch**2 * channels
+        param_dtype = float_dtype(self.dtype)
+        init = self.kernel_init or fan_in_uniform(fan_in)
+        kernel = self.param("kernel", init, (p, p, channels, self.features), param_dtype)
+        bias = self.param("bias", fan_in_uniform(fan_in), (self.features,), param_dtype)
+        x = x.reshape(*lead, rows // p, p, columns // p, p, channels)
+        x = jnp.swapaxes(x, -4, -3).reshape(*lead, rows // p, columns // p, fan_in)
+        dtype = jnp.dtype(self.dtype)
+        out = x.astype(dtype) @ kernel.reshape(fan_in, self.features).astype(dtype)
+        return _add_bias(out, bias)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping convolution, LayerNorm, exact GELU."""
+
+    features: int
+    patch: int
+    dtype: str
+    kernel_init: nn.initializers.Initializer | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = NonOverlappingConv(self.features, self.patch, self.dtype, self.kernel_init, name="proj")(x)
+        return nn.gelu(layer_norm(self.dtype, CONV_EPS, "norm")(x), approximate=False)
+
+
+class DepthwiseConv(nn.Module):
+    """5 x 5 depthwise convolution with zero padding over the map of a `Layout`.
+
+    `method`: "shift", 25 shifted multiply-adds that XLA fuses, or "conv", XLA's grouped convolution. Same result.
+    """
+
+    dtype: str
+    method: str = "shift"
+
+    @nn.compact
+    def __call__(self, cells: jax.Array, layout: Layout) -> jax.Array:
+        channels, size = cells.shape[-1], 5
+        init, param_dtype = fan_in_uniform(size * size), float_dtype(self.dtype)
+        kernel = self.param("kernel", init, (size, size, channels), param_dtype).astype(cells.dtype)
+        bias = self.param("bias", init, (channels,), param_dtype)
+        out = _DEPTHWISE[self.method](layout.spread(cells), kernel)
+        return _add_bias(layout.gather(out), bias)
+
+
+def _depthwise_shift(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
+    rows, columns = grid_cells.shape[1:3]
+    radius = kernel.shape[0] // 2
+    padded = jnp.pad(grid_cells, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+    taps = [
+        padded[:, i : i + rows, j : j + columns] * kernel[None, None, None, i, j]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return functools.reduce(jnp.add, taps)
+
+
+def _depthwise_conv(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        grid_cells,
+        kernel[:, :, None, :],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=kernel.shape[-1],
+    )
+
+
+_DEPTHWISE = {"shift": _depthwise_shift, "conv": _depthwise_conv}
+DEPTHWISE_METHODS = tuple(_DEPTHWISE)
+
+
+def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between; `convolutional` takes the initialisation of 1x1 convolutions."""
+
+    hidden: int
+    dtype: str
+    convolutional: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        x = linear(self.hidden, width, self.dtype, self.convolutional, "fc1")(x)
+        return linear(width, self.hidden, self.dtype, self.convolutional, "fc2")(nn.gelu(x, approximate=False))
+
+
+def linear(features: int, fan_in: int, dtype: str, convolutional: bool = False, name: str | None = None) -> nn.Dense:
+    """Dense layer initialised as published: Xavier-uniform and zero bias, or as a 1x1 convolution."""
+    uniform = fan_in_uniform(fan_in)
+    return nn.Dense(
+        features,
+        dtype=jnp.dtype(dtype),
+        param_dtype=float_dtype(dtype),
+        kernel_init=uniform if convolutional else xavier_uniform,
+        bias_init=uniform if convolutional else nn.initializers.zeros_init(),
+        name=name,
+    )
+
+
+class ConvBlock(nn.Module):
+    """x + conv1x1(dwconv5x5(m * conv1x1(LN(x)))), then x + MLP(LN(x)); m is the visibility of the layout."""
+
+    width: int
+    mlp_ratio: int
+    dtype: str
+    depthwise: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
+        pointwise = functools.partial(linear, self.width, self.width, self.dtype, True)
+        y = pointwise("conv1")(layer_norm(self.dtype, CONV_EPS, "norm1")(x))
+        y = DepthwiseConv(self.dtype, self.depthwise, name="dwconv")(y, layout)
+        x = x + pointwise("conv2")(y)
+        y = layer_norm(self.dtype, CONV_EPS, "norm2")(x)
+        return x + Mlp(self.width * self.mlp_ratio, self.dtype, convolutional=True, name="mlp")(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with qkv bias; logits and softmax at least in float32."""
+
+    heads: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, n, width = x.shape
+        qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, n, 3, self.heads, width // self.heads), 2, 0)
+        scale = (width // self.heads) ** -0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=float_dtype(self.dtype))
+        weights = jax.nn.softmax(logits * scale, axis=-1).astype(x.dtype)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, width)
+        return linear(width, width, self.dtype, name="proj")(out)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm transformer block: (B,N,D) -> (B,N,D)."""
+
+    heads: int
+    mlp_ratio: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, TOKEN_EPS, "norm1")(x))
+        y = layer_norm(self.dtype, TOKEN_EPS, "norm2")(x)
+        return x + Mlp(x.shape[-1] * self.mlp_ratio, self.dtype, name="mlp")(y)

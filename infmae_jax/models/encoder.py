@@ -1,0 +1,99 @@
+"""The hybrid convolution + transformer encoder of InfMAE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.models import blocks, patches
+
+if TYPE_CHECKING:
+    from infmae_jax.models.infmae import InfMAEConfig
+
+
+class HybridEncoder(nn.Module):
+    """Two convolution stages (strides 4 and 8), then a transformer on 16 x 16 patches (InfMAE, section 3).
+
+    Pretraining (`__call__`) sees the visible patches alone: everything in the convolution stages stays inside a patch
+    except the depthwise convolutions, and those read masked positions as zero, so computing only visible patches
+    changes neither outputs nor gradients. `features` has no masks.
+    """
+
+    config: InfMAEConfig
+
+    def setup(self):
+        c = self.config
+        block = nn.remat(blocks.ConvBlock) if c.remat else blocks.ConvBlock
+        transformer = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
+        width1, width2, width3 = c.widths
+        self.patch_embed1 = blocks.PatchEmbed(width1, 4, c.dtype)
+        self.patch_embed2 = blocks.PatchEmbed(width2, 2, c.dtype)
+        self.patch_embed3 = blocks.PatchEmbed(width3, 2, c.dtype, blocks.flattened_xavier_uniform)
+        self.patch_embed4 = blocks.linear(width3, width3, c.dtype)
+        self.blocks1 = [block(width1, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[0])]
+        self.blocks2 = [block(width2, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[1])]
+        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype) for _ in range(c.depths[2])]
+        if c.fuse_stages:
+            self.stage1_output_decode = blocks.NonOverlappingConv(width3, 4, c.dtype)
+            self.stage2_output_decode = blocks.NonOverlappingConv(width3, 2, c.dtype)
+        self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
+
+    def __call__(self, images: jax.Array, ids_keep: jax.Array) -> jax.Array:
+        """Latent of the visible tokens.
+
+        Args:
+          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel is repeated.
+          ids_keep: (B,K) int32, the visible tokens.
+
+        Returns:
+          (B,K,D) in the compute dtype, after the final norm, in the order of `ids_keep`.
+        """
+        images = patches.match_channels(images, self.config.in_channels)
+        grid = patches.token_grid(*images.shape[1:3])
+        layout = blocks.Layout(grid, ids_keep, packed=self.config.visible_only)
+        cells = layout.gather(images)
+        return self.norm(self._stages(cells, layout, self.config.fuse_stages)[2])
+
+    def features(self, images: jax.Array, fuse_stages: bool = False) -> dict[str, jax.Array]:
+        """Feature maps of whole images.
+
+        Args:
+          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel is repeated.
+          fuse_stages: add the embedded stages 1 and 2 to the tokens, as pretraining does. The published transfer path
+            leaves them out.
+
+        Returns:
+          stage1 (B,H/4,W/4,C1), stage2 (B,H/8,W/8,C2), stage3 (B,h,w,D) before the final norm, and pooled (B,D): the
+          mean over tokens after the final norm.
+        """
+        images = patches.match_channels(images, self.config.in_channels)
+        grid = patches.token_grid(*images.shape[1:3])
+        stage1, stage2, tokens = self._stages(images, blocks.Layout(grid), fuse_stages)
+        stage3 = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
+        return {"stage1": stage1, "stage2": stage2, "stage3": stage3, "pooled": self.norm(tokens).mean(axis=1)}
+
+    def _stages(
+        self, cells: jax.Array, layout: blocks.Layout, fuse_stages: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Pixels in `layout` -> cells of stages 1 and 2, and tokens before the final norm."""
+        stage1 = self.patch_embed1(cells)
+        for block in self.blocks1:
+            stage1 = block(stage1, layout)
+        stage2 = self.patch_embed2(stage1)
+        for block in self.blocks2:
+            stage2 = block(stage2, layout)
+        tokens = layout.tokens(self.patch_embed4(self.patch_embed3(stage2)))
+        tokens = tokens + self._positions(layout, tokens.dtype)
+        for block in self.blocks3:
+            tokens = block(tokens)
+        if fuse_stages:
+            tokens = tokens + layout.tokens(self.stage1_output_decode(stage1))
+            tokens = tokens + layout.tokens(self.stage2_output_decode(stage2))
+        return stage1, stage2, tokens
+
+    def _positions(self, layout: blocks.Layout, dtype: jnp.dtype) -> jax.Array:
+        positions = jnp.asarray(patches.position_embedding(layout.grid, self.config.widths[-1]), dtype)
+        return positions[None] if layout.ids_keep is None else positions[layout.ids_keep]

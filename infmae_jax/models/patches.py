@@ -1,0 +1,91 @@
+"""Images, patches, tokens: the index arithmetic shared by encoders, decoder, loss and pictures."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PATCH = 16
+PIXEL_MEAN = 0.425
+PIXEL_STD = 0.200
+
+
+def normalize(images: jax.Array) -> jax.Array:
+    """Maps uint8 intensities (any shape) to float32 network input: (x / 255 - 0.425) / 0.200 (InfMAE's constants)."""
+    return (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
+
+
+def token_grid(height: int, width: int, patch: int = PATCH) -> tuple[int, int]:
+    """Token rows and columns of an image; ValueError if a side is not a positive multiple of the patch."""
+    if height <= 0 or width <= 0 or height % patch or width % patch:
+        raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
+    return height // patch, width // patch
+
+
+def match_channels(images: jax.Array, channels: int) -> jax.Array:
+    """(B,H,W,C) -> (B,H,W,channels): one channel is repeated; any other mismatch is a ValueError."""
+    if images.shape[-1] == channels:
+        return images
+    if images.shape[-1] == 1:
+        return jnp.repeat(images, channels, axis=-1)
+    raise ValueError(f"images have {images.shape[-1]} channels, the model takes {channels} (or 1, repeated)")
+
+
+def grid_to_tokens(cells: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B, h*r, w*r, C) -> (B, N, r, r, C): cuts a map of cells into the r x r cells of each token."""
+    batch, rows, columns, channels = cells.shape
+    (h, w), r = grid, rows // grid[0]
+    cells = cells.reshape(batch, h, r, w, columns // w, channels)
+    return cells.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * w, r, columns // w, channels)
+
+
+def tokens_to_grid(tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B, N, r, r, C) -> (B, h*r, w*r, C): inverse of `grid_to_tokens`."""
+    batch, _, r, s, channels = tokens.shape
+    h, w = grid
+    tokens = tokens.reshape(batch, h, w, r, s, channels)
+    return tokens.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * r, w * s, channels)
+
+
+def patchify(images: jax.Array, patch: int = PATCH) -> jax.Array:
+    """(B,H,W,C) -> (B,N,P): the pixels of each patch in the order row, column, channel."""
+    batch, height, width, _ = images.shape
+    return grid_to_tokens(images, token_grid(height, width, patch)).reshape(batch, -1, patch * patch * images.shape[-1])
+
+
+def unpatchify(patches: jax.Array, grid: tuple[int, int], patch: int = PATCH) -> jax.Array:
+    """(B,N,P) -> (B,H,W,C): inverse of `patchify` for a grid of h x w tokens."""
+    batch, n, p = patches.shape
+    return tokens_to_grid(patches.reshape(batch, n, patch, patch, p // patch**2), grid)
+
+
+def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
+    """(B,N,...), (B,K) int32 -> (B,K,...): the listed tokens of each sample, in the listed order."""
+    return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds", unique_indices=True))(tokens, ids)
+
+
+def place_tokens(tokens: jax.Array, ids: jax.Array, background: jax.Array) -> jax.Array:
+    """(B,K,...), (B,K), (B,N,...) -> (B,N,...): the background with each sample's tokens put at their positions."""
+    put = jax.vmap(lambda b, x, i: b.at[i].set(x, mode="promise_in_bounds", unique_indices=True))
+    return put(background, tokens, ids)
+
+
+def token_mask(ids_keep: jax.Array, num_tokens: int) -> jax.Array:
+    """(B,K) -> (B,N) float32: 0 where a token is visible, 1 where it is masked."""
+    ones = jnp.ones((ids_keep.shape[0], num_tokens), jnp.float32)
+    return place_tokens(jnp.zeros(ids_keep.shape, jnp.float32), ids_keep, ones)
+
+
+def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
+    """Fixed 2-D sin-cos position embedding, (N, D) float32, for any grid (never interpolated).
+
+    The first half of the channels encodes the token's column (x), the second its row (y); each half is the sines, then
+    the cosines, of the coordinate times 10000 ** (-i / (D/4)).
+    """
+    if width % 4:
+        raise ValueError(f"a 2-D sin-cos position embedding needs a width divisible by 4, got {width}")
+    frequency = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    angles = [np.outer(axis.reshape(-1).astype(np.float64), frequency) for axis in (columns, rows)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)

@@ -1,0 +1,55 @@
+"""The plain ViT encoder of MAE, for comparison and for imported MAE checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.models import blocks, patches
+
+if TYPE_CHECKING:
+    from infmae_jax.models.infmae import InfMAEConfig
+
+
+class ViTEncoder(nn.Module):
+    """Patch embedding and transformer blocks with a class token; masked patches are dropped before the blocks."""
+
+    config: InfMAEConfig
+
+    def setup(self):
+        c = self.config
+        width = c.widths[-1]
+        block = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
+        self.patch_embed = blocks.NonOverlappingConv(width, patches.PATCH, c.dtype, blocks.flattened_xavier_uniform)
+        self.cls_token = self.param(
+            "cls_token", nn.initializers.normal(0.02), (1, 1, width), blocks.float_dtype(c.dtype)
+        )
+        self.blocks = [block(c.heads, c.mlp_ratio, c.dtype) for _ in range(c.depths[-1])]
+        self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
+
+    def __call__(self, images: jax.Array, ids_keep: jax.Array) -> jax.Array:
+        """(B,H,W,C) float32 normalised, (B,K) int32 -> (B,1+K,D) after the final norm, the class token first."""
+        return self.norm(self._tokens(images, ids_keep))
+
+    def features(self, images: jax.Array) -> dict[str, jax.Array]:
+        """stage3 (B,h,w,D) before the final norm; after it: tokens (B,1+N,D), class token first, and pooled (B,D),
+        the mean over the patch tokens."""
+        tokens = self._tokens(images, None)
+        stage3 = tokens[:, 1:].reshape(tokens.shape[0], *patches.token_grid(*images.shape[1:3]), tokens.shape[-1])
+        tokens = self.norm(tokens)
+        return {"stage3": stage3, "tokens": tokens, "pooled": tokens[:, 1:].mean(axis=1)}
+
+    def _tokens(self, images: jax.Array, ids_keep: jax.Array | None) -> jax.Array:
+        images = patches.match_channels(images, self.config.in_channels)
+        layout = blocks.Layout(patches.token_grid(*images.shape[1:3]), ids_keep, packed=ids_keep is not None)
+        tokens = layout.tokens(self.patch_embed(layout.gather(images)))
+        positions = jnp.asarray(patches.position_embedding(layout.grid, tokens.shape[-1]), tokens.dtype)
+        tokens = tokens + (positions[None] if ids_keep is None else positions[ids_keep])
+        cls = jnp.broadcast_to(self.cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
+        tokens = jnp.concatenate([cls, tokens], axis=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens

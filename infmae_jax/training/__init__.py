@@ -1,0 +1,1 @@
+"""Trainable state to trained state: optimizer, sharding, the step, checkpoints, metrics and the loop."""
