@@ -1,0 +1,232 @@
+"""Crops, flips and augmentations against their definitions."""
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.augment import (
+    Box,
+    InfraredAugment,
+    center_crop_resize,
+    crop_box,
+    flip,
+    infrared_augment,
+    random_resized_crop,
+    resize,
+)
+from data_pipelines.errors import InputError
+
+sides = st.integers(1, 90)
+
+
+def _noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+
+
+def _keys(distance):
+    """Keys' cubic with a = -0.5."""
+    distance = abs(distance)
+    if distance < 1:
+        return 1.5 * distance**3 - 2.5 * distance**2 + 1
+    return -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2 if distance < 2 else 0.0
+
+
+def _slow_resize_rows(pixels, size):
+    """Antialiased cubic along axis 0, one output row at a time, rounded as 8-bit storage does."""
+    step = pixels.shape[0] / size
+    widen = max(step, 1.0)
+    rows = []
+    for index in range(size):
+        center = (index + 0.5) * step
+        weights = [
+            _keys((row + 0.5 - center) / widen) if abs(row + 0.5 - center) < 2 * widen else 0.0
+            for row in range(len(pixels))
+        ]
+        rows.append(np.tensordot(np.array(weights) / sum(weights), pixels.astype(np.float64), 1))
+    return np.clip(np.floor(np.array(rows) + 0.5), 0, 255)
+
+
+@hypothesis.given(height=sides, width=sides, rows=st.integers(1, 40), columns=st.integers(1, 40))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_resize_is_antialiased_bicubic(height, width, rows, columns):
+    image = _noise(height, width)
+    got = resize(image, (rows, columns))
+    assert got.shape == (rows, columns) and got.dtype == np.uint8
+    # Either pass may come first (they differ in rounding), and fixed-point weights may round the other way.
+    assert min(np.abs(got - expected).max() for expected in _slow_resize(image, rows, columns)) <= 1
+
+
+def _slow_resize(image, rows, columns):
+    yield _slow_resize_rows(_slow_resize_rows(image.T, columns).T, rows)
+    yield _slow_resize_rows(_slow_resize_rows(image, rows).T, columns).T
+
+
+def test_resize_rounds_as_stored_pixels_do():
+    image = _noise(150, 190)
+    assert min((resize(image, (80, 96)) != expected).mean() for expected in _slow_resize(image, 80, 96)) < 1e-3
+
+
+@hypothesis.given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_boxes_lie_inside(height, width, seed):
+    box = crop_box(np.random.default_rng(seed), height, width)
+    assert box.height >= 1 and box.width >= 1
+    assert 0 <= box.top and box.top + box.height <= height
+    assert 0 <= box.left and box.left + box.width <= width
+
+
+def test_boxes_follow_the_definition():
+    """On a huge image no box is refused for the ratio alone, so the drawn shares and ratios are the stated ones."""
+    rng = np.random.default_rng(0)
+    boxes = [crop_box(rng, 4000, 4000, (0.1, 0.5), (0.5, 2.0)) for _ in range(20000)]
+    areas = np.array([box.height * box.width / 4000**2 for box in boxes])
+    log_ratios = np.log([box.width / box.height for box in boxes])
+    quantiles = np.linspace(0.05, 0.95, 19)
+    np.testing.assert_allclose(np.quantile(areas, quantiles), 0.1 + 0.4 * quantiles, atol=0.01)
+    np.testing.assert_allclose(np.quantile(log_ratios, quantiles), math.log(2) * (2 * quantiles - 1), atol=0.03)
+    places = np.array([box.top / (4000 - box.height) for box in boxes])
+    np.testing.assert_allclose(np.quantile(places, quantiles), quantiles, atol=0.015)
+
+
+def _slow_box(rng, height, width):
+    """RandomResizedCrop written from its definition: rejection on the continuous shape, 0.2-1, 3/4-4/3."""
+    for _ in range(10):
+        area = rng.uniform(0.2, 1.0) * height * width
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        columns, rows = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if columns <= width and rows <= height:
+            return rows, columns
+    return min(height, round(width / (3 / 4))), min(width, round(height * 4 / 3))
+
+
+def test_sizes_on_a_camera_frame_are_distributed_as_defined():
+    ours, theirs = np.random.default_rng(1), np.random.default_rng(2)
+    boxes = np.array([(box.height, box.width) for box in (crop_box(ours, 512, 640) for _ in range(20000))])
+    expected = np.array([_slow_box(theirs, 512, 640) for _ in range(20000)])
+    quantiles = np.linspace(0.05, 0.95, 10)
+    for axis in (0, 1):
+        np.testing.assert_allclose(
+            np.quantile(boxes[:, axis], quantiles), np.quantile(expected[:, axis], quantiles), rtol=0.015
+        )
+
+
+@pytest.mark.parametrize("height,width,expected", [(10, 1000, (10, 13)), (1000, 10, (13, 10)), (1, 1, (1, 1))])
+def test_images_too_long_for_any_box_give_the_centre(height, width, expected):
+    box = crop_box(np.random.default_rng(0), height, width, (0.9, 1.0))
+    assert (box.height, box.width) == expected
+    assert (box.top, box.left) == ((height - expected[0]) // 2, (width - expected[1]) // 2)
+
+
+def test_crops_are_the_resized_box_and_repeat_with_the_generator():
+    image = _noise(100, 130)
+    crops = [random_resized_crop(image, np.random.default_rng(7), (32, 48)) for _ in range(2)]
+    np.testing.assert_array_equal(*crops)
+    box = crop_box(np.random.default_rng(7), 100, 130)
+    np.testing.assert_array_equal(crops[0], resize(box.of(image), (32, 48)))
+    assert crops[0].shape == (32, 48)
+
+
+def test_flip_mirrors_half_of_the_time():
+    image, rng = _noise(4, 6), np.random.default_rng(0)
+    flipped = [bool((flip(image, rng) != image).any()) for _ in range(2000)]
+    assert 900 < sum(flipped) < 1100
+    mirrored = next(result for result in (flip(image, rng) for _ in range(50)) if (result != image).any())
+    np.testing.assert_array_equal(mirrored, np.fliplr(image))
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60), (20, 300), (512, 640)])
+@pytest.mark.parametrize("size", [(32, 32), (32, 64)])
+def test_evaluation_view_is_the_centre_at_the_usual_scale(shape, size):
+    _rows, columns = np.mgrid[: shape[0], : shape[1]]
+    ramp = (255 * columns / (shape[1] - 1)).astype(np.uint8)
+    view = center_crop_resize(ramp, size)
+    assert view.shape == size
+    # A ramp shows the scale: the view spans size[1] columns of the scaled image, centred.
+    factor = 256 / 224 * max(size[0] / shape[0], size[1] / shape[1])
+    span = 255 * (size[1] - 1) / (shape[1] * factor - 1)
+    middle = view[size[0] // 2].astype(float)
+    assert abs((middle[-1] - middle[0]) - span) < 12
+    assert abs((middle[0] + middle[-1]) / 2 - 127.5) < 8
+
+
+def test_evaluation_view_equals_resize_then_centre_crop():
+    image = _noise(512, 640)
+    scaled = np.asarray(Image.fromarray(image).resize((320, 256), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(center_crop_resize(image, (224, 224)), scaled[16:240, 48:272])
+
+
+def test_stretched_view_shows_the_whole_image():
+    image = _noise(30, 50)
+    np.testing.assert_array_equal(center_crop_resize(image, (16, 16), stretch=True), resize(image, (16, 16)))
+
+
+def test_nothing_switched_on_changes_and_draws_nothing():
+    image, rng = _noise(8, 8), np.random.default_rng(0)
+    assert infrared_augment(image, rng, InfraredAugment()) is image
+    assert rng.random() == np.random.default_rng(0).random()
+
+
+def test_inversion_swaps_polarity_with_its_probability():
+    image = _noise(6, 6)
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(infrared_augment(image, rng, InfraredAugment(invert=1.0)), 255 - image)
+    swapped = sum(
+        bool((infrared_augment(image, rng, InfraredAugment(invert=0.25)) != image).any()) for _ in range(2000)
+    )
+    assert 420 < swapped < 580
+
+
+def test_gain_turns_about_mid_gray_within_its_range():
+    image = np.full((4, 4), 27, np.uint8)
+    image[0] = 227
+    rng = np.random.default_rng(0)
+    factors = []
+    for _ in range(500):
+        result = infrared_augment(image, rng, InfraredAugment(gain=0.25)).astype(float)
+        factors.append((result[0, 0] - result[1, 0]) / 200)
+        # The ends are 99.5 above and 100.5 below mid-gray.
+        assert abs((result[0, 0] + result[1, 0]) / 2 - (127.5 - 0.5 * factors[-1])) <= 0.5
+    assert 0.79 < min(factors) < 0.82 and 1.23 < max(factors) < 1.26
+    assert abs(np.median(factors) - 1) < 0.05
+
+
+def test_offset_shifts_and_saturates():
+    image, rng = np.full((2, 2), 250, np.uint8), np.random.default_rng(0)
+    shifts = [int(infrared_augment(image, rng, InfraredAugment(offset=30))[0, 0]) - 250 for _ in range(400)]
+    assert min(shifts) < -28 and max(shifts) == 5
+
+
+def test_column_noise_is_constant_down_the_columns():
+    image = np.full((40, 3000), 128, np.uint8)
+    result = infrared_augment(image, np.random.default_rng(3), InfraredAugment(column_noise=8.0))
+    assert (result == result[0]).all()
+    deviation = np.random.default_rng(3).uniform(0, 8.0)
+    assert abs(result[0].astype(float).std() - deviation) < 0.1 * deviation
+    assert abs(result[0].astype(float).mean() - 128) < 0.5
+
+
+def test_blur_is_gaussian_and_keeps_flat_images():
+    flat = np.full((20, 20), 77, np.uint8)
+    np.testing.assert_array_equal(infrared_augment(flat, np.random.default_rng(0), InfraredAugment(blur=2.0)), flat)
+    point = np.zeros((41, 41), np.uint8)
+    point[20, 20] = 255
+    result = infrared_augment(point, np.random.default_rng(5), InfraredAugment(blur=2.0)).astype(float)
+    sigma = np.random.default_rng(5).uniform(0, 2.0)
+    rows, columns = np.mgrid[-20:21, -20:21]
+    expected = np.exp(-(rows**2 + columns**2) / (2 * sigma**2))
+    np.testing.assert_allclose(result, 255 * expected / expected.sum(), atol=1.0)
+
+
+@pytest.mark.parametrize("bad", [{"gain": -0.1}, {"invert": 1.5}, {"blur": math.nan}, {"offset": math.inf}])
+def test_unusable_strengths_are_named(bad):
+    with pytest.raises(InputError, match=next(iter(bad))):
+        InfraredAugment(**bad)
+
+
+def test_box_selects_the_stated_pixels():
+    image = _noise(9, 9)
+    np.testing.assert_array_equal(Box(1, 2, 3, 4).of(image), image[1:4, 2:6])
