@@ -1,0 +1,132 @@
+"""Stored integers -> the network's 8-bit range: the named intensity mappings.
+
+Shards keep what the sensor said (8 or 16 bit); how that becomes 0..255 is a choice made at read time:
+
+    auto          8-bit images as they are, 16-bit ones by percentile(0.1, 99.9): the default
+    full_range    0..255 or 0..65535 of the stored type onto 0..255; 8-bit images are unchanged
+    min_max       the image's own lowest and highest value onto 0 and 255
+    percentile    the image's own percentiles `low` and `high` (per cent) onto 0 and 255, outside clipped
+    fixed         `low` and `high` in the source's unit (kelvin, counts, ...) onto 0 and 255, outside clipped;
+                  the same temperature is the same gray in every frame
+    clahe         min_max, then contrast-limited adaptive histogram equalisation (8 x 8 tiles, clip limit `low`)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_pipelines.errors import InputError
+
+MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed", "clahe")
+
+_AUTO_PERCENTILES = (0.1, 99.9)
+_DEFAULT_PERCENTILES = (1.0, 99.0)
+_CLAHE_CLIP_LIMIT = 2.0
+_CLAHE_TILES = 8
+
+
+def to_uint8(
+    pixels: np.ndarray,
+    mapping: str = "auto",
+    low: float | None = None,
+    high: float | None = None,
+    scale: float = 1.0,
+    offset: float = 0.0,
+) -> np.ndarray:
+    """Maps stored pixels to the network's 8-bit range (the mappings are described at the top of this module).
+
+    Args:
+      pixels: (H, W) uint8 or uint16.
+      mapping: one of `MAPPINGS`.
+      low: `percentile`: lower percentile (default 1); `fixed`: lower bound in the source's unit (required);
+        `clahe`: clip limit (default 2).
+      high: `percentile`: upper percentile (default 99); `fixed`: upper bound in the source's unit (required).
+      scale, offset: a stored integer v stands for v * scale + offset in the source's unit; used by `fixed` only.
+
+    Returns:
+      (H, W) uint8. An image without contrast maps to zeros (except under `full_range`, `fixed` and 8-bit `auto`).
+
+    Raises:
+      InputError: unknown mapping or unusable bounds.
+    """
+    if mapping == "auto":
+        if pixels.dtype == np.uint8:
+            return pixels
+        return _map_percentiles(pixels, *_AUTO_PERCENTILES)
+    if mapping == "full_range":
+        return pixels if pixels.dtype == np.uint8 else _map_linearly(pixels, 0.0, 65535.0)
+    if mapping == "min_max":
+        return _map_linearly(pixels, float(pixels.min()), float(pixels.max()))
+    if mapping == "percentile":
+        default_low, default_high = _DEFAULT_PERCENTILES
+        low, high = (default_low if low is None else low), (default_high if high is None else high)
+        if not 0 <= low < high <= 100:
+            raise InputError(f"percentile({low:g}, {high:g}): give 0 <= low < high <= 100")
+        return _map_percentiles(pixels, low, high)
+    if mapping == "fixed":
+        if low is None or high is None or not low < high:
+            raise InputError(f"fixed({low}, {high}): give low < high in the source's unit")
+        return _map_linearly(pixels, (low - offset) / scale, (high - offset) / scale)
+    if mapping == "clahe":
+        return _equalize_adaptively(to_uint8(pixels, "min_max"), _CLAHE_CLIP_LIMIT if low is None else low)
+    raise InputError(f"unknown intensity mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
+
+
+def _map_percentiles(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Percentiles from the histogram of the integer values: a sort of the pixels would cost ten times as much."""
+    cumulative = np.cumsum(np.bincount(pixels.ravel()))
+    first, last = np.searchsorted(cumulative, [low / 100 * pixels.size, high / 100 * pixels.size], side="left")
+    if first == last:
+        # Nearly constant images: fall back to the full spread, which at least keeps the outliers visible.
+        first, last = pixels.min(), pixels.max()
+    return _map_linearly(pixels, float(first), float(last))
+
+
+def _map_linearly(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
+    """`low` -> 0 and `high` -> 255, rounded to nearest, clipped; by table, as there are few distinct values."""
+    if high <= low:
+        return np.zeros(pixels.shape, np.uint8)
+    values = np.arange(int(np.iinfo(pixels.dtype).max) + 1, dtype=np.float64)
+    table = np.clip(np.rint((values - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
+    return table[pixels]
+
+
+def _equalize_adaptively(image: np.ndarray, clip_limit: float) -> np.ndarray:
+    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of an (H, W) uint8 image.
+
+    Each tile's histogram is clipped at `clip_limit` times its mean bin, the excess spread over all bins; a pixel is
+    the bilinear blend of the four nearest tiles' equalisation tables.
+    """
+    if clip_limit <= 0:
+        raise InputError(f"clahe clip limit {clip_limit:g}: give a number above 0")
+    height, width = image.shape
+    tiles = min(_CLAHE_TILES, height, width)
+    tile_height, tile_width = -(-height // tiles), -(-width // tiles)
+    padding = ((0, tile_height * tiles - height), (0, tile_width * tiles - width))
+    # Reflection as in common implementations; edge values where an image is too small to be reflected.
+    mode = "reflect" if padding[0][1] < height and padding[1][1] < width else "edge"
+    padded = np.pad(image, padding, mode=mode)
+    blocks = padded.reshape(tiles, tile_height, tiles, tile_width).swapaxes(1, 2).reshape(tiles * tiles, -1)
+    tile_of_pixel = np.arange(tiles * tiles)[:, None] * 256
+    histograms = np.bincount((blocks + tile_of_pixel).ravel(), minlength=tiles * tiles * 256).reshape(-1, 256)
+    area = tile_height * tile_width
+    limit = max(clip_limit * area / 256, 1.0)
+    excess = np.maximum(histograms - limit, 0).sum(1, keepdims=True)
+    clipped = np.minimum(histograms, limit) + excess / 256
+    tables = (np.cumsum(clipped, axis=1) * (255.0 / area)).reshape(tiles, tiles, 256)
+
+    row, row_weight = _tile_position(height, tile_height, tiles)
+    column, column_weight = _tile_position(width, tile_width, tiles)
+    upper, lower = row[:, None], np.minimum(row + 1, tiles - 1)[:, None]
+    left, right = column[None, :], np.minimum(column + 1, tiles - 1)[None, :]
+    row_weight, column_weight = row_weight[:, None], column_weight[None, :]
+    top = tables[upper, left, image] * (1 - column_weight) + tables[upper, right, image] * column_weight
+    bottom = tables[lower, left, image] * (1 - column_weight) + tables[lower, right, image] * column_weight
+    return np.clip(np.rint(top * (1 - row_weight) + bottom * row_weight), 0, 255).astype(np.uint8)
+
+
+def _tile_position(size: int, tile: int, tiles: int) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the tile whose centre lies before each pixel, and the weight of the next tile; (size,) each."""
+    position = np.clip((np.arange(size) + 0.5) / tile - 0.5, 0, tiles - 1)
+    index = np.minimum(position.astype(np.intp), tiles - 1)
+    return index, position - index
