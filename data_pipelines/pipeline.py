@@ -1,0 +1,278 @@
+"""Shards -> batches of crops and visible tokens, as a Grain graph.
+
+    record indices -> shuffle, a new order every epoch -> mix of shard sets -> read, crop, augment, mask (random)
+    -> batch a host -> slice by host -> slice at the step -> threads, worker processes
+
+The order of these is what makes the global batch of a step a pure function of (config, step): randomness comes from
+the global position of a sample, before hosts part; batches are made before workers part; and a resumed run starts by
+slicing, not from saved iterator state. So hosts, workers, threads and restarts change nothing but speed.
+
+Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K visible tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from data_pipelines.augment import InfraredAugment, center_crop_resize, flip, infrared_augment, random_resized_crop
+from data_pipelines.errors import InputError
+from data_pipelines.examples import ExampleSource, Intensity
+from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
+from data_pipelines.records import CorruptRecord, read_manifest
+
+# The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
+MIN_SAMPLES_JUDGED = 1000
+
+
+class WorkerDied(RuntimeError):
+    """A worker process ended by itself: killed, most often for memory, or crashed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+    """Where samples come from and what happens to them.
+
+    Attributes:
+      shards: folders of shard sets (made by `data_pipelines.prepare`), on any path that epath opens.
+      weights: share of each shard set among the samples, any positive scale; empty: the sets are joined, every record
+        once an epoch.
+      image_size: rows and columns of a crop, multiples of the mask's patch side.
+      batch_size: global, over all hosts.
+      seed: of order, crops, augmentation and random masks; 0 to 2**32 - 1.
+      scale, ratio: of the random crop: shares of the area, aspect ratios (width / height).
+      flip: mirror left and right half of the time.
+      augment: infrared augmentations, off by default.
+      mask: which tokens stay visible.
+      intensity: stored integers to 8 bit.
+      max_corrupt: stop when damaged records are more than this share of the samples (of 1,000 samples at least); until
+        then the next good record takes a damaged one's place and is counted.
+      workers: reading processes; 0 reads in this one.
+      threads: a reading process; decoding and resizing run without Python's lock.
+      prefetch: batches that each reading process keeps ready.
+    """
+
+    shards: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    image_size: tuple[int, int] = (224, 224)
+    batch_size: int = 256
+    seed: int = 0
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    augment: InfraredAugment = InfraredAugment()
+    mask: MaskConfig = MaskConfig()
+    intensity: Intensity = Intensity()
+    max_corrupt: float = 0.01
+    workers: int = 0
+    threads: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self):
+        rows, columns = token_grid(*self.image_size, self.mask.patch)
+        num_visible(self.mask, rows * columns)
+        if self.weights and len(self.weights) != len(self.shards):
+            raise InputError(
+                f"data.weights has {len(self.weights)} values for {len(self.shards)} shard sets; give one each"
+            )
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise InputError(f"data.weights={self.weights} must be positive; leave out the sets that you do not want")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise InputError(
+                f"data.scale={self.scale} must lie in (0, 1], data.ratio={self.ratio} above 0, both in ascending order"
+            )
+        for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("threads", 0), ("prefetch", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name}={getattr(self, name)} must be at least {least}")
+        if self.seed >= 2**32:
+            raise InputError(f"data.seed={self.seed} must be below 2**32")
+        if not 0 <= self.max_corrupt <= 1:
+            raise InputError(f"data.max_corrupt={self.max_corrupt} is a share; use a value from 0 to 1")
+
+
+class TrainBatches:
+    """Endless iterator over one host's batches; `close()` it, or use it as a context manager.
+
+    Attributes:
+      samples: number of samples given out.
+      substituted: how many of them stand in for a damaged record.
+    """
+
+    def __init__(self, batches: Any, source: ExampleSource, config: PipelineConfig):
+        self._batches, self._source, self._config = batches, source, config
+        self._named: set[int] = set()
+        self.samples = 0
+        self.substituted = 0
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch: `image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32.
+
+        Raises:
+          CorruptRecord: too many damaged records; names one.
+          WorkerDied: a reading process is gone.
+        """
+        try:
+            batch = next(self._batches)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise WorkerDied(
+                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower data.workers, "
+                "data.prefetch or data.batch_size"
+            ) from error
+        corrupt = batch.pop("corrupt")
+        self.samples += len(corrupt)
+        self._count_damage([int(index) for index in corrupt if index >= 0])
+        return batch
+
+    def _count_damage(self, indices: list[int]) -> None:
+        for index in indices:
+            self.substituted += 1
+            if index not in self._named:
+                self._named.add(index)
+                logging.warning("damaged record replaced by the next good one: %s", self._source.damage(index))
+        if indices and self.substituted > self._config.max_corrupt * max(self.samples, MIN_SAMPLES_JUDGED):
+            raise CorruptRecord(
+                f"{self.substituted} of {self.samples} samples came from damaged records, more than "
+                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is {self._source.damage(indices[-1])}"
+            )
+
+    def close(self) -> None:
+        """Stops threads and worker processes."""
+        self._batches.close()
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def train_batches(
+    config: PipelineConfig, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> TrainBatches:
+    """The batches of one host from `start_step` on, for ever.
+
+    The global batch of step s is that of all hosts, concatenated in process order: the same samples in the same order
+    for any number of hosts and workers.
+
+    Args:
+      config: what to read and how.
+      start_step: first global step.
+      process_index, process_count: this host among all.
+
+    Raises:
+      InputError: shards missing or unreadable, or a batch that the hosts cannot share evenly.
+    """
+    if config.batch_size % process_count:
+        raise InputError(
+            f"data.batch_size={config.batch_size} cannot be shared by {process_count} hosts; use a multiple of the hosts"
+        )
+    source = _open(config)
+    samples = _order(config).random_map(_MakeSample(source, config), seed=config.seed)
+    # Batches of one host's size follow each other in global order, so that every P-th of them is one host's share.
+    batches = samples.batch(config.batch_size // process_count)[process_index::process_count][start_step:]
+    # A thread makes a whole batch, so a buffer below the number of threads would idle some.
+    buffered = max(config.prefetch, config.threads)
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=buffered))
+    if config.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl flags to start workers; outside absl's `app.run` none exist
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+        )
+    return TrainBatches(iter(dataset), source, config)
+
+
+def num_examples(config: PipelineConfig) -> int:
+    """Number of records in all shard sets: the length of an epoch.
+
+    Raises:
+      InputError: a shard set is missing, unreadable or empty.
+    """
+    return sum(_counts(config))
+
+
+def record_keys(config: PipelineConfig, step: int) -> list[str]:
+    """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
+    source = _open(config)
+    first = step * config.batch_size
+    indices = _order(config)[first : first + config.batch_size]
+    return [source.read(int(index)).record.key for index in indices]
+
+
+def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
+    """The same images every time, without augmentation (centre crop): for pictures.
+
+    Args:
+      config: what to read.
+      count: number of images, spread evenly over the records.
+
+    Returns:
+      `image` (count, H, W, 1) uint8 and `ids_keep` (count, K) int32.
+    """
+    source = _open(config)
+    samples = []
+    for index in np.linspace(0, len(source) - 1, count).astype(int):
+        view = center_crop_resize(source.read(int(index)).image, config.image_size)
+        samples.append(_with_mask(view, np.random.default_rng([config.seed, int(index)]), config.mask))
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _open(config: PipelineConfig) -> ExampleSource:
+    _counts(config)
+    return ExampleSource(config.shards, config.intensity)
+
+
+def _counts(config: PipelineConfig) -> list[int]:
+    if not config.shards:
+        raise InputError("data.shards is empty; name a folder made by `python -m data_pipelines.prepare`")
+    counts = [read_manifest(folder).count for folder in config.shards]
+    for folder, count in zip(config.shards, counts, strict=True):
+        if count == 0:
+            raise InputError(f"shard set {folder} holds no records; prepare it again or leave it out")
+    return counts
+
+
+def _order(config: PipelineConfig) -> grain.MapDataset:
+    """Endless dataset of record indices (into the joined shard sets) in the order in which they are used."""
+    counts = _counts(config)
+    if not config.weights:
+        return _shuffled(0, sum(counts), config.seed)
+    starts = np.cumsum([0, *counts])
+    seeds = np.random.SeedSequence(config.seed).generate_state(len(counts))
+    sets = [_shuffled(int(start), count, int(seed)) for start, count, seed in zip(starts, counts, seeds, strict=False)]
+    return grain.MapDataset.mix(sets, weights=config.weights)
+
+
+def _shuffled(start: int, count: int, seed: int) -> grain.MapDataset:
+    return grain.MapDataset.range(start, start + count).shuffle(seed=seed).repeat()
+
+
+class _MakeSample(grain.transforms.RandomMap):
+    """Record index -> one training sample. Holds files, not pixels: cheap to send to workers."""
+
+    def __init__(self, source: ExampleSource, config: PipelineConfig):
+        self._source, self._config = source, config
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        config = self._config
+        example = self._source.read(int(element))
+        crop = random_resized_crop(example.image, rng, config.image_size, config.scale, config.ratio)
+        if config.flip:
+            crop = flip(crop, rng)
+        crop = infrared_augment(crop, rng, config.augment)
+        return {**_with_mask(crop, rng, config.mask), "corrupt": np.int64(example.corrupt)}
+
+
+def _with_mask(view: np.ndarray, rng: np.random.Generator, mask: MaskConfig) -> dict[str, np.ndarray]:
+    """(H, W) uint8 -> `image` (H, W, 1) uint8, `ids_keep` (K,) int32."""
+    return {"image": view[..., None], "ids_keep": select_visible(token_scores(view, mask), mask, rng)}
