@@ -1,0 +1,11 @@
+"""Synthetic thermal scenes: pictures with scene class, boxes, class mask and small-target mask, drawn from a seed.
+
+A scene is painted in apparent temperatures (materials, weather, perspective), photographed by a model of a thermal camera
+(optics, noise, fixed patterns, gain control) and is a pure function of (seed, index, size).
+"""
+
+from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES, Box
+from data_pipelines.synthetic.dataset import write_dataset
+from data_pipelines.synthetic.generate import SCENE_CLASSES, Scene, generate_scene
+
+__all__ = ["CATEGORIES", "SCENE_CLASSES", "SURFACES", "Box", "Scene", "generate_scene", "write_dataset"]

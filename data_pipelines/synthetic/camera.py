@@ -1,0 +1,57 @@
+"""From temperatures to the 8-bit picture of a thermal camera: optics, sensor noise, gain control."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def photograph(temperature: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Takes a picture of apparent temperatures (H, W) float32 in degrees Celsius; returns (H, W) uint8.
+
+    Draws a camera: blur of the optics, shading towards the corners, noise a pixel (noise-equivalent temperature
+    difference 30 to 150 mK), fixed patterns a row and a column, then gain control and, rarely, black-hot polarity.
+    """
+    height, width = temperature.shape
+    image = gaussian_blur(temperature, rng.uniform(0.5, 1.2) * max(1.0, height / 320))
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
+    image += np.float32(rng.normal(0, 0.4)) * (x * x + y * y)
+    image += rng.standard_normal((height, width), dtype=np.float32) * np.float32(np.exp(rng.uniform(-3.5, -1.9)))
+    image += rng.standard_normal((1, width), dtype=np.float32) * np.float32(np.exp(rng.uniform(-4.5, -2.4)))
+    image += rng.standard_normal((height, 1), dtype=np.float32) * np.float32(np.exp(rng.uniform(-5.0, -2.9)))
+    picture = gain_control(image, rng)
+    return 255 - picture if rng.random() < 0.15 else picture
+
+
+def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
+    """Separable Gaussian blur of (H, W) float32 with repeated edges; `sigma` in pixels."""
+    reach = max(1, int(np.ceil(3 * sigma)))
+    taps = np.exp(-0.5 * (np.arange(-reach, reach + 1, dtype=np.float32) / np.float32(sigma)) ** 2)
+    taps /= taps.sum()
+    height, width = image.shape
+    padded = np.pad(image, ((reach, reach), (0, 0)), mode="edge")
+    rows = sum(tap * padded[i : i + height] for i, tap in enumerate(taps))
+    padded = np.pad(rows, ((0, 0), (reach, reach)), mode="edge")
+    return sum(tap * padded[:, i : i + width] for i, tap in enumerate(taps))
+
+
+def gain_control(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Maps (H, W) float32 to uint8 as thermal cameras do: a clipped linear range blended with plateau equalisation.
+
+    The brightness setting (mean level) is drawn apart from the scene, so that it says nothing about what is seen.
+    """
+    low, high = np.percentile(image, (rng.uniform(0.02, 0.8), rng.uniform(99.2, 99.98)))
+    linear = np.clip((image - low) / max(float(high - low), 1e-3), 0, 1)
+    levels = 512
+    index = (linear * (levels - 1)).astype(np.int32)
+    histogram = np.bincount(index.ravel(), minlength=levels).astype(np.float64)
+    # The plateau keeps large even areas (sky, water) from taking the whole range, which plain equalisation lets them.
+    plateau = np.minimum(histogram, rng.uniform(2, 8) * image.size / levels)
+    equalised = (np.cumsum(plateau) / plateau.sum()).astype(np.float32)[index]
+    share = np.float32(rng.uniform(0.0, 0.5))
+    level = np.clip((1 - share) * linear + share * equalised, 1e-4, 1)
+    brightness = rng.uniform(0.3, 0.6)
+    for _ in range(2):
+        level = level ** np.float32(np.clip(np.log(brightness) / np.log(float(level.mean())), 0.4, 2.5))
+    black, white = rng.uniform(0, 45), rng.uniform(185, 255)
+    return np.clip(np.rint(black + (white - black) * level), 0, 255).astype(np.uint8)

@@ -1,0 +1,143 @@
+"""A folder of synthetic scenes with labels in the formats that real data sets come in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.errors import InputError
+from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES
+from data_pipelines.synthetic.generate import DEFAULT_SIZE, SCENE_CLASSES, Scene, generate_scene
+
+SPLITS = ("train", "val")
+
+
+def write_dataset(
+    output: str | os.PathLike,
+    count: int,
+    seed: int = 0,
+    size: tuple[int, int] = DEFAULT_SIZE,
+    val_fraction: float = 0.2,
+) -> Path:
+    """Writes `count` scenes to a new folder; the folder appears when it is complete, or not at all.
+
+    ```
+    images/{train,val}/000000.png        8-bit gray pictures
+    class_labels.csv                     file,split,label: the scene class of each picture
+    annotations/{train,val}.json         boxes, COCO format
+    class_masks/{train,val}/000000.png   a class value a pixel, listed in classes.json
+    target_masks/{train,val}/000000.png  255 on small targets, 0 elsewhere
+    classes.json                         scene classes, box categories, mask values; seed and count
+    ```
+
+    Args:
+      output: a folder that is missing or empty.
+      count: number of scenes, at least 1.
+      seed: series of scenes, see `generate_scene`.
+      size: rows and columns of the pictures.
+      val_fraction: share of every scene class that goes to the split `val`, in [0, 1]; the second scene of a class is
+        the first to go there.
+
+    Returns:
+      The folder.
+
+    Raises:
+      InputError: `output` holds something already or is a file, `count` or `val_fraction` is out of range.
+    """
+    output = Path(output)
+    if count < 1:
+        raise InputError(f"count {count}: at least 1 scene is needed")
+    if not 0 <= val_fraction <= 1:
+        raise InputError(f"val_fraction {val_fraction}: must lie between 0 and 1")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder: name another output or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"{output} cannot be created ({error.strerror}): name another output") from error
+    try:
+        partial.chmod(0o755)
+        _write_scenes(partial, count, seed, size, val_fraction)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return output
+
+
+def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], val_fraction: float) -> None:
+    for kind in ("images", "class_masks", "target_masks"):
+        for split in SPLITS:
+            (folder / kind / split).mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    coco = {split: _empty_annotations(seed) for split in SPLITS}
+    with open(folder / "class_labels.csv", "w", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(("file", "split", "label"))
+        for index in range(count):
+            scene = generate_scene(seed, index, size)
+            split = "val" if _is_val(index // len(SCENE_CLASSES), val_fraction) else "train"
+            name = f"{index:06d}.png"
+            _write_png(folder / "images" / split / name, scene.image)
+            _write_png(folder / "class_masks" / split / name, scene.class_mask)
+            _write_png(folder / "target_masks" / split / name, scene.target_mask.astype(np.uint8) * 255)
+            table.writerow((f"images/{split}/{name}", split, scene.scene_class))
+            _annotate(coco[split], scene, name)
+    for split in SPLITS:
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco[split], indent=1) + "\n")
+    described = {
+        "classes": [{"value": value, "name": name} for value, name in enumerate(SURFACES)],
+        "target_classes": [{"value": 0, "name": "background"}, {"value": 255, "name": "target"}],
+        "scene_classes": list(SCENE_CLASSES),
+        "box_categories": list(CATEGORIES),
+        "seed": seed,
+        "count": count,
+    }
+    (folder / "classes.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def _is_val(place: int, fraction: float) -> bool:
+    """Whether scene number `place` of its class goes to `val`; spreads them evenly, the first at place 1."""
+    return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
+
+
+def _empty_annotations(seed: int) -> dict:
+    return {
+        "info": {"description": f"synthetic thermal scenes, seed {seed}"},
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)],
+    }
+
+
+def _annotate(coco: dict, scene: Scene, name: str) -> None:
+    height, width = scene.image.shape
+    image_id = len(coco["images"]) + 1
+    coco["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+    for box in scene.boxes:
+        coco["annotations"].append(
+            {
+                "id": len(coco["annotations"]) + 1,
+                "image_id": image_id,
+                "category_id": CATEGORIES.index(box.category) + 1,
+                "bbox": [box.x, box.y, box.width, box.height],
+                "area": box.area,
+                "iscrowd": 0,
+            }
+        )
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    # Sensor noise does not compress: the fastest level costs a few per cent of size and saves most of the time.
+    Image.fromarray(pixels).save(path, compress_level=1)
