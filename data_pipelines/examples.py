@@ -86,13 +86,16 @@ class ExampleSource:
         Raises:
           CorruptRecord: so many records in a row are damaged that none takes its place.
         """
-        for distance in range(min(MAX_SUBSTITUTES + 1, len(self))):
+        errors: list[CorruptRecord] = []
+        for candidate in range(index, index + min(MAX_SUBSTITUTES + 1, len(self))):
             try:
-                record = self.record((index + distance) % len(self))
-                return Example(record, self.image(record), index if distance else -1)
+                record = self.record(candidate % len(self))
+                return Example(record, self.image(record), index if errors else -1)
             except CorruptRecord as error:
-                first = error if distance == 0 else first
-        raise CorruptRecord(f"record {index} and all {distance} after it are damaged: {first}") from first
+                errors.append(error)
+        raise CorruptRecord(f"record {index} and the {len(errors) - 1} after it are damaged: {errors[0]}") from errors[
+            0
+        ]
 
     def damage(self, index: int) -> str:
         """Says in one line what is wrong with the damaged record `index`."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import grain
 import numpy as np
@@ -65,9 +65,9 @@ class PipelineConfig:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
-    augment: InfraredAugment = InfraredAugment()
-    mask: MaskConfig = MaskConfig()
-    intensity: Intensity = Intensity()
+    augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
+    intensity: Intensity = dataclasses.field(default_factory=Intensity)
     max_corrupt: float = 0.01
     workers: int = 0
     threads: int = 2
@@ -125,8 +125,8 @@ class TrainBatches:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise WorkerDied(
-                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower data.workers, "
-                "data.prefetch or data.batch_size"
+                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower "
+                "data.workers, data.prefetch or data.batch_size"
             ) from error
         corrupt = batch.pop("corrupt")
         self.samples += len(corrupt)
@@ -149,7 +149,7 @@ class TrainBatches:
         """Stops threads and worker processes."""
         self._batches.close()
 
-    def __enter__(self) -> TrainBatches:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,7 +174,7 @@ def train_batches(
     """
     if config.batch_size % process_count:
         raise InputError(
-            f"data.batch_size={config.batch_size} cannot be shared by {process_count} hosts; use a multiple of the hosts"
+            f"data.batch_size={config.batch_size} cannot be shared by {process_count} hosts; use a multiple of them"
         )
     source = _open(config)
     samples = _order(config).random_map(_MakeSample(source, config), seed=config.seed)
