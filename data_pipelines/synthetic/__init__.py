@@ -1,6 +1,6 @@
 """Synthetic thermal scenes: pictures with scene class, boxes, class mask and small-target mask, drawn from a seed.
 
-A scene is painted in apparent temperatures (materials, weather, perspective), photographed by a model of a thermal camera
+A scene is painted in apparent temperatures (materials, weather, perspective), photographed by a model thermal camera
 (optics, noise, fixed patterns, gain control) and is a pure function of (seed, index, size).
 """
 

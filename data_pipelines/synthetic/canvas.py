@@ -130,7 +130,7 @@ class Canvas:
     def ellipse(
         self, x: float, y: float, radius_x: float, radius_y: float, rough: np.ndarray | None = None
     ) -> Patch | None:
-        """An axis-parallel ellipse; `rough`, a texture of unit spread at least as large as the canvas, frays its edge."""
+        """An axis-parallel ellipse; `rough`, a texture (H, W) of unit spread, frays its edge."""
         reach = 1.5 if rough is not None else 1.0
         window = self.window(x - reach * radius_x, y - reach * radius_y, x + reach * radius_x, y + reach * radius_y)
         if window is None:
@@ -163,8 +163,8 @@ def fractal_noise(
 ) -> np.ndarray:
     """Periodic noise whose amplitude falls with frequency, float32 of the given 1-D or 2-D shape, mean 0, spread 1.
 
-    `roughness` 0.5 is coarse-grained sand, 2 soft clouds (the exponent of the amplitude spectrum). `stretch` > 1 draws the
-    texture out along the columns.
+    `roughness` 0.5 is coarse-grained sand, 2 soft clouds (the exponent of the amplitude spectrum). `stretch` > 1 draws
+    the texture out along the columns.
     """
     white = rng.standard_normal(shape, dtype=np.float32)
     frequencies = [np.fft.rfftfreq(shape[-1]).astype(np.float32) * np.float32(stretch) * shape[-1]]

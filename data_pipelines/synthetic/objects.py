@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.synthetic.canvas import Canvas
 
-# Offset to the air in degrees Celsius at night, and what full sun adds: thermal mass, moisture, emissivity in two numbers.
+# Degrees Celsius over the air at night, and what full sun adds: thermal mass, moisture and emissivity in two numbers.
 MATERIALS = {
     "asphalt": (4.0, 15.0),
     "concrete": (3.0, 10.0),
@@ -24,7 +24,7 @@ MATERIALS = {
 
 @dataclass(frozen=True)
 class Weather:
-    """Air temperature (degrees Celsius), sun from 0 (night) to 1, drop of the clear sky's zenith, cloud cover 0 to 1."""
+    """Air temperature (degrees Celsius), sun 0 (night) to 1, drop of a clear sky at its zenith, cloud cover 0 to 1."""
 
     air: float
     sun: float

@@ -1,4 +1,4 @@
-"""The scene classes: how sky, ground and things are put together. Every class occurs by day and night, warm and cold."""
+"""The scene classes: how sky, ground and things are put together. Every class occurs by day and night."""
 
 from __future__ import annotations
 
