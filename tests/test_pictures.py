@@ -1,0 +1,162 @@
+"""Pictures: the pixels of a panel against a slow reference, files that are whole or absent."""
+
+import json
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.errors import InputError
+from infmae_jax import pictures
+
+GAP, HEAD = pictures._GAP, pictures._HEAD
+
+
+def example(batch=2, h=3, w=12, channels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (batch, 16 * h, 16 * w), dtype=np.uint8)
+    ids_keep = np.stack([rng.permutation(h * w)[:9] for _ in range(batch)]).astype(np.int32)
+    pred = rng.normal(0, 1.2, (batch, h * w, 256 * channels)).astype(np.float32)
+    return images, ids_keep, pred, rng.normal(size=(batch, h * w))
+
+
+def slow_pixels(images, pred, norm_pix):
+    """Patch by patch, pixel by pixel."""
+    batch, _, width = images.shape
+    columns, channels = width // 16, pred.shape[-1] // 256
+    out = np.zeros(images.shape, np.uint8)
+    for b in range(batch):
+        for token in range(pred.shape[1]):
+            top, left = 16 * (token // columns), 16 * (token % columns)
+            vector = pred[b, token].astype(float)
+            if norm_pix:
+                inside = images[b, top : top + 16, left : left + 16].reshape(-1)
+                values = [(v / 255 - 0.425) / 0.2 for v in inside for _ in range(channels)]
+                mean = sum(values) / len(values)
+                variance = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+                vector = vector * (variance + 1e-6) ** 0.5 + mean
+            for pixel in range(256):
+                gray = sum(vector[pixel * channels : (pixel + 1) * channels]) / channels
+                level = round((gray * 0.2 + 0.425) * 255)
+                out[b, top + pixel // 16, left + pixel % 16] = min(255, max(0, level))
+    return out
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_reconstructed_pixels(norm_pix, channels):
+    images, _, pred, _ = example(channels=channels)
+    fast = pictures.reconstructed_pixels(images, pred, norm_pix).astype(int)
+    assert np.max(np.abs(fast - slow_pixels(images, pred, norm_pix))) <= 1  # rounding of sums
+    assert np.mean(fast != slow_pixels(images, pred, norm_pix)) < 1e-3
+
+
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_the_target_itself_comes_back(norm_pix):
+    images, _, _, _ = example()
+    batch, height, width = images.shape
+    levels = (images / 255 - 0.425) / 0.2
+    target = np.stack([levels[:, y : y + 16, x : x + 16].reshape(batch, 256)
+                       for y in range(0, height, 16) for x in range(0, width, 16)], axis=1)  # fmt: skip
+    if norm_pix:
+        target = (target - target.mean(-1, keepdims=True)) / np.sqrt(target.var(-1, ddof=1, keepdims=True) + 1e-6)
+    assert np.array_equal(pictures.reconstructed_pixels(images, target, norm_pix), images)
+
+
+@pytest.mark.parametrize("colormap", ["inferno", "gray"])
+def test_panel_cells(tmp_path, colormap):
+    images, ids_keep, pred, scores = example()
+    path = tmp_path / "new" / "panel.png"
+    panel = pictures.reconstruction_panel(images, ids_keep, pred, scores, False, path, colormap=colormap)
+    assert np.array_equal(np.asarray(Image.open(path)), panel)
+    assert [p.name for p in path.parent.iterdir()] == ["panel.png"]
+    batch, height, width = images.shape
+    assert panel.shape == (HEAD + batch * (height + GAP) + GAP, 5 * (width + GAP) + GAP, 3)
+
+    def cell(row, column):
+        top, left = HEAD + GAP + row * (height + GAP), GAP + column * (width + GAP)
+        return panel[top : top + height, left : left + width].astype(int)
+
+    table = np.rint(matplotlib.colormaps[colormap](np.arange(256))[:, :3] * 255).astype(int)
+    rebuilt = pictures.reconstructed_pixels(images, pred, False)
+    for row in range(batch):
+        # Agg may round a colour by one level.
+        assert np.max(np.abs(cell(row, 0) - table[images[row]])) <= 1
+        assert np.max(np.abs(cell(row, 2) - table[rebuilt[row]])) <= 1
+        for token in range(scores.shape[1]):
+            y, x = 16 * (token // (width // 16)), 16 * (token % (width // 16))
+            window = (slice(y, y + 16), slice(x, x + 16))
+            visible = token in ids_keep[row]
+            veiled, pasted = cell(row, 1)[window], cell(row, 3)[window]
+            source = images if visible else rebuilt
+            assert np.max(np.abs(pasted - table[source[row][window]])) <= 1
+            if visible:
+                assert np.max(np.abs(veiled - table[images[row][window]])) <= 1
+            else:
+                assert np.ptp(veiled.reshape(-1, 3), axis=0).max() == 0
+            low, high = scores[row].min(), scores[row].max()
+            level = round((scores[row, token] - low) / (high - low) * 255)
+            middle = cell(row, 4)[y + 7 : y + 9, x + 7 : x + 9]
+            assert np.max(np.abs(middle - table[level])) <= 1
+            frame = cell(row, 4)[y + 1, x + 8]
+            assert (np.max(np.abs(frame - table[level])) > 12) == visible
+
+
+def test_panel_takes_integer_and_constant_scores_and_a_diverged_model(tmp_path):
+    images, ids_keep, pred, _ = example()
+    pred[0, 0] = np.nan
+    for scores in (np.zeros(pred.shape[:2], np.float32), np.full(pred.shape[:2], 7, np.uint32)):
+        panel = pictures.reconstruction_panel(images, ids_keep, pred, scores, True, tmp_path / "p.png")
+        assert panel.dtype == np.uint8
+
+
+def test_panel_refuses(tmp_path):
+    images, ids_keep, pred, scores = example()
+    with pytest.raises(InputError, match="jet.*inferno, gray"):
+        pictures.reconstruction_panel(images, ids_keep, pred, scores, False, tmp_path / "p.png", colormap="jet")
+    with pytest.raises(ValueError, match="do not fit"):
+        pictures.reconstruction_panel(images[:, :40], ids_keep, pred, scores, False, tmp_path / "p.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        pictures.reconstruction_panel(images, ids_keep, pred, scores, False, tmp_path / "file" / "p.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_loss_curve_uses_the_later_of_two_rows_and_skips_a_cut_line(tmp_path):
+    def curve(name, lines):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        pictures.loss_curve(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
+        return np.asarray(Image.open(tmp_path / f"{name}.png"))
+
+    rows = [json.dumps({"step": s, "loss": 1 / (s + 1), "learning_rate": 1e-4}) for s in range(60)]
+    plain = curve("plain", rows)
+    resumed = curve("resumed", [json.dumps({"step": 30, "loss": 9.0}), '{"step": 2, "event": "note"}', *rows, '{"st'])
+    assert np.array_equal(plain, resumed)
+    assert not np.array_equal(plain, curve("other", rows[:50]))
+    assert curve("single", rows[:1]).std() > 0
+    with pytest.raises(InputError, match="no logged loss"):
+        curve("empty", [""])
+    with pytest.raises(InputError, match="does not exist"):
+        pictures.loss_curve(tmp_path / "absent.jsonl", tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 40])
+def test_confusion_matrix(tmp_path, classes):
+    rng = np.random.default_rng(classes)
+    names = [f"class {i} " + "x" * (i % 5) for i in range(classes)]
+    pictures.confusion_matrix(rng.integers(0, 50, (classes, classes)), names, tmp_path / "m.png")
+    image = np.asarray(Image.open(tmp_path / "m.png"))
+    assert max(image.shape) < 2000 and image.std() > 0
+    for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
+        assert edge.min() == 255  # nothing is cut off at the border
+    with pytest.raises(ValueError, match="class names"):
+        pictures.confusion_matrix(np.zeros((2, 3)), ["a", "b"], tmp_path / "m.png")
+
+
+def test_matplotlib_is_loaded_only_to_draw():
+    code = "import sys, infmae_jax.pictures; print('matplotlib' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert output.stdout.strip() == "False"
