@@ -13,6 +13,7 @@ Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K vi
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -104,7 +105,10 @@ class TrainBatches:
     """
 
     def __init__(self, batches: Any, source: ExampleSource, config: PipelineConfig):
-        self._batches, self._source, self._config = batches, source, config
+        self._source, self._config = source, config
+        self._open = [batches]
+        # A program that ends without closing would otherwise tear workers down after the modules that they need.
+        self._closed = weakref.finalize(self, _close, self._open)
         self._named: set[int] = set()
         self.samples = 0
         self.substituted = 0
@@ -120,7 +124,9 @@ class TrainBatches:
           WorkerDied: a reading process is gone.
         """
         try:
-            batch = next(self._batches)
+            batch = next(self._open[0])
+        except IndexError:
+            raise ValueError("these batches are closed") from None
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -128,6 +134,9 @@ class TrainBatches:
                 f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower "
                 "data.workers, data.prefetch or data.batch_size"
             ) from error
+        if self._config.workers:
+            # Arrays of workers live in shared memory that goes with the iterator; a batch must outlive it.
+            batch = {name: np.array(value) for name, value in batch.items()}
         corrupt = batch.pop("corrupt")
         self.samples += len(corrupt)
         self._count_damage([int(index) for index in corrupt if index >= 0])
@@ -146,14 +155,19 @@ class TrainBatches:
             )
 
     def close(self) -> None:
-        """Stops threads and worker processes."""
-        self._batches.close()
+        """Stops threads and worker processes; again is harmless."""
+        self._closed()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def train_batches(
