@@ -1,7 +1,8 @@
 """One part of a collection, examined: the unit of parallel work and of resuming.
 
-A part is a fixed run of listed files. Examining it decodes and filters each file and leaves two files: the encoded
-records that passed, and, written last, a JSON file with a row for every file. A part whose JSON file exists is done.
+A part is a fixed run of listed files. Examining it decodes and filters each file and leaves three files: the encoded
+records that passed, their fingerprints for the duplicate search, and, written last, a JSON file with a row for every
+file. A part whose JSON file exists is done.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data_pipelines.curation import Filters, apply_filters
-from data_pipelines.decode import ImageRefused, decode_image, make_record
+from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_record
+from data_pipelines.duplicates import FEATURE_SIZE, fingerprint_image
 from data_pipelines.intensity import to_uint8
-from data_pipelines.records import encode_record, write_shard
-from data_pipelines.sources import Rejection, Source, SourceUnreadable, read_source
+from data_pipelines.records import Record, encode_record, write_shard
+from data_pipelines.sources import Rejection, Source, SourceReader, SourceUnreadable
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
     """One image that passed the filters of its own.
 
@@ -33,7 +35,6 @@ class Candidate:
       content: BLAKE2b digest (hexadecimal) of shape, type and pixels; equal pixels, equal digest.
       pixel_sum, pixel_square_sum: sums over the pixels in [0, 1] under the default intensity mapping.
       entropy: Shannon entropy of the 256-level histogram, bit.
-      attributes: the record's.
     """
 
     key: str
@@ -45,15 +46,25 @@ class Candidate:
     pixel_sum: float
     pixel_square_sum: float
     entropy: float
-    attributes: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The rows of an examined part; record i of its records file belongs to candidate i."""
+    """The rows of an examined part; record i of its records file belongs to candidate i.
+
+    Attributes:
+      candidates: the images that passed their own filters.
+      rejections: the files that did not.
+      kinds: "FORMAT mode" -> number of candidates, and "notes" that apply to some: frames dropped, turned, cropped.
+      codes: (n,) uint64 perceptual hashes of the candidates.
+      features: (n, 256) float16 small-image features.
+    """
 
     candidates: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
+    kinds: Counter[str]
+    codes: np.ndarray
+    features: np.ndarray
 
 
 def records_path(folder: str, number: int) -> str:
@@ -66,54 +77,79 @@ def rows_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.json")
 
 
+def _fingerprints_path(folder: str, number: int) -> str:
+    return os.path.join(folder, f"part-{number:06d}.npz")
+
+
 def examine_part(folder: str, number: int, sources: Sequence[Source], filters: Filters) -> int:
-    """Examines `sources` and writes part `number` into `folder`. Returns the number of candidates."""
+    """Examines `sources` and writes part `number` into `folder`. Returns the number of files examined."""
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []
+    kinds: Counter[str] = Counter()
+    codes: list[np.uint64] = []
+    features: list[np.ndarray] = []
 
-    def accepted_records():
-        for source in sources:
-            try:
-                stored, candidate = _examine(source, filters)
-            except (SourceUnreadable, ImageRefused) as refusal:
-                rejections.append(Rejection(source.key, refusal.reason, refusal.detail))
-                continue
-            candidates.append(candidate)
-            yield stored
+    def accepted_records() -> Iterator[bytes]:
+        with SourceReader() as reader:
+            for source in sources:
+                try:
+                    data = reader.read(source, filters.max_file_bytes)
+                    image = apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters)
+                except (SourceUnreadable, ImageRefused) as refusal:
+                    rejections.append(Rejection(source.key, refusal.reason, refusal.detail))
+                    continue
+                record = make_record(source.key, data, image)
+                stored = encode_record(record)
+                candidates.append(_describe(record, image.pixels, len(stored)))
+                kinds.update(_kinds(image))
+                code, feature = fingerprint_image(image.pixels)
+                codes.append(code)
+                features.append(feature)
+                yield stored
 
     write_shard(records_path(folder, number), accepted_records())
+    np.savez(
+        _fingerprints_path(folder, number),
+        codes=np.asarray(codes, np.uint64),
+        features=np.asarray(features, np.float16).reshape(-1, FEATURE_SIZE),
+    )
     rows = {
         "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
         "rejections": [dataclasses.asdict(rejection) for rejection in rejections],
+        "kinds": kinds,
     }
     beside = f"{rows_path(folder, number)}.{os.getpid()}"
     with open(beside, "w", encoding="utf-8") as file:
         json.dump(rows, file)
     os.replace(beside, rows_path(folder, number))
-    return len(candidates)
+    return len(sources)
 
 
-def _examine(source: Source, filters: Filters) -> tuple[bytes, Candidate]:
-    """Returns the encoded record of one file and its row."""
-    data = read_source(source, filters.max_file_bytes)
-    image = apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters)
-    record = make_record(source.key, data, image)
-    stored = encode_record(record)
-    gray = to_uint8(image.pixels)
+def _kinds(image: DecodedImage) -> Iterator[str]:
+    """What the report counts about an image's source."""
+    attributes = image.attributes
+    yield f"{attributes['format']} {attributes['mode']}"
+    for name in ("frames", "orientation", "border_crop", "scale"):
+        if name in attributes:
+            yield f"with {name}"
+
+
+def _describe(record: Record, pixels: np.ndarray, size: int) -> Candidate:
+    """Returns the row of an accepted image whose encoded record has `size` bytes."""
+    gray = to_uint8(pixels)
     histogram = np.bincount(gray.ravel(), minlength=256)
     levels = np.arange(256) / 255
     share = histogram[histogram > 0] / gray.size
-    return stored, Candidate(
-        key=source.key,
+    return Candidate(
+        key=record.key,
         height=record.height,
         width=record.width,
         bit_depth=record.bit_depth,
-        bytes=len(stored),
-        content=_content_digest(image.pixels),
+        bytes=size,
+        content=_content_digest(pixels),
         pixel_sum=float(histogram @ levels),
         pixel_square_sum=float(histogram @ levels**2),
         entropy=float(-(share * np.log2(share)).sum()),
-        attributes=dict(record.attributes),
     )
 
 
@@ -127,7 +163,12 @@ def read_part(folder: str, number: int) -> Part:
     """Returns the rows of a finished part."""
     with open(rows_path(folder, number), encoding="utf-8") as file:
         rows = json.load(file)
+    with np.load(_fingerprints_path(folder, number)) as arrays:
+        codes, features = arrays["codes"], arrays["features"]
     return Part(
         candidates=tuple(Candidate(**row) for row in rows["candidates"]),
         rejections=tuple(Rejection(**row) for row in rows["rejections"]),
+        kinds=Counter(rows["kinds"]),
+        codes=codes,
+        features=features,
     )

@@ -1,0 +1,79 @@
+"""Work spread over processes: results as they finish, dead workers reported, no orphans."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from data_pipelines.errors import InputError
+
+# `run_all(function, argument tuples)` yields the results as they finish, in no fixed order.
+RunAll = Callable[[Callable[..., Any], Sequence[tuple]], Iterator[Any]]
+
+# Waiting tasks a worker: enough that none idles, few enough that half a million files are not all in flight.
+_TASKS_AHEAD = 2
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int | None, tasks: int) -> Iterator[RunAll]:
+    """Yields a `RunAll` over `workers` processes.
+
+    Args:
+      workers: number of processes; None takes one a core; 0 or 1 works in this process, as does a single task.
+      tasks: the most tasks that one call will get.
+
+    Raises:
+      InputError: (in `run_all`) a worker died.
+    """
+    workers = min(os.cpu_count() or 1 if workers is None else workers, tasks)
+    if workers <= 1:
+        yield lambda function, tasks: (function(*arguments) for arguments in tasks)
+        return
+    # Spawned, not forked: the record writer and the decoders run threads.
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        yield lambda function, tasks: _run_all(pool, workers, function, tasks)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_all(
+    pool: concurrent.futures.Executor, workers: int, function: Callable[..., Any], tasks: Sequence[tuple]
+) -> Iterator[Any]:
+    remaining = iter(tasks)
+    waiting: set[concurrent.futures.Future] = set()
+    try:
+        while True:
+            for arguments in remaining:
+                waiting.add(pool.submit(function, *arguments))
+                if len(waiting) >= workers * _TASKS_AHEAD:
+                    break
+            if not waiting:
+                return
+            done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker process died (killed, or out of memory): run again to continue, with fewer --workers if memory "
+            "is short"
+        ) from None
+
+
+def _start_worker() -> None:
+    """Ctrl-C is the parent's to handle; a worker whose parent was killed must not live on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
