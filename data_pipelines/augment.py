@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.errors import InputError
+from data_pipelines.resample import resize
 
 # Mean and standard deviation of infrared gray levels scaled to [0, 1], as InfMAE was trained with.
 MEAN = 0.425
@@ -102,20 +102,6 @@ def crop_box(
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Antialiased bicubic resize (Keys, a = -0.5; the filter widens when shrinking), as Pillow defines it.
-
-    Args:
-      image: (H, W) uint8.
-      size: rows and columns of the result.
-
-    Returns:
-      (size[0], size[1]) uint8.
-    """
-    height, width = size
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
 def random_resized_crop(
     image: np.ndarray,
     rng: np.random.Generator,
@@ -123,7 +109,7 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """A random part of the image (see `crop_box`), resized to `size` by antialiased bicubic: (size[0], size[1]) uint8."""
+    """A random part of the image (see `crop_box`), resized by antialiased bicubic: (size[0], size[1]) uint8."""
     return resize(crop_box(rng, *image.shape, scale, ratio).of(image), size)
 
 

@@ -27,49 +27,6 @@ def _noise(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
 
 
-def _keys(distance):
-    """Keys' cubic with a = -0.5."""
-    distance = abs(distance)
-    if distance < 1:
-        return 1.5 * distance**3 - 2.5 * distance**2 + 1
-    return -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2 if distance < 2 else 0.0
-
-
-def _slow_resize_rows(pixels, size):
-    """Antialiased cubic along axis 0, one output row at a time, rounded as 8-bit storage does."""
-    step = pixels.shape[0] / size
-    widen = max(step, 1.0)
-    rows = []
-    for index in range(size):
-        center = (index + 0.5) * step
-        weights = [
-            _keys((row + 0.5 - center) / widen) if abs(row + 0.5 - center) < 2 * widen else 0.0
-            for row in range(len(pixels))
-        ]
-        rows.append(np.tensordot(np.array(weights) / sum(weights), pixels.astype(np.float64), 1))
-    return np.clip(np.floor(np.array(rows) + 0.5), 0, 255)
-
-
-@hypothesis.given(height=sides, width=sides, rows=st.integers(1, 40), columns=st.integers(1, 40))
-@hypothesis.settings(max_examples=40, deadline=None)
-def test_resize_is_antialiased_bicubic(height, width, rows, columns):
-    image = _noise(height, width)
-    got = resize(image, (rows, columns))
-    assert got.shape == (rows, columns) and got.dtype == np.uint8
-    # Either pass may come first (they differ in rounding), and fixed-point weights may round the other way.
-    assert min(np.abs(got - expected).max() for expected in _slow_resize(image, rows, columns)) <= 1
-
-
-def _slow_resize(image, rows, columns):
-    yield _slow_resize_rows(_slow_resize_rows(image.T, columns).T, rows)
-    yield _slow_resize_rows(_slow_resize_rows(image, rows).T, columns).T
-
-
-def test_resize_rounds_as_stored_pixels_do():
-    image = _noise(150, 190)
-    assert min((resize(image, (80, 96)) != expected).mean() for expected in _slow_resize(image, 80, 96)) < 1e-3
-
-
 @hypothesis.given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_boxes_lie_inside(height, width, seed):
