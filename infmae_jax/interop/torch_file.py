@@ -1,0 +1,230 @@
+"""The torch checkpoint file format, read and written without torch.
+
+Since torch 1.6 a checkpoint is a zip archive of uncompressed records: `NAME/data.pkl`, a pickle that describes the
+tensors, and `NAME/data/KEY`, the bytes of each storage. Before that it was five pickles and the storages in one stream.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from data_pipelines.errors import InputError
+from infmae_jax.interop import pickle_data
+
+_DTYPES = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+_MAX_PICKLE_BYTES = 64 << 20  # the pickle of a billion-parameter model with optimizer state is below 1 MB
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
+_ALIGNMENT = 64  # torch maps records into memory at this alignment
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the tensors of a torch checkpoint; no code of the file is run.
+
+    Args:
+      path: a file holding `{"model": state_dict, ...}` or a bare state dict.
+
+    Returns:
+      The state dict, name -> array of the stored dtype and shape, and what else the file holds at its top level that is
+      a string or number (an optimizer's tensors beside the model are not even read).
+
+    Raises:
+      InputError: the file is missing, truncated, damaged, no torch checkpoint, has no state dict, or its pickle asks
+        for anything but tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+            file.seek(0)
+            if start.startswith(b"PK"):
+                return _read_zip(file)
+            return _read_legacy(file, start)
+    except pickle_data.PickleRefused as error:
+        raise InputError(f"{path} cannot be loaded: {error}") from error
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with zipfile.ZipFile(file) as archive:
+        records = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise pickle_data.PickleRefused("it is a zip archive but no torch checkpoint (no data.pkl inside)")
+        root = pickles[0].removesuffix("data.pkl")
+        if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise pickle_data.PickleRefused("its pickle is too large to describe a model")
+        tree = pickle_data.read_pickle(archive.read(pickles[0]))
+        swapped = f"{root}byteorder" in records and archive.read(f"{root}byteorder") == b"big"
+
+        def storage_bytes(storage: pickle_data.Storage) -> bytes:
+            info = records.get(f"{root}data/{storage.key}")
+            if info is None:
+                raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise pickle_data.PickleRefused("its records are compressed, which torch never does")
+            return archive.read(info)
+
+        return _materialise(tree, storage_bytes, swapped)
+
+
+def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    # The stream opens with the pickled magic number: protocol 2, LONG1, ten bytes.
+    if start[2:14] != b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little"):
+        raise pickle_data.PickleRefused("it is not a torch checkpoint (neither a zip archive nor torch's older format)")
+    _, _, system, tree, keys = [pickle_data.read_pickle(file) for _ in range(_LEGACY_PICKLES)]
+    if not isinstance(system, dict) or not isinstance(keys, list):
+        raise pickle_data.PickleRefused("its header is damaged")
+    swapped = system.get("little_endian") is False
+    size = os.fstat(file.fileno()).st_size
+    places = {}  # key -> (first byte, elements); the size of an element is known only with the tensor
+    sizes = {s.key: _dtype(s).itemsize for s in _storages(tree)}
+    for key in keys:
+        count = int.from_bytes(_read_exactly(file, 8, size), "little")
+        places[key] = (file.tell(), count)
+        file.seek(count * sizes.get(key, 0), os.SEEK_CUR)
+
+    def storage_bytes(storage: pickle_data.Storage) -> bytes:
+        if storage.key not in places:
+            raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
+        position, count = places[storage.key]
+        file.seek(position)
+        return _read_exactly(file, count * _dtype(storage).itemsize, size)
+
+    return _materialise(tree, storage_bytes, swapped)
+
+
+def _read_exactly(file: BinaryIO, count: int, file_size: int) -> bytes:
+    if file.tell() + count > file_size:
+        raise EOFError("it ends inside its tensors")
+    return file.read(count)
+
+
+def _storages(tree: Any) -> Iterator[pickle_data.Storage]:
+    """Every storage that the object mentions; shared or cyclic containers are visited once."""
+    pending, seen = [tree], set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, pickle_data.StoredTensor):
+            yield item.storage
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            pending.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _materialise(tree, storage_bytes, swapped: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    if not isinstance(tree, dict):
+        raise pickle_data.PickleRefused("it holds no state dict (a whole pickled module cannot be loaded)")
+    state = tree["model"] if isinstance(tree.get("model"), dict) else tree
+    tensors = {name: item for name, item in state.items() if isinstance(item, pickle_data.StoredTensor)}
+    if not tensors or not all(isinstance(name, str) for name in tensors):
+        raise pickle_data.PickleRefused("it holds no state dict, neither at its top level nor under 'model'")
+    extras = {key: item for key, item in tree.items() if isinstance(item, (str, int, float))}
+    flat: dict[str, np.ndarray] = {}
+    arrays = {}
+    for name, tensor in tensors.items():
+        if tensor.storage.key not in flat:
+            flat[tensor.storage.key] = _storage_array(tensor.storage, storage_bytes(tensor.storage), swapped)
+        arrays[name] = _view(name, tensor, flat[tensor.storage.key])
+    return arrays, extras
+
+
+def _dtype(storage: pickle_data.Storage) -> np.dtype:
+    if storage.kind not in _DTYPES:
+        raise pickle_data.PickleRefused(f"a tensor has the element type {storage.kind}, which is not supported")
+    return _DTYPES[storage.kind]
+
+
+def _storage_array(storage: pickle_data.Storage, data: bytes, swapped: bool) -> np.ndarray:
+    dtype = _dtype(storage)
+    if len(data) != storage.count * dtype.itemsize:
+        raise EOFError(f"storage {storage.key} has {len(data)} bytes, {storage.count * dtype.itemsize} expected")
+    array = np.frombuffer(data, dtype)
+    return array.byteswap() if swapped else array
+
+
+def _view(name: str, tensor: pickle_data.StoredTensor, flat: np.ndarray) -> np.ndarray:
+    shape, stride = tensor.shape, tensor.stride
+    count = int(np.prod(shape, dtype=object))
+    last = tensor.offset + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
+    if count and (count > flat.size or last >= flat.size):
+        raise pickle_data.PickleRefused(f"tensor {name} reaches outside its storage")
+    view = np.lib.stride_tricks.as_strided(
+        flat[tensor.offset :], shape, [step * flat.itemsize for step in stride], writeable=False
+    )
+    return np.ascontiguousarray(view).reshape(shape)
+
+
+def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> None:
+    """Writes float32 tensors as `{"model": state_dict, **extras}` in torch's zip format.
+
+    The bytes are a function of the arguments alone. `torch.load(path, weights_only=True)` reads the file.
+    """
+    arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        _write_record(archive, "archive/data.pkl", _describe(arrays, extras))
+        _write_record(archive, "archive/byteorder", b"little")
+        for key, array in enumerate(arrays.values()):
+            _write_record(archive, f"archive/data/{key}", array.astype("<f4", copy=False).data)
+        _write_record(archive, "archive/version", b"3\n")
+
+
+def _write_record(archive: zipfile.ZipFile, name: str, data) -> None:
+    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    header = 30 + len(name.encode()) + 4  # local file header, name, head of the padding field
+    padding = -(archive.fp.tell() + header) % _ALIGNMENT
+    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+    archive.writestr(info, bytes(data))
+
+
+def _describe(arrays: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> bytes:
+    """The pickle (protocol 2) of `{"model": {name: tensor}, **extras}`; every tensor has a storage of its own."""
+    body = [b"\x80\x02}(", _text("model"), b"}("]
+    for key, (name, array) in enumerate(arrays.items()):
+        strides = [stride // array.itemsize for stride in array.strides]
+        storage = (
+            b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text(str(key)) + _text("cpu") + _int(array.size) + b"tQ"
+        )
+        body += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, _int(0)]
+        body += [_ints(array.shape), _ints(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
+    body.append(b"u")
+    for key, value in extras.items():
+        body += [_text(key), _text(value)]
+    return b"".join([*body, b"u."])
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def _int(value: int) -> bytes:
+    if value < 1 << 31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)
+
+
+def _ints(values) -> bytes:
+    return b"(" + b"".join(_int(int(value)) for value in values) + b"t"
