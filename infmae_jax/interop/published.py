@@ -1,0 +1,265 @@
+"""A published state dict and what this project makes of it: architecture, parameters, masks, and back.
+
+Beside the parameters a published checkpoint holds the fixed position embeddings, which are checked and computed again
+on the way out, and (InfMAE) the convolution that scores patches for the mask, whose channel mean is the host's kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from data_pipelines.errors import InputError
+from data_pipelines.masking import MaskConfig
+from infmae_jax.interop import names
+from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.patches import PATCH, position_embedding
+from infmae_jax.training.checkpoint import abstract_params
+
+METADATA_KEY = "infmae_jax"
+# What tensors do not tell of an architecture, as published.
+_UNTOLD = dict(heads=12, decoder_heads=16, norm_pix_loss=False)
+_SCORE_WEIGHT, _SCORE_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
+_POSITIONS = ("pos_embed", "decoder_pos_embed")
+_POSITION_TOLERANCE = 1e-4  # a float16 checkpoint rounds sines by up to 2.5e-4 / 2
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model wherever it is stored.
+
+    Attributes:
+      model: architecture.
+      mask: the token selection that belongs to it.
+      image_size: pixel rows and columns of its pretraining crops.
+      params: tree of float32 arrays, as `InfMAE.init` makes it.
+      score_filters: the published scoring convolution, weight (D,C,16,16) and bias (D,), float32; None where the model
+        does not come from a published InfMAE checkpoint.
+    """
+
+    model: InfMAEConfig
+    mask: MaskConfig
+    image_size: tuple[int, int]
+    params: dict[str, Any]
+    score_filters: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def from_state(
+    state: Mapping[str, np.ndarray],
+    metadata: str | None = None,
+    *,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    norm_pix_loss: bool | None = None,
+) -> Checkpoint:
+    """Reads a published state dict.
+
+    Args:
+      state: published name -> array.
+      metadata: what `to_state` wrote beside the tensors, if the file has it.
+      heads, decoder_heads: attention heads, which tensors do not tell; by default those of the metadata, else the
+        published 12 and 16.
+      norm_pix_loss: whether the model predicts pixels normalised per patch; by default that of the metadata, else no.
+
+    Raises:
+      InputError: not the state dict of an InfMAE or MAE model, or tensors are missing, unknown or of the wrong shape
+        (each named), or its position embedding is not the fixed one.
+    """
+    noted, mask = _read_metadata(metadata)
+    given = dict(heads=heads, decoder_heads=decoder_heads, norm_pix_loss=norm_pix_loss)
+    config = _read_architecture(state, noted | {field: value for field, value in given.items() if value is not None})
+    entries = names.table(config)
+    _check_tensors(state, config, entries)
+    image_size = tuple(extent * PATCH for extent in _check_positions(state, config))
+    params = {entry.path: entry.layout.adopt(np.asarray(state[entry.name], np.float32)) for entry in entries}
+    filters = None
+    if config.encoder == "hybrid":
+        filters = tuple(np.asarray(state[name], np.float32) for name in (_SCORE_WEIGHT, _SCORE_BIAS))
+    return Checkpoint(
+        config, mask or _published_mask(filters), image_size, traverse_util.unflatten_dict(params), filters
+    )
+
+
+def to_state(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], str]:
+    """Writes a checkpoint in published names and layouts.
+
+    Returns:
+      name -> float32 array, and a line of JSON with what the published format has no place for (heads, mask).
+
+    Raises:
+      InputError: the checkpoint has no decoder, which the published format needs.
+    """
+    config = checkpoint.model
+    params = traverse_util.flatten_dict(checkpoint.params)
+    entries = names.table(config)
+    absent = [entry.name for entry in entries if entry.path not in params]
+    if absent:
+        raise InputError(f"the checkpoint lacks {_listing(absent)}, so it cannot be written in the published format")
+    state = {}
+    if config.encoder == "hybrid":
+        state[_SCORE_WEIGHT], state[_SCORE_BIAS] = checkpoint.score_filters or score_filters(config, checkpoint.mask)
+    grid = tuple(extent // PATCH for extent in checkpoint.image_size)
+    state.update(zip(_POSITIONS, _published_positions(config, grid), strict=True))
+    state.update({entry.name: entry.layout.publish(np.asarray(params[entry.path], np.float32)) for entry in entries})
+    model = {field: getattr(config, field) for field in _UNTOLD}
+    return state, json.dumps(dict(model=model, mask=dataclasses.asdict(checkpoint.mask)))
+
+
+def mean_kernel(filters: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, float]:
+    """The one kernel whose response is the channel mean of a convolution: nested tuples (16,16,C), and its bias."""
+    kernel = filters[0].astype(np.float64).mean(axis=0).transpose(1, 2, 0)
+    return tuple(tuple(map(tuple, row)) for row in kernel.tolist()), float(filters[1].astype(np.float64).mean())
+
+
+def score_filters(config: InfMAEConfig, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A scoring convolution for the published code: weight (D,C,16,16) and bias (D,).
+
+    All its filters are the mask's kernel, so their mean is too. The published order is ascending: a descending score
+    is negated. Scores that are no linear filter are written as the gray mean, highest first.
+    """
+    if mask.score == "kernel":
+        sign = -1.0 if mask.descending else 1.0
+        kernel, bias = sign * np.asarray(mask.kernel, np.float64).transpose(2, 0, 1), sign * mask.bias
+    else:
+        sign = 1.0 if mask.score == "gray_mean" and not mask.descending else -1.0
+        count = config.in_channels * PATCH**2
+        kernel, bias = np.full((config.in_channels, PATCH, PATCH), sign / count), 0.0
+    width = config.widths[-1]
+    weight = np.broadcast_to(kernel.astype(np.float32), (width, *kernel.shape))
+    return np.ascontiguousarray(weight), np.full((width,), bias, np.float32)
+
+
+def _read_metadata(metadata: str | None) -> tuple[dict[str, Any], MaskConfig | None]:
+    """What tensors do not tell of the architecture, published values where nothing is noted; the mask, if noted."""
+    if not metadata:
+        return dict(_UNTOLD), None
+    try:
+        fields = json.loads(metadata)
+        model = {field: type(default)(fields["model"][field]) for field, default in _UNTOLD.items()}
+        mask = MaskConfig(**{**fields["mask"], "kernel": _nested_tuple(fields["mask"]["kernel"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"its {METADATA_KEY!r} entry is damaged; remove the entry or copy the file again") from error
+    return model, mask
+
+
+def _nested_tuple(values):
+    return tuple(_nested_tuple(value) for value in values) if isinstance(values, list) else values
+
+
+def _published_mask(filters: tuple[np.ndarray, np.ndarray] | None) -> MaskConfig:
+    """As the published code masks: MAE at random, InfMAE every fourth token of the ascending order of its filters."""
+    if filters is None:
+        return MaskConfig(score="none", selection="random")
+    kernel, bias = mean_kernel(filters)
+    return MaskConfig(score="kernel", kernel=kernel, bias=bias, descending=False, stride=4)
+
+
+def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) -> InfMAEConfig:
+    """Widths and depths as the tensors have them; what they cannot tell comes from `untold`."""
+    hybrid = any(name.startswith("patch_embed1.") for name in state) or any(n.startswith("blocks3.") for n in state)
+    if not hybrid and not ("cls_token" in state and any(name.startswith("blocks.") for name in state)):
+        raise InputError(
+            "it is not the state dict of an InfMAE or MAE model: it has neither patch_embed1 nor cls_token and blocks, "
+            f"but {_listing(list(state))}"
+        )
+    if hybrid:
+        shapes = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in (1, 2, 3)]
+        encoder = dict(widths=tuple(s[0] for s in shapes), depths=tuple(_depth(state, f"blocks{s}") for s in (1, 2, 3)))
+        block, width = "blocks3.0", shapes[2][0]
+    else:
+        shapes = [_shape(state, "patch_embed.proj.weight", 4)]
+        width = shapes[0][0]
+        encoder = dict(widths=(width,) * 3, depths=(_depth(state, "blocks"),) * 3)
+        block = "blocks.0"
+    decoder_width = _shape(state, "decoder_embed.weight", 2)[0]
+    hidden = _shape(state, f"{block}.mlp.fc1.weight", 2)[0]
+    if hidden % width:
+        raise InputError(f"its MLPs are {hidden} wide, not a multiple of the width {width}")
+    if untold["heads"] < 1 or untold["decoder_heads"] < 1:
+        raise InputError(f"a model needs at least one attention head, not {untold['heads']}, {untold['decoder_heads']}")
+    try:
+        return InfMAEConfig(
+            encoder="hybrid" if hybrid else "vit",
+            in_channels=shapes[0][1],
+            mlp_ratio=hidden // width,
+            fuse_stages=not hybrid or any(name.startswith("stage1_output_decode.") for name in state),
+            decoder_width=decoder_width,
+            decoder_depth=_depth(state, "decoder_blocks"),
+            **encoder,
+            **untold,
+        )
+    except ValueError as error:
+        raise InputError(f"{error}; give the checkpoint's own --heads and --decoder_heads") from error
+
+
+def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
+    if name not in state:
+        raise InputError(f"tensor {name} is missing: half a checkpoint, or another architecture's")
+    if state[name].ndim != rank or 0 in state[name].shape:
+        raise InputError(f"tensor {name} has shape {state[name].shape}, {rank} axes expected")
+    return state[name].shape
+
+
+def _depth(state: Mapping[str, np.ndarray], prefix: str) -> int:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d{1,4})\.")
+    deepest = max((int(match[1]) for name in state if (match := pattern.match(name))), default=-1)
+    return min(deepest + 1, len(state))  # a made-up index must not make a model of thousands of blocks
+
+
+def _check_tensors(state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry]) -> None:
+    shapes = traverse_util.flatten_dict(abstract_params(config))
+    expected = {entry.name: entry.layout.shape(shapes[entry.path].shape) for entry in entries}
+    if config.encoder == "hybrid":
+        width = config.widths[-1]
+        expected |= {_SCORE_WEIGHT: (width, config.in_channels, PATCH, PATCH), _SCORE_BIAS: (width,)}
+    missing = [name for name in (*expected, *_POSITIONS) if name not in state]
+    unknown = [name for name in state if name not in expected and name not in _POSITIONS]
+    misshaped = [
+        f"{name} {state[name].shape}, not {shape}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    problems = [("missing", missing), ("unknown", unknown), ("of the wrong shape", misshaped)]
+    found = [f"{len(listed)} {what}: {_listing(listed)}" for what, listed in problems if listed]
+    if found:
+        raise InputError(f"its tensors do not fit an InfMAE or MAE model; {'; '.join(found)}")
+    not_real = [name for name in (*expected, *_POSITIONS) if state[name].dtype.kind in "biu"]
+    if not_real:
+        raise InputError(f"tensors hold integers where weights are expected: {_listing(not_real)}")
+
+
+def _listing(items: list[str]) -> str:
+    shown = ", ".join(items[:_NAMES_SHOWN])
+    return shown if len(items) <= _NAMES_SHOWN else f"{shown} and {len(items) - _NAMES_SHOWN} more"
+
+
+def _published_positions(config: InfMAEConfig, grid: tuple[int, int]) -> list[np.ndarray]:
+    """`pos_embed` and `decoder_pos_embed`: (1,N,D), with a row of zeros for the class token first where there is one."""
+    prefix = int(config.encoder == "vit")
+    widths = (config.widths[-1], config.decoder_width)
+    return [np.pad(position_embedding(grid, width), ((prefix, 0), (0, 0)))[None] for width in widths]
+
+
+def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig) -> tuple[int, int]:
+    """The token grid whose fixed embeddings the file holds; the published format does not say it otherwise."""
+    tokens = _shape(state, _POSITIONS[0], 3)[1] - int(config.encoder == "vit")
+    heights = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    for rows in sorted(heights, key=lambda rows: abs(rows - tokens / rows)):
+        expected = _published_positions(config, (rows, tokens // rows))
+        if all(
+            state[name].shape == array.shape and np.allclose(state[name], array, rtol=0, atol=_POSITION_TOLERANCE)
+            for name, array in zip(_POSITIONS, expected, strict=True)
+        ):
+            return rows, tokens // rows
+    raise InputError(
+        f"its {' and '.join(_POSITIONS)} are not the fixed sin-cos position embeddings of any grid of {tokens} tokens; "
+        "learned or interpolated ones are not supported"
+    )

@@ -1,0 +1,33 @@
+"""safetensors files with the tensor names and layouts of the published checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, which the reader needs
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from data_pipelines.errors import InputError
+
+
+def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Tensors (name -> array of the stored dtype) and metadata of a file; InputError if it is not a sound one."""
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (safetensors.SafetensorError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no sound safetensors file ({reason}); copy it again") from error
+
+
+def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes float32 tensors; `metadata` goes into the file's header, with the mark that PyTorch tools look for."""
+    arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
+    safetensors.numpy.save_file(arrays, path, {"format": "pt", **metadata})

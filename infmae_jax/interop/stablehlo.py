@@ -1,0 +1,37 @@
+"""The dense feature path as a serialised StableHLO module that runs with `jax` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export_features(
+    config: InfMAEConfig, params: dict[str, Any], image_size: tuple[int, int], platforms: Sequence[str] = PLATFORMS
+) -> bytes:
+    """Serialises `InfMAE.features` with its weights inside.
+
+    The result is read with `jax.export.deserialize(data).call(images)`: images (B,H,W,1) float32, normalised, any B and
+    the given H x W; it returns the dict of `features`.
+
+    Args:
+      config: architecture.
+      params: parameter tree; the encoder's part is enough.
+      image_size: pixel rows and columns (H, W), multiples of 16.
+      platforms: where the module may run, in JAX's names.
+    """
+    model, variables = InfMAE(config), {"params": {"encoder": params["encoder"]}}
+
+    def features(images: jax.Array) -> dict[str, jax.Array]:
+        return model.apply(variables, images, method="features")
+
+    (batch,) = jax.export.symbolic_shape("b")
+    images = jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.float32)
+    return bytes(jax.export.export(jax.jit(features), platforms=platforms)(images).serialize())
