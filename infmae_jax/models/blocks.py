@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from infmae_jax.models import patches
+from infmae_jax.models import depthwise, patches
 
 CONV_EPS = 1e-5  # LayerNorm in patch embeddings and convolution blocks
 TOKEN_EPS = 1e-6  # LayerNorm in transformer blocks and final norms
@@ -131,7 +131,7 @@ class PatchEmbed(nn.Module):
 class DepthwiseConv(nn.Module):
     """5 x 5 depthwise convolution with zero padding over the map of a `Layout`.
 
-    `method`: "shift", 25 shifted multiply-adds that XLA fuses, or "conv", XLA's grouped convolution. Same result.
+    `method`: "shift", shifted multiply-adds (see `depthwise`), or "conv", XLA's grouped convolution. Same result.
     """
 
     dtype: str
@@ -139,27 +139,23 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, cells: jax.Array, layout: Layout) -> jax.Array:
-        channels, size = cells.shape[-1], 5
+        channels, size = cells.shape[-1], depthwise.SIZE
         init, param_dtype = fan_in_uniform(size * size), float_dtype(self.dtype)
         kernel = self.param("kernel", init, (size, size, channels), param_dtype).astype(cells.dtype)
         bias = self.param("bias", init, (channels,), param_dtype)
-        out = _DEPTHWISE[self.method](layout.spread(cells), kernel)
-        return _add_bias(layout.gather(out), bias)
+        if self.method == "conv":
+            out = layout.gather(_grouped_convolution(layout.spread(cells), kernel))
+        elif layout.packed:
+            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid)
+        else:
+            out = depthwise.on_map(layout.spread(cells), kernel, cells.shape[1] // layout.grid[0])
+        return _add_bias(out, bias)
 
 
-def _depthwise_shift(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
-    rows, columns = grid_cells.shape[1:3]
-    radius = kernel.shape[0] // 2
-    padded = jnp.pad(grid_cells, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
-    taps = [
-        padded[:, i : i + rows, j : j + columns] * kernel[None, None, None, i, j]
-        for i in range(kernel.shape[0])
-        for j in range(kernel.shape[1])
-    ]
-    return functools.reduce(jnp.add, taps)
+DEPTHWISE_METHODS = ("shift", "conv")
 
 
-def _depthwise_conv(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
+def _grouped_convolution(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
         grid_cells,
         kernel[:, :, None, :],
@@ -168,10 +164,6 @@ def _depthwise_conv(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=kernel.shape[-1],
     )
-
-
-_DEPTHWISE = {"shift": _depthwise_shift, "conv": _depthwise_conv}
-DEPTHWISE_METHODS = tuple(_DEPTHWISE)
 
 
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,0 +1,132 @@
+"""5 x 5 depthwise convolution over visible patches or whole maps, with a hand-written backward pass.
+
+Written as 25 shifted multiply-adds that XLA fuses: its grouped convolution is slow, most of all backward. Two facts
+make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are transposes of each
+other, so the gradient with respect to the cells is the same operation with the kernel turned by 180 degrees: it gathers
+and never scatters. And the kernel's gradient is summed over the r x r cells of a patch before the (slow) reduction over
+patches.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.models import patches
+
+SIZE = 5
+RADIUS = SIZE // 2
+_TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int) -> jax.Array:
+    """Zero-padded depthwise convolution of whole maps.
+
+    Args:
+      cells: (B,R,S,C).
+      kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
+      patch_cells: r, a divisor of R and S; how the kernel's gradient is summed.
+
+    Returns:
+      (B,R,S,C).
+    """
+    return _multiply_add(_pad(cells), kernel)
+
+
+def _on_map_forward(cells, kernel, patch_cells):
+    return on_map(cells, kernel, patch_cells), (cells, kernel)
+
+
+def _on_map_backward(patch_cells, saved, grad):
+    cells, kernel = saved
+    return (
+        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_pad(cells), grad, patch_cells).astype(kernel.dtype),
+    )
+
+
+on_map.defvjp(_on_map_forward, _on_map_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The same at visible patches alone, masked ones reading as zero.
+
+    Args:
+      cells: (B,K,r,r,C), the cells of the visible patches.
+      kernel: (5,5,C).
+      ids: (B,K) int32, which patches they are; no repeats.
+      grid: token rows and columns.
+
+    Returns:
+      (B,K,r,r,C).
+    """
+    return _multiply_add(_windows(cells, ids, grid), kernel)
+
+
+def _on_visible_forward(cells, kernel, ids, grid):
+    return on_visible(cells, kernel, ids, grid), (cells, kernel, ids)
+
+
+def _on_visible_backward(grid, saved, grad):
+    cells, kernel, ids = saved
+    return (
+        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
+        None,
+    )
+
+
+on_visible.defvjp(_on_visible_forward, _on_visible_backward)
+
+
+def _pad(cells: jax.Array) -> jax.Array:
+    return jnp.pad(cells, ((0, 0), (RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)))
+
+
+def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B,K,r,r,C) -> (B,K,r+4,r+4,C): each visible patch with its surroundings, zero where nothing is visible."""
+    batch, _, r, _, channels = cells.shape
+    empty = jnp.zeros((batch, grid[0] * grid[1], r, r, channels), cells.dtype)
+    whole = _pad(patches.tokens_to_grid(patches.place_tokens(cells, ids, empty), grid))
+    rows, columns = ids // grid[1] * r, ids % grid[1] * r
+    side = r + 2 * RADIUS
+
+    def cut(sample, row, column):
+        return jax.lax.dynamic_slice(sample, (row, column, 0), (side, side, channels))
+
+    return jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(whole, rows, columns)
+
+
+def _multiply_add(windows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., R+4, S+4, C), (5,5,C) -> (..., R, S, C)."""
+    rows, columns = windows.shape[-3] - 2 * RADIUS, windows.shape[-2] - 2 * RADIUS
+    lead = (1,) * (windows.ndim - 1)
+    taps = (
+        windows[..., i : i + rows, j : j + columns, :] * kernel[i, j].reshape(*lead, -1) for i, j in _TAPS
+    )
+    return functools.reduce(jnp.add, taps)
+
+
+def _kernel_gradient(windows: jax.Array, grad: jax.Array, step: int) -> jax.Array:
+    """(..., R+4, S+4, C), (..., R, S, C) -> (5,5,C), accumulated at least in float32."""
+    accumulate = jnp.promote_types(grad.dtype, jnp.float32)
+    rows, columns, channels = grad.shape[-3:]
+
+    def patch_sum(i, j):
+        products = (
+            windows[..., i + y : i + y + rows - step + 1 : step, j + x : j + x + columns - step + 1 : step, :].astype(
+                accumulate
+            )
+            * grad[..., y::step, x::step, :].astype(accumulate)
+            for y in range(step)
+            for x in range(step)
+        )
+        return functools.reduce(jnp.add, products).reshape(-1, channels)
+
+    sums = jnp.concatenate([patch_sum(i, j) for i, j in _TAPS], axis=1)
+    total = jnp.ones((1, sums.shape[0]), accumulate) @ sums
+    return total.reshape(SIZE, SIZE, channels)
