@@ -1,0 +1,177 @@
+"""ConfigDict stops here: configs become nested frozen dataclasses, and every mistake names its key.
+
+Config files build a dataclass and return `to_config` of it; commands turn the ConfigDict, with the overrides of the
+command line, back with `from_config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from data_pipelines.errors import InputError
+from data_pipelines.pipeline import PipelineConfig
+from infmae_jax.models.infmae import InfMAEConfig, variant
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with per-step linear warm-up and half-cosine decay to zero (InfMAE, training recipe).
+
+    Attributes:
+      base_learning_rate: for 256 images; the peak is base_learning_rate * batch_size / 256.
+      warmup: duration of the linear warm-up.
+      weight_decay: decoupled; not applied to biases and other one-dimensional parameters.
+      b1, b2: AdamW's moment decays.
+      clip_norm: clip gradients to this global norm; 0 is off.
+      accumulate: micro-batches a step; the batch size stays the global one.
+    """
+
+    base_learning_rate: float = 1.5e-4
+    warmup: str = "40 epochs"
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float = 0.0
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one of them may be -1, "the rest". `data` replicates, `fsdp` shards parameters."""
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig:
+    """The embedded synthetic data set, made when `images` > 0: pretraining data, and a labelled set to probe with."""
+
+    images: int = 0
+    height: int = 256
+    width: int = 320
+    probe_images: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that defines a pretraining run.
+
+    Attributes:
+      seed: of initialisation; data have their own (`data.seed`).
+      duration: of the whole run, e.g. "400 epochs".
+      log_every, checkpoint_every, picture_every: durations; "0 steps" is never.
+      keep_checkpoints: the latest n are kept.
+      init_from: a run folder whose weights start this run; empty: random.
+      colormap: of pictures, "inferno" or "gray".
+    """
+
+    seed: int = 0
+    model: InfMAEConfig = variant("base")
+    data: PipelineConfig = PipelineConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    duration: str = "400 epochs"
+    log_every: str = "50 steps"
+    checkpoint_every: str = "1 epochs"
+    picture_every: str = "10 epochs"
+    keep_checkpoints: int = 3
+    init_from: str = ""
+    colormap: str = "inferno"
+    embedded: EmbeddedConfig = EmbeddedConfig()
+
+
+# Keys that do not change what a run computes; all others must stay as they are when a run is resumed. Shard sets may
+# move: their fingerprints are compared.
+FREE_KEYS = (
+    "data.shards", "data.workers", "data.threads", "data.prefetch", "mesh.", "log_every", "checkpoint_every", "picture_every",
+    "keep_checkpoints", "colormap",
+)  # fmt: skip
+
+
+def to_config(value: Any) -> ConfigDict:
+    """A dataclass as ConfigDict. Tuples of strings become comma-separated text, so that flags can set them."""
+    out = ConfigDict()
+    for field, hint in _fields(type(value)).items():
+        item = getattr(value, field)
+        if dataclasses.is_dataclass(item):
+            item = to_config(item)
+        elif hint == tuple[str, ...]:
+            item = ",".join(item)
+        out[field] = item
+    return out
+
+
+def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
+    """A mapping (ConfigDict or parsed JSON) as dataclass `cls`; keys left out take their defaults.
+
+    Raises:
+      InputError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+    """
+    fields = _fields(cls)
+    for key in config:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
+            raise InputError(f"config key {path}{key} is unknown; {hint}")
+    values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in config}
+    try:
+        return cls(**values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"config {path.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_config(hint, value, f"{path}.")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if hint == tuple[str, ...] and isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    if hint is tuple or typing.get_origin(hint) is tuple:
+        if isinstance(value, (tuple, list)):
+            return _as_tuple(value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, bool):
+        pass
+    elif isinstance(value, hint):
+        return value
+    raise InputError(f"config key {path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
+    """Readable lines of the keys whose values differ, `FREE_KEYS` left out."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        where = f"{path}{key}"
+        if where.startswith(FREE_KEYS):
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{where}.")
+        elif _as_tuple(a) != _as_tuple(b):
+            lines.append(f"{where} was {a!r}, is {b!r}")
+    return lines
