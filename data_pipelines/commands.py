@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app
+from absl import app, flags
 
 from data_pipelines.errors import InputError
 
-EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
@@ -20,18 +19,26 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
       main: takes the positional arguments left after flag parsing (program name first) and returns an exit code or None.
       argv: command line, by default `sys.argv`.
 
-    Exit codes: 0 or what `main` returns; 1 unusable flags (absl prints the usage) or an unexpected error (with its
-    traceback); 2 an `InputError`, printed as one line; 130 interrupted.
+    Exit codes: 0 or what `main` returns; 1 an unexpected error, with its traceback; 2 (or the error's own `exit_code`)
+    an `InputError`, printed as one line; 2 unusable flags or config; 130 interrupted.
     """
+
+    def parse(arguments: list[str]) -> list[str]:
+        try:
+            return flags.FLAGS(arguments)
+        except Exception as error:  # config files are code: whatever they raise is the user's to mend
+            lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
+            print(f"error: {lines[-1] if lines else type(error).__name__}", file=sys.stderr)
+            raise SystemExit(InputError.exit_code) from None
 
     def guarded(args: Sequence[str]) -> int | None:
         try:
             return main(args)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            return EXIT_INPUT_ERROR
+            return error.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
 
-    app.run(guarded, argv=list(argv) if argv is not None else None)
+    app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=parse)

@@ -5,5 +5,7 @@ class InputError(ValueError):
     """A mistake in what the user gave: a path, a flag, a config key, a file.
 
     The message is one line that names the thing and the remedy. Commands print it without a traceback and exit with
-    code 2 (see `data_pipelines.commands.run_command`).
+    `exit_code` (see `data_pipelines.commands.run_command`).
     """
+
+    exit_code = 2

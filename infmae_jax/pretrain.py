@@ -1,0 +1,69 @@
+"""Pretrains an encoder: python -m infmae_jax.pretrain --config=configs/pretrain/….py --workdir=RUN.
+
+Running the same command again resumes. Without flags it runs the demo on the embedded synthetic data set.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from data_pipelines.commands import EXIT_INTERRUPTED, run_command
+from data_pipelines.errors import InputError
+from infmae_jax import embedded, pictures
+from infmae_jax.training import loop
+from infmae_jax.training.config import PretrainConfig, from_config
+from infmae_jax.training.metrics import METRICS_NAME
+from infmae_jax.training.pretraining import PretrainTask
+
+_DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
+_CONFIG = config_flags.DEFINE_config_file("config", str(_DEMO), "What to run; every key can be overridden.")
+_WORKDIR = flags.DEFINE_string("workdir", os.path.join("runs", "demo"), "Run folder: made, or resumed.")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    logging.set_verbosity(logging.WARNING)
+    config, workdir = from_config(PretrainConfig, _CONFIG.value), Path(_WORKDIR.value)
+    config = embedded.with_shards(config, workdir)
+    result = loop.train(PretrainTask(config), config, workdir)
+    if result.interrupted:
+        print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
+        return EXIT_INTERRUPTED
+    pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
+    print(_summary(config, workdir, result.step))
+    return 0
+
+
+def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
+    """Where everything is and what to run next; for the demo, what the probe says."""
+    lines = []
+    labels = "labels.csv"
+    if config.embedded.probe_images:
+        top1 = embedded.probe(config, workdir)
+        labels = str(workdir / "data" / "labelled" / "class_labels.csv")
+        scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items())
+        lines.append(f"linear probe, scene class of synthetic scenes, top-1: {scores}")
+    last = workdir / "pictures" / f"step_{step:08d}.png"
+    return "\n".join([
+        *lines,
+        "",
+        f"finished {step} steps in {workdir}:",
+        f"  checkpoints      {workdir / 'checkpoints'}",
+        f"  losses           {workdir / METRICS_NAME}, {workdir / 'tensorboard'}",
+        f"  loss curve       {workdir / 'pictures' / 'loss.png'}",
+        f"  reconstructions  {last}",
+        f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",
+        "next:",
+        f"  python -m infmae_jax.reconstruct --checkpoint={workdir} --output=reconstruction.png IMAGE...",
+        f"  python -m infmae_jax.linear_probe --config=configs/linear_probe/csv.py --checkpoint={workdir} "
+        f"--workdir=runs/probe --config.csv={labels}",
+    ])  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_command(main)
