@@ -1,0 +1,37 @@
+"""What every pretraining config shares: the `:smoke` form, a CPU-sized run of the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from infmae_jax.training.config import EmbeddedConfig, PretrainConfig, to_config
+
+_SMOKE_MODEL = dict(widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
+
+
+def check_argument(arg: str) -> bool:
+    """True for "smoke", False for ""; ValueError for anything else after the colon of --config=FILE.py:ARG."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"config argument {arg!r} is unknown: use FILE.py, or FILE.py:smoke for a CPU-sized run")
+    return arg == "smoke"
+
+
+def pretrain(config: PretrainConfig, arg: str) -> ConfigDict:
+    """The config as ConfigDict, shrunk to seconds of CPU time when `arg` is "smoke"."""
+    return to_config(_smoke(config) if check_argument(arg) else config)
+
+
+def _smoke(config: PretrainConfig) -> PretrainConfig:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **_SMOKE_MODEL),
+        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0),
+        optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
+        duration="6 steps",
+        log_every="1 steps",
+        checkpoint_every="3 steps",
+        picture_every="3 steps",
+        embedded=EmbeddedConfig(images=24, height=96, width=128, probe_images=config.embedded.probe_images and 24),
+    )

@@ -1,0 +1,28 @@
+"""Demo: pretrain the tiny variant on the embedded synthetic data set, then probe it against the untrained encoder.
+
+Command:   launch/local.sh
+Hardware:  2 CPU cores
+Hours:     not measured
+Result:    not measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from data_pipelines.pipeline import PipelineConfig
+from infmae_jax.models.infmae import variant
+from infmae_jax.training.config import EmbeddedConfig, OptimizerConfig, PretrainConfig
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = PretrainConfig(
+        model=variant("tiny"),
+        data=PipelineConfig(image_size=(96, 96), batch_size=32),
+        optimizer=OptimizerConfig(base_learning_rate=4e-3, warmup="10 percent"),
+        duration="500 steps",
+        log_every="5 steps",
+        checkpoint_every="100 steps",
+        picture_every="250 steps",
+        embedded=EmbeddedConfig(images=600, probe_images=300),
+    )
+    return common.pretrain(config, arg)

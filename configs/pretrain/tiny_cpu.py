@@ -1,0 +1,27 @@
+"""Tiny variant on your own few thousand images, on the CPU of a laptop.
+
+Command:   python -m infmae_jax.pretrain --config=configs/pretrain/tiny_cpu.py --workdir=RUN --config.data.shards=SHARDS
+Hardware:  2 CPU cores
+Hours:     not measured
+Result:    not measured
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from data_pipelines.pipeline import PipelineConfig
+from infmae_jax.models.infmae import variant
+from infmae_jax.training.config import OptimizerConfig, PretrainConfig
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = PretrainConfig(
+        model=variant("tiny"),
+        data=PipelineConfig(image_size=(160, 160), batch_size=64),
+        optimizer=OptimizerConfig(base_learning_rate=4e-3, warmup="5 percent"),
+        duration="24 epochs",
+        log_every="10 steps",
+        checkpoint_every="1 epochs",
+        picture_every="4 epochs",
+    )
+    return common.pretrain(config, arg)
