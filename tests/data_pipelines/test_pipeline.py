@@ -82,9 +82,7 @@ def test_a_sample_is_the_composition_of_its_steps(shards):
     records = {record.key: record for record in map(decode_record, open_source(shards))}
     for step, batch in enumerate(_take(config, 4)):
         for place, key in enumerate(record_keys(config, step)):
-            counter = np.array([0, 0, 0, step * 8 + place], np.uint64)
-            key_of_seed = np.random.Philox(config.seed).state["state"]["key"]
-            rng = np.random.Generator(np.random.Philox(key=key_of_seed, counter=counter))
+            rng = np.random.default_rng([config.seed, step * 8 + place])
             image = decode_record_pixels(records[key])
             crop = flip(random_resized_crop(image, rng, (32, 48)), rng)
             crop = infrared_augment(crop, rng, augment)
