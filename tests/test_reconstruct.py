@@ -1,0 +1,125 @@
+"""The reconstruct command: a real process on a small run, and every mistake in one line."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import augment, masking
+from data_pipelines.errors import InputError
+from data_pipelines.synthetic import generate_scene
+from infmae_jax import pictures
+from infmae_jax.models.infmae import InfMAE, variant
+from infmae_jax.models.patches import normalize
+from infmae_jax.reconstruct import reconstruct
+from infmae_jax.training import checkpoint
+
+SMALL = {
+    "widths": (8, 12, 16),
+    "depths": (1, 1, 1),
+    "heads": 2,
+    "decoder_width": 16,
+    "decoder_heads": 2,
+    "decoder_depth": 1,
+}
+SIZE = (64, 96)
+
+
+def make_run(folder, mask, **overrides):
+    model = variant("tiny", **SMALL, **overrides)
+    rng = np.random.default_rng(1)
+    draw = lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32)
+    params = jax.tree.map(draw, checkpoint.abstract_params(model))
+    checkpoint.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "run", masking.MaskConfig(), norm_pix_loss=True)
+
+
+@pytest.fixture
+def image_files(tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, path in enumerate(paths):
+        Image.fromarray(generate_scene(0, index, (80, 112)).image).save(path)
+    return paths
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "infmae_jax.reconstruct", *map(str, arguments)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_command_writes_a_row_an_image(run, image_files, tmp_path):
+    output = tmp_path / "new" / "panel.png"
+    done = command(f"--checkpoint={run}", f"--output={output}", "--colormap=gray", *image_files)
+    assert done.returncode == 0, done.stderr
+    assert f"{output}: 3 images, mean masked loss" in done.stdout
+    panel = np.asarray(Image.open(output))
+    assert panel.shape[0] > 3 * SIZE[0] and panel.shape[1] > 5 * SIZE[1]
+    assert np.array_equal(panel[..., 0], panel[..., 2]) is False  # frames and veil are coloured
+    assert [path.name for path in output.parent.iterdir()] == ["panel.png"]
+
+
+def test_losses_are_the_models_own(run, image_files, tmp_path):
+    restored = checkpoint.restore_params(run)
+    model = InfMAE(restored.model)
+    loss_of = jax.jit(lambda image, ids: model.apply({"params": restored.params}, normalize(image), ids).loss)
+    for view in ("crop", "stretch"):
+        losses = reconstruct(run, image_files[:2], tmp_path / "p.png", view=view)
+        for path, loss in zip(image_files, losses, strict=False):
+            image = augment.center_crop_resize(np.asarray(Image.open(path)), SIZE, stretch=view == "stretch")[None]
+            ids_keep = masking.select_visible(masking.token_scores(image, restored.mask), restored.mask)
+            assert loss == pytest.approx(float(loss_of(image[..., None], ids_keep)), rel=1e-5)
+
+
+def test_random_masks_follow_the_seed_and_original_size_is_kept(image_files, tmp_path):
+    mask = masking.MaskConfig(score="none", selection="random")
+    folder = make_run(tmp_path / "random", mask, encoder="vit")
+    output = tmp_path / "p.png"
+    again = [reconstruct(folder, image_files, output, image_size=(32, 48), seed=s) for s in (0, 0, 1)]
+    assert again[0] == again[1] != again[2]
+    assert len(reconstruct(folder, image_files[:2], output, view="original")) == 2
+    assert Image.open(output).width == 5 * (2 * 112 + pictures._GAP) + pictures._GAP
+
+
+def test_mistakes_are_one_line(run, image_files, tmp_path):
+    broken, odd = tmp_path / "broken.png", tmp_path / "odd.png"
+    broken.write_bytes(b"not an image")
+    Image.fromarray(np.zeros((70, 96), np.uint8) + np.arange(96, dtype=np.uint8)).save(odd)
+    output, image = tmp_path / "out" / "p.png", image_files[0]
+    cases = [
+        ({"checkpoint": run, "images": []}, "no images"),
+        ({"checkpoint": tmp_path / "absent", "images": [image]}, "absent"),
+        ({"checkpoint": tmp_path, "images": [image]}, "not a run folder"),
+        ({"checkpoint": run, "images": [broken]}, "broken.png"),
+        ({"checkpoint": run, "images": [tmp_path / "gone.png"]}, "gone.png"),
+        ({"checkpoint": run, "images": [image], "image_size": (60, 96)}, "60x96 is not divisible by"),
+        ({"checkpoint": run, "images": [odd], "view": "original"}, "odd.png is 70x96, not divisible by 16"),
+        ({"checkpoint": run, "images": [image], "view": "original", "image_size": (64, 64)}, "--view=original"),
+        ({"checkpoint": run, "images": [image], "step": 7}, "no checkpoint 7"),
+        ({"checkpoint": run, "images": [image], "output": tmp_path / "p.jpg"}, "p.jpg is not a .png"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message) as caught:
+            reconstruct(**{"output": output, **arguments})
+        assert "\n" not in str(caught.value)
+    assert not output.parent.exists()
+
+
+def test_command_ends_with_one_line_and_code_2(run, image_files, tmp_path):
+    output = tmp_path / "p.png"
+    for arguments in (
+        [f"--checkpoint={tmp_path / 'absent'}", f"--output={output}", image_files[0]],
+        [f"--checkpoint={run}", f"--output={output}", "--image_size=64", image_files[0]],
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and not output.exists()
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
