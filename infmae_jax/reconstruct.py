@@ -7,6 +7,7 @@ One row an image: input, masked input, reconstruction, visible patches pasted ov
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from infmae_jax import pictures
 from infmae_jax.interop import formats
-from infmae_jax.models.infmae import InfMAE
+from infmae_jax.models.infmae import InfMAE, InfMAEConfig
 from infmae_jax.models.patches import PATCH, normalize
 
 VIEWS = ("crop", "stretch", "original")
@@ -80,21 +81,24 @@ def reconstruct(
         inputs = np.stack([center_crop_resize(image, size, stretch=view == "stretch") for image in pixels])
     scores = masking.token_scores(inputs, restored.mask)
     ids_keep = masking.select_visible(scores, restored.mask, np.random.default_rng(seed))
-    model = InfMAE(restored.model)
-
-    @jax.jit
-    def apply(params, image, ids):
-        out = model.apply({"params": params}, normalize(image), ids)
-        return out.pred, out.loss
-
     params = jax.device_put(restored.params)
     # One at a time: the memory needed does not grow with the number of images.
-    results = [apply(params, image[None, ..., None], ids[None]) for image, ids in zip(inputs, ids_keep, strict=True)]
+    results = [
+        _predict(restored.model, params, image[None, ..., None], ids[None])
+        for image, ids in zip(inputs, ids_keep, strict=True)
+    ]
     pred = np.concatenate([np.asarray(pred, np.float32) for pred, _ in results])
     pictures.reconstruction_panel(
         inputs, ids_keep, pred, scores, restored.model.norm_pix_loss, output, colormap, restored.mask.patch
     )
     return [float(loss) for _, loss in results]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(config: InfMAEConfig, params: dict, image: jax.Array, ids_keep: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(1,H,W,1) uint8 and (1,K) -> what the model predicts (1,N,P), and its loss ()."""
+    out = InfMAE(config).apply({"params": params}, normalize(image), ids_keep)
+    return out.pred, out.loss
 
 
 def _of_one_size(
