@@ -38,6 +38,7 @@ SHARD_SUFFIX = ".array_record"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 _MAGIC = b"IRIM"
+_TFDS_TAG = b"\x0a"  # first byte of every example that TensorFlow Datasets writes
 _RECORD_VERSION = 1
 _PREFIX = struct.Struct("<4sBIII")
 _ENCODINGS = ("jpeg", "png")
@@ -94,11 +95,25 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Returns the record stored in `data`.
+    """Returns the record stored in `data`, by `encode_record` or by a builder of `data_pipelines.builders`.
 
     Raises:
       CorruptRecord: wrong magic or version, wrong length, or the header's checksum does not match.
     """
+    if data.startswith(_TFDS_TAG):
+        # Imported on demand: it needs this module, and most shard sets do not need it.
+        from data_pipelines.tfds_examples import decode_example
+
+        record = decode_example(data)
+    else:
+        record = _decode_stored(data)
+    if record.encoding not in _ENCODINGS or record.bit_depth not in _BIT_DEPTHS:
+        raise CorruptRecord(f"unknown encoding {record.encoding!r} or bit depth {record.bit_depth!r}")
+    return record
+
+
+def _decode_stored(data: bytes) -> Record:
+    """The record in bytes of `encode_record`."""
     if len(data) < _PREFIX.size:
         raise CorruptRecord(f"a record of {len(data)} bytes is shorter than its header")
     magic, version, header_size, payload_size, checksum = _PREFIX.unpack_from(data)
@@ -114,12 +129,9 @@ def decode_record(data: bytes) -> Record:
         raise CorruptRecord("the checksum of the record's header does not match")
     try:
         header = json.loads(header_bytes)
-        record = Record(payload=data[payload_start:], **header)
+        return Record(payload=data[payload_start:], **header)
     except (ValueError, TypeError) as error:
         raise CorruptRecord(f"the record's header is not usable: {error}") from error
-    if record.encoding not in _ENCODINGS or record.bit_depth not in _BIT_DEPTHS:
-        raise CorruptRecord(f"unknown encoding {record.encoding!r} or bit depth {record.bit_depth!r}")
-    return record
 
 
 @dataclasses.dataclass(frozen=True)
