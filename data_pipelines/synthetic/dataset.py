@@ -87,7 +87,7 @@ def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], va
         table.writerow(("file", "split", "label"))
         for index in range(count):
             scene = generate_scene(seed, index, size)
-            split = "val" if _is_val(index // len(SCENE_CLASSES), val_fraction) else "train"
+            split = "val" if is_val(index, val_fraction) else "train"
             name = f"{index:06d}.png"
             _write_png(folder / "images" / split / name, scene.image)
             _write_png(folder / "class_masks" / split / name, scene.class_mask)
@@ -107,8 +107,9 @@ def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], va
     (folder / "classes.json").write_text(json.dumps(described, indent=1) + "\n")
 
 
-def _is_val(place: int, fraction: float) -> bool:
-    """Whether scene number `place` of its class goes to `val`; spreads them evenly, the first at place 1."""
+def is_val(index: int, fraction: float) -> bool:
+    """Whether scene `index` goes to the split `val`: a share of every class, spread evenly, from its second scene on."""
+    place = index // len(SCENE_CLASSES)
     return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import label
 
 from data_pipelines.errors import InputError
-from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, SURFACES, generate_scene, write_dataset
+from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, SURFACES, generate_scene, is_val, write_dataset
 from data_pipelines.synthetic import dataset as dataset_module
 from data_pipelines.synthetic.canvas import Canvas
 
@@ -182,8 +182,8 @@ def test_folder_holds_what_the_scenes_hold(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 0.8, 1.0])
 def test_split_keeps_classes_balanced(fraction):
-    chosen = [dataset_module._is_val(place, fraction) for place in range(100)]
-    assert sum(chosen) == round(100 * fraction)
+    chosen = np.array([is_val(index, fraction) for index in range(100 * CLASSES)]).reshape(100, CLASSES)
+    assert np.array_equal(chosen.sum(axis=0), np.full(CLASSES, round(100 * fraction)))
 
 
 def test_output_must_be_empty_and_failure_leaves_nothing(tmp_path, monkeypatch):
