@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines.decode import DecodedImage, ImageRefused
+from data_pipelines.decode import MAX_PIXELS, DecodedImage, ImageRefused
+from data_pipelines.intensity import count_values
 
 FILTER_REASONS = {
     "too_small": "both sides are under the smallest size (InfMAE, Inf30 construction)",
@@ -14,8 +15,12 @@ FILTER_REASONS = {
     "too_few_levels": "so few gray levels that it is a mask or a drawing",
 }
 
-# A black frame from a camera or a recorder is flat and dark, but JPEG leaves ripples in it.
-_BORDER_LEVEL = 16
+# A recorder's black frame is flat, up to the black level of video (16) and ripples of compression, and ends in a step;
+# a night sky or a dark wall does not.
+_BORDER_LEVEL = 20.0
+_BORDER_DEVIATION = 2.0
+_BORDER_STEP = 8.0
+_STEP_LINES = 8
 _MIN_BORDER = 2
 
 
@@ -34,7 +39,7 @@ class Filters:
     min_side: int = 20
     min_levels: int = 3
     crop_borders: bool = True
-    max_pixels: int = 1 << 26
+    max_pixels: int = MAX_PIXELS
     max_file_bytes: int = 1 << 29
 
 
@@ -64,22 +69,27 @@ def _check_size(pixels: np.ndarray, min_side: int) -> None:
 
 def count_levels(pixels: np.ndarray) -> int:
     """Number of distinct values in (H, W) unsigned integer pixels."""
-    return int(np.count_nonzero(np.bincount(pixels.ravel())))
+    return int(np.count_nonzero(count_values(pixels)))
 
 
 def crop_black_borders(image: DecodedImage) -> DecodedImage:
-    """Cuts off rows and columns at the edges that are black throughout (DuGI-MAE, data set construction).
+    """Cuts off black rows and columns at the edges (DuGI-MAE, data set construction).
 
-    Black means at most 16 of 255 for 8-bit images, where compression ripples, and exactly 0 for 16-bit ones, where
-    small counts can be a scene. At least two black rows or columns make a border. The box that is left is kept in the
-    attributes as `border_crop`: [top, left, height, width] in pixels of the upright source.
+    Of an 8-bit image, a border is two or more lines of at most level 20 with a standard deviation of at most 2 each,
+    followed within 8 lines by one whose mean is 8 levels higher. Of a 16-bit image, where small counts can be a scene,
+    it is two or more lines of zeros. The box that is left is kept in the attributes as `border_crop`: [top, left,
+    height, width] in pixels of the upright source.
     """
-    level = _BORDER_LEVEL if image.pixels.dtype == np.uint8 else 0
-    bright = image.pixels > level
-    top, bottom = _content_range(bright.any(axis=1))
-    left, right = _content_range(bright.any(axis=0))
     height, width = image.pixels.shape
-    if bottom <= top or right <= left or (top, left, bottom, right) == (0, 0, height, width):
+    top = _border_width(image.pixels)
+    bottom = height - _border_width(image.pixels[::-1])
+    if bottom <= top:
+        return image
+    # Columns are judged without the rows that are cut off: a frame has all four sides.
+    columns = image.pixels[top:bottom].T
+    left = _border_width(columns)
+    right = width - _border_width(columns[::-1])
+    if right <= left or (top, left, bottom, right) == (0, 0, height, width):
         return image
     return DecodedImage(
         np.ascontiguousarray(image.pixels[top:bottom, left:right]),
@@ -87,12 +97,19 @@ def crop_black_borders(image: DecodedImage) -> DecodedImage:
     )
 
 
-def _content_range(has_content: np.ndarray) -> tuple[int, int]:
-    """First and one-past-last position with content; a border of one line is left in place."""
-    if not has_content.any():
-        return 0, 0
-    start = int(np.argmax(has_content))
-    trailing = int(np.argmax(has_content[::-1]))
-    start = start if start >= _MIN_BORDER else 0
-    trailing = trailing if trailing >= _MIN_BORDER else 0
-    return start, len(has_content) - trailing
+def _border_width(lines: np.ndarray) -> int:
+    """Number of border lines at the start of (L, P) pixels."""
+    if lines.dtype == np.uint8:
+        if lines[:_MIN_BORDER].mean() > _BORDER_LEVEL:  # the common case, without looking at the whole image
+            return 0
+        means, deviations = lines.mean(axis=1), lines.std(axis=1)
+        is_black = (means <= _BORDER_LEVEL) & (deviations <= _BORDER_DEVIATION)
+    else:
+        is_black = ~lines.any(axis=1)
+    count = len(lines) if is_black.all() else int(np.argmin(is_black))
+    if count < _MIN_BORDER or count == len(lines):
+        return 0
+    if lines.dtype == np.uint8:
+        step = means[count : count + _STEP_LINES].max() - means[:count].max()
+        return count if step >= _BORDER_STEP else 0
+    return count

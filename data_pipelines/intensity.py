@@ -23,6 +23,7 @@ _AUTO_PERCENTILES = (0.1, 99.9)
 _DEFAULT_PERCENTILES = (1.0, 99.0)
 _CLAHE_CLIP_LIMIT = 2.0
 _CLAHE_TILES = 8
+_COUNTED_BLOCK = 1 << 22
 
 
 def to_uint8(
@@ -72,9 +73,23 @@ def to_uint8(
     raise InputError(f"unknown intensity mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
 
 
+def count_values(pixels: np.ndarray) -> np.ndarray:
+    """Returns the histogram of (H, W) uint8 or uint16 pixels over all values of the type, (256,) or (65536,) int64.
+
+    Block by block: NumPy's counting copies its input to 64-bit integers, which for the largest pictures that are
+    accepted would be half a gigabyte a worker.
+    """
+    flat = pixels.reshape(-1)
+    size = int(np.iinfo(pixels.dtype).max) + 1
+    counts = np.zeros(size, np.int64)
+    for start in range(0, flat.size, _COUNTED_BLOCK):
+        counts += np.bincount(flat[start : start + _COUNTED_BLOCK], minlength=size)
+    return counts
+
+
 def _map_percentiles(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """Percentiles from the histogram of the integer values: a sort of the pixels would cost ten times as much."""
-    cumulative = np.cumsum(np.bincount(pixels.ravel()))
+    cumulative = np.cumsum(count_values(pixels))
     first, last = np.searchsorted(cumulative, [low / 100 * pixels.size, high / 100 * pixels.size], side="left")
     if first == last:
         # Nearly constant images: fall back to the full spread, which at least keeps the outliers visible.

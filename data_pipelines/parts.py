@@ -19,7 +19,7 @@ import numpy as np
 from data_pipelines.curation import Filters, apply_filters
 from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_record
 from data_pipelines.duplicates import FEATURE_SIZE, fingerprint_image
-from data_pipelines.intensity import to_uint8
+from data_pipelines.intensity import count_values, to_uint8
 from data_pipelines.records import Record, encode_record, write_shard
 from data_pipelines.sources import Rejection, Source, SourceReader, SourceUnreadable
 
@@ -137,7 +137,7 @@ def _kinds(image: DecodedImage) -> Iterator[str]:
 def _describe(record: Record, pixels: np.ndarray, size: int) -> Candidate:
     """Returns the row of an accepted image whose encoded record has `size` bytes."""
     gray = to_uint8(pixels)
-    histogram = np.bincount(gray.ravel(), minlength=256)
+    histogram = count_values(gray)
     levels = np.arange(256) / 255
     share = histogram[histogram > 0] / gray.size
     return Candidate(

@@ -46,7 +46,7 @@ from data_pipelines.workers import RunAll, worker_pool
 
 PART_SIZE = 256
 # Changes of what is stored make old partial work unusable.
-_WORK_VERSION = 1
+_WORK_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ _CAPTION_HEIGHT = 28
 _GAP = 6
 _COLUMNS = 8
 _MAX_TILES = 48
-_CAPTION_CHARACTERS = 26
+_CAPTION_CHARACTERS = 25
 _PAGE = (24, 24, 24)
 _INK = (230, 230, 230)
 _MISSING = (60, 40, 40)
@@ -32,10 +32,17 @@ _MISSING = (60, 40, 40)
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One place on a contact sheet: pictures side by side ((H, W) uint8 or uint16, or None), and two caption lines."""
+    """One place on a contact sheet.
+
+    Attributes:
+      images: pictures side by side, (H, W) uint8 or uint16, or None where there is none.
+      paths: the path under each picture; its end is shown if it is too long.
+      note: a line below; its start is shown if it is too long.
+    """
 
     images: tuple[np.ndarray | None, ...]
-    captions: tuple[str, str]
+    paths: tuple[str, ...]
+    note: str
 
 
 def write_report(folder: str, content: Mapping[str, Any]) -> None:
@@ -75,12 +82,14 @@ def write_contact_sheet(path: str, title: str, tiles: Sequence[Tile]) -> None:
     for place, tile in enumerate(tiles):
         left = _GAP + place % columns * (width + _GAP)
         top = _CAPTION_HEIGHT + place // columns * (_TILE_HEIGHT + _CAPTION_HEIGHT + _GAP)
-        for position, image in enumerate(tile.images):
+        below = top + _TILE_HEIGHT + 1
+        for position, (image, text) in enumerate(zip(tile.images, tile.paths, strict=True)):
             page.paste(_thumbnail(image), (left + position * _TILE_WIDTH, top))
+            shown = text if len(text) <= _CAPTION_CHARACTERS else f"…{text[1 - _CAPTION_CHARACTERS :]}"
+            draw.text((left + position * _TILE_WIDTH, below), shown, _INK, font=small)
         limit = _CAPTION_CHARACTERS * side_by_side
-        for line, caption in enumerate(tile.captions):
-            text = caption if len(caption) <= limit else f"…{caption[1 - limit :]}"
-            draw.text((left, top + _TILE_HEIGHT + 1 + 13 * line), text, _INK, font=small)
+        note = tile.note if len(tile.note) <= limit else f"{tile.note[: limit - 1]}…"
+        draw.text((left, below + 13), note, _INK, font=small)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     page.save(path, optimize=True)
 

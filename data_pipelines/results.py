@@ -24,7 +24,7 @@ from data_pipelines.report import (
     write_histograms,
     write_report,
 )
-from data_pipelines.sources import Listing, Rejection, SourceReader, SourceUnreadable
+from data_pipelines.sources import Listing, Rejection, Source, SourceReader, SourceUnreadable
 
 REJECTED_NAME = "rejected.csv"
 
@@ -113,9 +113,11 @@ def _draw_pictures(
     tiles = []
     for index in spread(kept):
         image = collection.candidates[index]
-        facts = f"{image.width}x{image.height} {image.bit_depth} bit {image.entropy:.1f} bit entropy"
-        tiles.append(Tile((collection.pixels(index),), (image.key, facts)))
-    write_contact_sheet(os.path.join(folder, "kept.png"), f"kept: {len(kept)} images", tiles)
+        facts = f"{image.width}x{image.height}, {image.bit_depth} bit, H {image.entropy:.1f}"
+        tiles.append(Tile((collection.pixels(index),), (image.key,), facts))
+    write_contact_sheet(
+        os.path.join(folder, "kept.png"), f"kept: {len(kept)} images (H: entropy of the gray levels, bit)", tiles
+    )
 
     by_reason: dict[str, list[Rejection]] = {}
     for rejection in rejections:
@@ -126,7 +128,7 @@ def _draw_pictures(
             # The least similar first: the ones that a person should judge the threshold by.
             doubtful = sorted(group, key=lambda rejection: (rejection.detail, rejection.key))[:24]
             pairs = [_duplicate_tile(collection, index_of, rejection) for rejection in doubtful]
-            title = f"{reason}: {len(group)} images, the least similar first (kept anchor left, removed image right)"
+            title = f"{reason}: {len(group)} images, the least similar first; kept anchor left, removed image right"
             write_contact_sheet(path, title, pairs)
         else:
             write_contact_sheet(path, f"{reason}: {len(group)} files", _source_tiles(listing, spread(group)))
@@ -140,7 +142,7 @@ def _draw_pictures(
 
 def _duplicate_tile(collection: Collection, index_of: Mapping[str, int], rejection: Rejection) -> Tile:
     images = tuple(collection.pixels(index_of[key]) for key in (rejection.anchor, rejection.key))
-    return Tile(images, (f"{rejection.detail}: {rejection.anchor}", rejection.key))
+    return Tile(images, (rejection.anchor, rejection.key), rejection.detail)
 
 
 def _source_tiles(listing: Listing, rejections: Sequence[Rejection]) -> list[Tile]:
@@ -156,9 +158,9 @@ def _source_tiles(listing: Listing, rejections: Sequence[Rejection]) -> list[Til
                     image = decode_image(reader.read(source, _MAX_SHEET_FILE_BYTES)).pixels
             except (ImageRefused, SourceUnreadable):
                 pass
-        tiles.append(Tile((image,), (rejection.key, rejection.detail)))
+        tiles.append(Tile((image,), (rejection.key,), rejection.detail))
     return tiles
 
 
-def _reading_order(source: Any) -> tuple[str, int]:
+def _reading_order(source: Source | None) -> tuple[str, int]:
     return (source.path, source.position) if source is not None else ("", 0)
