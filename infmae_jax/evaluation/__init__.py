@@ -1,1 +1,1 @@
-"""What a pretrained encoder is worth: probes and transfer, one `run` a task."""
+"""Measures of what an encoder has learnt: linear probe and k-NN on frozen features."""
