@@ -1,0 +1,44 @@
+"""Builds a TFDS data set: python -m data_pipelines.builders --dataset=image_folder --input=DIR --data_dir=DATA"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+import data_pipelines.builders  # noqa: F401  registers the builders
+from data_pipelines.builders.build import REJECTED_NAME, build
+from data_pipelines.commands import run_command
+from data_pipelines.errors import InputError
+
+_DATASET = flags.DEFINE_string(
+    "dataset", None, "inf30, image_folder, coco_boxes, class_masks, small_targets, synthetic_thermal; or NAME/CONFIG.",
+    required=True,
+)  # fmt: skip
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS data folder.", required=True)
+_INPUT = flags.DEFINE_string("input", None, "Folder of the files or archives; none for synthetic_thermal.")
+_BEAM = flags.DEFINE_list("beam", None, "Build with Apache Beam and these options: runner=DirectRunner,…")
+_SHARDS = flags.DEFINE_integer("shards", None, "Shards a split (default: by size).", lower_bound=1)
+_SPLIT = flags.DEFINE_string(
+    "split", "train", "The split that the pipeline reads when the folder is named in data.shards."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    built = build(
+        _DATASET.value,
+        _DATA_DIR.value,
+        _INPUT.value,
+        beam_options=_BEAM.value,
+        shards=_SHARDS.value,
+        split=_SPLIT.value,
+    )
+    counts = ", ".join(f"{split} {count}" for split, count in built.counts.items())
+    rejected = ", ".join(f"{reason} {count}" for reason, count in built.rejected.items())
+    print(f"{built.folder}: {counts}" + (f"; left out: {rejected} ({REJECTED_NAME})" if rejected else ""))
+
+
+if __name__ == "__main__":
+    run_command(main)

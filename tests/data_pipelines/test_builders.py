@@ -1,0 +1,309 @@
+"""TFDS builders: what goes in comes out, through TFDS and through this project's pipeline, without TensorFlow."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from data_pipelines.builders import SceneConfig
+from data_pipelines.builders.build import build
+from data_pipelines.decode import decode_record_pixels
+from data_pipelines.errors import InputError
+from data_pipelines.masking import MaskConfig
+from data_pipelines.pipeline import PipelineConfig, fixed_batch, num_examples, record_keys, train_batches
+from data_pipelines.records import decode_record, open_source, read_manifest, verify_shards
+from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, generate_scene, write_dataset
+
+SIZE = (64, 80)
+COUNT = 24
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder in the layout of real data sets."""
+    return write_dataset(tmp_path_factory.mktemp("scenes") / "set", COUNT, seed=9, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def boxes(scenes, tmp_path_factory):
+    return build("coco_boxes", tmp_path_factory.mktemp("data"), scenes).folder
+
+
+def records(folder):
+    source = open_source(folder)
+    return {record.key: record for record in (decode_record(source[index]) for index in range(len(source)))}
+
+
+def test_synthetic_thermal_holds_the_scenes(tmp_path):
+    config = SceneConfig(COUNT, seed=4, size=SIZE)
+    built = build("synthetic_thermal", tmp_path, config=config)
+    assert built.counts == {"train": 18, "val": 6} and built.rejected == {}
+    builder = tfds.builder_from_directory(built.folder)
+    seen = set()
+    for split in ("train", "val"):
+        for example in builder.as_data_source(split):
+            index = int(example["key"].decode().split("/")[-1][:8])
+            seen.add(index)
+            scene = generate_scene(4, index, SIZE)
+            assert np.array_equal(example["image"][..., 0], scene.image)
+            assert np.array_equal(example["class_mask"][..., 0], scene.class_mask)
+            assert np.array_equal(example["target_mask"][..., 0] == 255, scene.target_mask)
+            assert SCENE_CLASSES[example["label"]] == scene.scene_class
+            frame = np.array([[b.y, b.x, b.y + b.height, b.x + b.width] for b in scene.boxes]).reshape(-1, 4)
+            found = np.asarray(example["objects"]["bbox"]).reshape(-1, 4) * np.array([*SIZE, *SIZE])
+            assert np.allclose(found, frame, atol=1e-3)
+            assert [CATEGORIES[label] for label in example["objects"]["label"]] == [b.category for b in scene.boxes]
+    assert seen == set(range(COUNT))
+
+
+def test_coco_boxes_equal_the_file(scenes, boxes):
+    builder = tfds.builder_from_directory(boxes)
+    names = builder.info.features["objects"]["label"].names
+    assert names == list(CATEGORIES)
+    for split in ("train", "val"):
+        coco = json.loads((scenes / f"annotations/{split}.json").read_text())
+        images = {f"{split}/{entry['file_name']}": entry for entry in coco["images"]}
+        categories = {entry["id"]: entry["name"] for entry in coco["categories"]}
+        source = builder.as_data_source(split)
+        assert len(source) == len(images)
+        for example in source:
+            image = images[example["key"].decode()]
+            wanted = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+            scale = np.array([image["height"], image["width"]] * 2)
+            found = np.asarray(example["objects"]["bbox"]).reshape(-1, 4) * scale
+            pixels = np.array([[b[1], b[0], b[1] + b[3], b[0] + b[2]] for b in (a["bbox"] for a in wanted)])
+            assert np.allclose(found, pixels.reshape(-1, 4), atol=1e-3)
+            labels = [names[label] for label in example["objects"]["label"]]
+            assert labels == [categories[a["category_id"]] for a in wanted]
+            assert np.array_equal(example["objects"]["area"], [a["area"] for a in wanted])
+            file = np.asarray(Image.open(scenes / "images" / example["key"].decode()))
+            assert np.array_equal(example["image"][..., 0], file)
+
+
+def test_boxes_are_clipped_and_empty_ones_left_out(scenes, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(scenes, root)
+    path = root / "annotations/train.json"
+    coco = json.loads(path.read_text())
+    name = coco["images"][0]["file_name"]
+    frames = ([-8, 10, 16, 20], [70, 60, 40, 40], [90, 0, 5, 5], [3, 3, 0, 9])
+    coco["annotations"] = [
+        {"id": n, "image_id": coco["images"][0]["id"], "category_id": 2, "bbox": frame, "iscrowd": n % 2}
+        for n, frame in enumerate(frames)
+    ]
+    path.write_text(json.dumps(coco))
+    folder = build("coco_boxes", tmp_path / "data", root).folder
+    source = tfds.builder_from_directory(folder).as_data_source("train")
+    (example,) = [e for e in source if e["key"].decode() == f"train/{name}"]
+    found = np.asarray(example["objects"]["bbox"]) * [64, 80, 64, 80]
+    assert np.allclose(found, [[10, 0, 30, 8], [60, 70, 64, 80]], atol=1e-3)
+    assert list(example["objects"]["is_crowd"]) == [False, True]
+
+
+@pytest.mark.parametrize("name,folder", [("class_masks", "class_masks"), ("small_targets", "target_masks")])
+def test_masks_equal_the_files(scenes, tmp_path, name, folder):
+    built = build(name, tmp_path, scenes)
+    builder = tfds.builder_from_directory(built.folder)
+    classes = json.loads((scenes / "classes.json").read_text())
+    wanted = classes["classes" if name == "class_masks" else "target_classes"]
+    assert builder.info.metadata["classes"] == wanted
+    for example in builder.as_data_source("val"):
+        key = example["key"].decode()
+        assert np.array_equal(example["mask"][..., 0], np.asarray(Image.open(scenes / folder / key)))
+        assert np.array_equal(example["image"][..., 0], np.asarray(Image.open(scenes / "images" / key)))
+    assert built.counts == {"train": 18, "val": 6}
+
+
+def make_collection(root):
+    """15 usable images in folders and in an archive, and 5 files that are not."""
+    deep = root / "a" / "b"
+    deep.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for index in range(10):
+        Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(deep / f"{index}.png")
+    Image.fromarray(rng.integers(0, 60_000, (40, 50), dtype=np.uint16)).save(root / "deep.png")
+    Image.fromarray(rng.integers(0, 256, (10, 12), dtype=np.uint8)).save(root / "tiny.png")
+    Image.fromarray(np.full((40, 50), 9, np.uint8)).save(root / "flat.png")
+    (root / "notes.txt").write_text("flight of Tuesday")
+    whole = (deep / "0.png").read_bytes()
+    (root / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with zipfile.ZipFile(root / "more.zip", "w") as archive:
+        for index in range(5):
+            Image.fromarray(rng.integers(0, 256, (40, 50), dtype=np.uint8)).save(root / "z.png")
+            archive.write(root / "z.png", f"frames/{index}.png")
+    (root / "z.png").unlink()
+    return root
+
+
+@pytest.mark.parametrize("name", ["image_folder", "inf30"])
+def test_every_file_is_accounted_for(tmp_path, name):
+    root = make_collection(tmp_path / "raw")
+    built = build(name, tmp_path / "data", root, shards=3)
+    rows = list(csv.DictReader((built.folder / "rejected.csv").read_text().splitlines()))
+    assert built.counts == {"train": 15} and len(rows) == 5 == sum(built.rejected.values())
+    reasons = {row["path"].split("/")[-1]: row["reason"] for row in rows}
+    assert reasons == {"deep.png": "bit_depth", "tiny.png": "too_small", "flat.png": "constant", "cut.png": "truncated",
+                       "notes.txt": "not_an_image"}  # fmt: skip
+    stored = records(built.folder)
+    assert len(read_manifest(built.folder).shards) == 3
+    assert sum("more.zip" in key for key in stored) == 5
+    for index in range(10):
+        pixels = decode_record_pixels(stored[f"raw/a/b/{index}.png"])
+        assert np.array_equal(pixels, np.asarray(Image.open(root / f"a/b/{index}.png")))
+
+
+def test_sixteen_bit_images_come_back_bit_identical(tmp_path):
+    root = make_collection(tmp_path / "raw")
+    built = build("image_folder/gray16", tmp_path / "data", root)
+    expected = np.asarray(Image.open(root / "deep.png"))
+    ((key, record),) = records(built.folder).items()
+    assert key == "raw/deep.png" and record.bit_depth == 16
+    assert np.array_equal(decode_record_pixels(record), expected)
+    (example,) = tfds.builder_from_directory(built.folder).as_data_source("train")
+    assert example["image"].dtype == np.uint16 and np.array_equal(example["image"][..., 0], expected)
+    assert read_manifest(built.folder).bit_depths == {"16": 1}
+
+
+def test_manifest_describes_the_split(scenes, boxes):
+    verify_shards(boxes)
+    manifest = read_manifest(boxes)
+    files = sorted((scenes / "images/train").iterdir())
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files]) / 255
+    assert manifest.count == len(files) == 18 and manifest.sizes == {"80x64": 18}
+    assert manifest.mean == pytest.approx(pixels.mean()) and manifest.std == pytest.approx(pixels.std())
+    shares = [np.unique(image, return_counts=True)[1] / image.size for image in pixels]
+    assert manifest.entropy == pytest.approx(np.mean([-(p * np.log2(p)).sum() for p in shares]))
+
+
+def test_the_pipeline_reads_it(scenes, boxes):
+    config = PipelineConfig(
+        shards=(str(boxes),), image_size=(32, 48), batch_size=6, seed=1, mask=MaskConfig(stride=3), scale=(1.0, 1.0)
+    )
+    assert num_examples(config) == 18
+    assert {key for step in range(3) for key in record_keys(config, step)} == set(records(boxes))
+    batches = train_batches(config)
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    assert batch["image"].shape == (6, 32, 48, 1) and batch["image"].dtype == np.uint8
+    assert batch["ids_keep"].shape == (6, 2)
+    assert fixed_batch(config, 4)["image"].std() > 10
+
+
+def test_no_tensorflow_to_build_and_no_tfds_to_read(boxes, tmp_path):
+    program = f"""
+import sys
+import data_pipelines.builders
+from data_pipelines.builders.build import build
+from data_pipelines.builders import SceneConfig
+import tensorflow_datasets as tfds
+built = build("synthetic_thermal", {str(tmp_path)!r}, config=SceneConfig(6, size=(64, 64)))
+assert len(tfds.data_source("synthetic_thermal/scenes6_64x64_seed0", split="train", data_dir={str(tmp_path)!r})) == 6
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True)
+    reading = f"""
+import sys
+from data_pipelines.records import decode_record, open_source
+assert decode_record(open_source({str(boxes)!r})[0]).width == 80
+assert "tensorflow_datasets" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", reading], check=True, timeout=120)
+
+
+def test_a_second_build_returns_the_first_unless_made_of_something_else(scenes, boxes, tmp_path):
+    data = boxes.parents[2]
+    before = (boxes / "manifest.json").stat().st_mtime_ns
+    assert build("coco_boxes", data, scenes).counts == {"train": 18, "val": 6}
+    assert (boxes / "manifest.json").stat().st_mtime_ns == before
+    other = write_dataset(tmp_path / "other", 12, seed=1, size=SIZE)
+    with pytest.raises(InputError, match="was made from"):
+        build("coco_boxes", data, other)
+
+
+def spoil(root, what):
+    image = next((root / "images/train").iterdir())
+    if what == "image":
+        image.write_bytes(b"no image")
+    elif what == "annotations":
+        (root / "annotations/val.json").write_text("[1")
+    elif what == "outside":
+        path = root / "annotations/train.json"
+        path.write_text(path.read_text().replace(image.name, "../" + image.name))
+    elif what == "mask":
+        (root / "class_masks/train" / image.name).unlink()
+    elif what == "size":
+        Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "class_masks/train" / image.name)
+    elif what == "value":
+        Image.fromarray(np.full(SIZE, 200, np.uint8)).save(root / "class_masks/train" / image.name)
+    elif what == "colour":
+        Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(root / "class_masks/train" / image.name)
+    elif what == "classes":
+        (root / "classes.json").unlink()
+    elif what == "images":
+        shutil.rmtree(root / "images")
+
+
+@pytest.mark.parametrize(
+    "name,what,message",
+    [("coco_boxes", "image", "is not usable"), ("coco_boxes", "annotations", "val.json is not a COCO file"),
+     ("coco_boxes", "outside", "leaves the folder"), ("class_masks", "mask", "no mask of the same stem"),
+     ("class_masks", "size", "5x5, its image 80x64"), ("class_masks", "value", "value 200"),
+     ("class_masks", "colour", "mode RGB"), ("class_masks", "classes", "classes.json"),
+     ("small_targets", "images", "no folder images")],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_leave_no_set(scenes, tmp_path, name, what, message):
+    root = tmp_path / "set"
+    shutil.copytree(scenes, root)
+    spoil(root, what)
+    with pytest.raises(InputError, match=message) as caught:
+        build(name, tmp_path / "data", root)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "data").rglob("*array_record*"))
+
+
+def test_wrong_requests(scenes, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        (("nonsense", tmp_path, scenes), "nonsense"),
+        (("image_folder/gray12", tmp_path, scenes), "gray12"),
+        (("image_folder", tmp_path), "needs folder|needs .*folder"),
+        (("synthetic_thermal", tmp_path, scenes), "takes no folder"),
+        (("image_folder", tmp_path, tmp_path / "gone"), "gone is not a folder"),
+        (("inf30", tmp_path, tmp_path / "empty"), "empty is empty"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            build(*arguments)
+        assert "\n" not in str(caught.value)
+
+
+def test_command(scenes, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "data_pipelines.builders", f"--data_dir={tmp_path}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+    done = run("--dataset=small_targets", f"--input={scenes}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{tmp_path}/small_targets/gray8/1.0.0: train 18, val 6"
+    wrong = run("--dataset=small_targets", f"--input={tmp_path / 'gone'}")
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_apache_beam_builds_the_same(scenes, boxes, tmp_path):
+    pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
+    built = build("coco_boxes", tmp_path / "beam", scenes, beam_options=["runner=DirectRunner"])
+    assert built.counts == {"train": 18, "val": 6}
+    assert records(built.folder) == records(boxes)
+    collection = make_collection(tmp_path / "raw")
+    alone = build("image_folder", tmp_path / "alone", collection)
+    together = build("image_folder", tmp_path / "beam", collection, beam_options=["runner=DirectRunner"])
+    assert together.rejected == alone.rejected
+    assert records(together.folder) == records(alone.folder)
