@@ -90,7 +90,9 @@ def count_values(pixels: np.ndarray) -> np.ndarray:
 def _map_percentiles(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """Percentiles from the histogram of the integer values: a sort of the pixels would cost ten times as much."""
     cumulative = np.cumsum(count_values(pixels))
-    first, last = np.searchsorted(cumulative, [low / 100 * pixels.size, high / 100 * pixels.size], side="left")
+    # At least one pixel: the 0th percentile is the lowest value that occurs, not 0.
+    ranks = np.maximum(np.array([low, high]) / 100 * pixels.size, 1)
+    first, last = np.searchsorted(cumulative, ranks, side="left")
     if first == last:
         # Nearly constant images: fall back to the full spread, which at least keeps the outliers visible.
         first, last = pixels.min(), pixels.max()

@@ -1,0 +1,130 @@
+"""Intensity mappings against their definitions, computed the slow way."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from data_pipelines.errors import InputError
+from data_pipelines.intensity import MAPPINGS, count_values, to_uint8
+
+images = st.one_of(
+    arrays.arrays(dtype, st.tuples(st.integers(1, 20), st.integers(1, 20))) for dtype in (np.uint8, np.uint16)
+)
+
+
+def linear(pixels, low, high):
+    """`low` -> 0, `high` -> 255, rounded, clipped."""
+    return np.clip(np.rint((pixels.astype(float) - low) * 255 / (high - low)), 0, 255).astype(np.uint8)
+
+
+@given(images, st.sampled_from(["auto", "full_range", "min_max", "percentile", "clahe"]))
+@settings(deadline=None)
+def test_mappings_give_uint8_of_the_same_shape_and_keep_order(pixels, mapping):
+    mapped = to_uint8(pixels, mapping)
+    assert mapped.dtype == np.uint8 and mapped.shape == pixels.shape
+    if mapping != "clahe":
+        order = np.argsort(pixels, axis=None)
+        assert (np.diff(mapped.ravel()[order].astype(int)) >= 0).all()
+
+
+@given(images)
+def test_full_range(pixels):
+    expected = pixels if pixels.dtype == np.uint8 else linear(pixels, 0, 65535)
+    np.testing.assert_array_equal(to_uint8(pixels, "full_range"), expected)
+
+
+@given(images)
+def test_min_max(pixels):
+    low, high = pixels.min(), pixels.max()
+    expected = linear(pixels, float(low), float(high)) if high > low else np.zeros_like(pixels, np.uint8)
+    np.testing.assert_array_equal(to_uint8(pixels, "min_max"), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("bounds", [(1, 99), (0, 100), (5, 60)])
+def test_percentile(dtype, bounds):
+    pixels = np.random.default_rng(3).gamma(4, 6, (64, 80)).astype(dtype)
+    low, high = np.percentile(pixels, bounds, method="inverted_cdf")
+    np.testing.assert_array_equal(to_uint8(pixels, "percentile", *bounds), linear(pixels, float(low), float(high)))
+
+
+def test_fixed_is_in_source_units_and_stable_across_frames():
+    kelvin = np.array([[250.0, 273.15, 300.0, 400.0]])
+    for scale, offset in ((0.01, 0.0), (0.005, 200.0)):
+        stored = np.rint((kelvin - offset) / scale).astype(np.uint16)
+        mapped = to_uint8(stored, "fixed", 253.15, 323.15, scale=scale, offset=offset)
+        np.testing.assert_array_equal(mapped, linear(kelvin, 253.15, 323.15))
+
+
+def test_auto_leaves_8_bit_alone_and_shows_a_small_range_of_16_bit():
+    gray = np.random.default_rng(4).integers(0, 256, (30, 30), dtype=np.uint8)
+    assert to_uint8(gray) is gray
+    low_range = np.random.default_rng(5).integers(0, 906, (100, 100)).astype(np.uint16)
+    low_range[0, 0] = 65535  # a dead pixel must not make the rest black
+    assert to_uint8(low_range).std() > 60
+
+
+@given(images)
+def test_histogram_counts_every_value(pixels):
+    counts = count_values(pixels)
+    values, expected = np.unique(pixels, return_counts=True)
+    assert counts.sum() == pixels.size
+    np.testing.assert_array_equal(counts[values], expected)
+
+
+def slow_clahe(image, clip, tiles=8):
+    """The definition, one pixel at a time."""
+    height, width = image.shape
+    rows, columns = -(-height // tiles), -(-width // tiles)
+    padded = np.pad(image, ((0, rows * tiles - height), (0, columns * tiles - width)), mode="reflect")
+    tables = np.empty((tiles, tiles, 256))
+    for i in range(tiles):
+        for j in range(tiles):
+            tile = padded[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+            histogram = np.array([(tile == value).sum() for value in range(256)], float)
+            limit = max(clip * tile.size / 256, 1)
+            excess = np.maximum(histogram - limit, 0).sum()
+            tables[i, j] = np.cumsum(np.minimum(histogram, limit) + excess / 256) * 255 / tile.size
+    mapped = np.empty(image.shape)
+    for y in range(height):
+        for x in range(width):
+            u = min(max((y + 0.5) / rows - 0.5, 0), tiles - 1)
+            v = min(max((x + 0.5) / columns - 0.5, 0), tiles - 1)
+            i, j = int(u), int(v)
+            below, right = min(i + 1, tiles - 1), min(j + 1, tiles - 1)
+            value = image[y, x]
+            upper = tables[i, j, value] * (1 - (v - j)) + tables[i, right, value] * (v - j)
+            lower = tables[below, j, value] * (1 - (v - j)) + tables[below, right, value] * (v - j)
+            mapped[y, x] = upper * (1 - (u - i)) + lower * (u - i)
+    return mapped
+
+
+@pytest.mark.parametrize("shape", [(64, 80), (61, 83)])
+@pytest.mark.parametrize("clip", [2.0, 40.0])
+def test_clahe_against_the_definition(shape, clip):
+    pixels = (np.random.default_rng(6).beta(2, 5, shape) * 255).astype(np.uint8)
+    stretched = to_uint8(pixels, "min_max")
+    np.testing.assert_allclose(to_uint8(pixels, "clahe", clip), slow_clahe(stretched, clip), atol=0.5001)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "bounds"),
+    [
+        ("log", ()),
+        ("percentile", (99, 1)),
+        ("percentile", (-1, 50)),
+        ("fixed", ()),
+        ("fixed", (5.0, 5.0)),
+        ("clahe", (0.0,)),
+    ],
+)
+def test_unusable_mapping_is_one_line(mapping, bounds):
+    with pytest.raises(InputError) as error:
+        to_uint8(np.zeros((4, 4), np.uint8), mapping, *bounds)
+    assert mapping in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mappings_are_listed():
+    assert MAPPINGS == ("auto", "full_range", "min_max", "percentile", "fixed", "clahe")
