@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from absl import flags
 
 import data_pipelines.builders  # noqa: F401  registers the builders
-from data_pipelines.builders.build import REJECTED_NAME, build
+from data_pipelines.builders.build import build
+from data_pipelines.builders.image_folder import REJECTED_NAME
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 
@@ -19,9 +20,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS data folder.", required=
 _INPUT = flags.DEFINE_string("input", None, "Folder of the files or archives; none for synthetic_thermal.")
 _BEAM = flags.DEFINE_list("beam", None, "Build with Apache Beam and these options: runner=DirectRunner,…")
 _SHARDS = flags.DEFINE_integer("shards", None, "Shards a split (default: by size).", lower_bound=1)
-_SPLIT = flags.DEFINE_string(
-    "split", "train", "The split that the pipeline reads when the folder is named in data.shards."
-)
+_SPLIT = flags.DEFINE_string("split", None, "The split that data.shards=FOLDER reads (default: train, or the first).")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         _INPUT.value,
         beam_options=_BEAM.value,
         shards=_SHARDS.value,
-        split=_SPLIT.value,
+        pipeline_split=_SPLIT.value,
     )
     counts = ", ".join(f"{split} {count}" for split, count in built.counts.items())
     rejected = ", ".join(f"{reason} {count}" for reason, count in built.rejected.items())

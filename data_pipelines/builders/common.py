@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +12,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from data_pipelines.builders.manifest import describe_split
 from data_pipelines.curation import Filters, apply_filters
 from data_pipelines.decode import ImageRefused, decode_image, make_record
 from data_pipelines.errors import InputError
-from data_pipelines.records import Record
+from data_pipelines.records import Record, write_manifest
 from data_pipelines.sources import Source, SourceReader, SourceUnreadable
 from data_pipelines.tfds_examples import IMAGE, KEY, SOURCE, source_text
 
@@ -41,15 +43,50 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Args (beside those of `tfds.core.DatasetBuilder`):
       beam: generate with Apache Beam; the runner is chosen by `tfds.download.DownloadConfig`.
+      pipeline_split: the split that the manifest lists, which is what this project's pipeline reads when the version
+        folder is named in `data.shards`; by default train, or the first where there is no train.
       file_format: ArrayRecord unless told otherwise; TFRecord needs TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "first"}
 
-    def __init__(self, *, beam: bool = False, file_format: str = "array_record", **options: Any):
+    def __init__(
+        self,
+        *,
+        beam: bool = False,
+        pipeline_split: str | None = None,
+        file_format: str = "array_record",
+        **options: Any,
+    ):
         self._beam = beam
+        self._pipeline_split = pipeline_split
         super().__init__(file_format=file_format, **options)
+
+    def _download_and_prepare(
+        self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
+    ) -> None:
+        """Generates the splits, then the manifest: TFDS shows the folder only when this method has ended."""
+        super()._download_and_prepare(dl_manager, download_config)
+        splits = self.info.splits
+        if not splits or self.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+            return
+        chosen = self._pipeline_split or ("train" if "train" in splits else next(iter(splits)))
+        if chosen not in splits:
+            raise InputError(f"there is no split {chosen}: choose one of {', '.join(splits)}")
+        root = dl_manager.manual_dir if self.MANUAL_DOWNLOAD_INSTRUCTIONS else None
+        settings = {
+            "builder": self.info.full_name,
+            "split": chosen,
+            "source": source_name(root),
+            "rejected": self._account_for_files(root),
+        }
+        write_manifest(self.data_path, describe_split(self.data_path, splits[chosen], settings))
+
+    def _account_for_files(self, root: Path | None) -> dict[str, int]:
+        """Lists the files of the source that were left out; reason -> count."""
+        del root
+        return {}
 
     def _dataset_info(self, description: str, features: dict[str, Any], **options: Any) -> tfds.core.DatasetInfo:
         bit_depth = getattr(self.builder_config, "bit_depth", 8)
@@ -76,6 +113,11 @@ class FolderBuilder(InfraredBuilder, skip_registration=True):
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Give the folder of your files as manual_dir; its layout is in the class description."
     )
+
+
+def source_name(source: str | os.PathLike | None) -> str | None:
+    """How a manifest names the folder that a set was made from."""
+    return None if source is None else str(Path(source).resolve())
 
 
 def image_features(bit_depth: int) -> dict[str, Any]:

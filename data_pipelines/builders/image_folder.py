@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import functools
+import io
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data_pipelines.builders.common import SPLITS, FolderBuilder, part_examples
+from data_pipelines.builders.common import SPLITS, FolderBuilder, examine, part_examples
+from data_pipelines.builders.manifest import split_records
 from data_pipelines.curation import Filters
+from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
-from data_pipelines.sources import Listing, list_sources, split_into_parts
+from data_pipelines.sources import (
+    Listing,
+    Rejection,
+    Source,
+    SourceReader,
+    SourceUnreadable,
+    list_sources,
+    split_into_parts,
+)
 
+REJECTED_NAME = "rejected.csv"
 _PART_SIZE = 256
 
 
@@ -19,7 +35,8 @@ class ImageFolder(FolderBuilder):
     """Infrared images of a folder, at any depth, zip and tar files included.
 
     `manual_dir` (or its folder `images`) may hold folders named train, val, validation, test: the splits. Without any
-    of them everything is `train`. Files that are no usable image are left out (see `data_pipelines.builders.build`).
+    of them everything is `train`. Files that are no usable image are left out, with a reason in `rejected.csv` beside
+    the shards.
     """
 
     filters = Filters()
@@ -40,6 +57,30 @@ class ImageFolder(FolderBuilder):
             if not listing.sources:
                 raise InputError(f"no files below {folders[split]}: put images or archives there")
         return listings
+
+    def _account_for_files(self, root: Path) -> dict[str, int]:
+        """Writes `rejected.csv`: why each file of the source that is not in the built set is not."""
+        rejections: list[Rejection] = []
+        for split, listing in self.listings(root).items():
+            kept = {record.key for record in split_records(self.data_path, self.info.splits[split])}
+            rejections += listing.rejections
+            rejections += self._refusals([source for source in listing.sources if source.key not in kept])
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(("path", "reason", "detail"))
+        writer.writerows(dataclasses.astuple(rejection) for rejection in sorted(rejections, key=lambda row: row.key))
+        (self.data_path / REJECTED_NAME).write_text(table.getvalue())
+        return dict(Counter(rejection.reason for rejection in rejections).most_common())
+
+    def _refusals(self, sources: list[Source]) -> Iterator[Rejection]:
+        # Found again, not passed on: with Beam the examples were made in other processes, on other machines.
+        with SourceReader() as reader:
+            for source in sources:
+                try:
+                    examine(reader, source, self.filters, self.builder_config.bit_depth)
+                    yield Rejection(source.key, "changed", "usable now, was not when the set was built")
+                except (SourceUnreadable, ImageRefused) as refusal:
+                    yield Rejection(source.key, refusal.reason, refusal.detail)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         listings = self.listings(Path(dl_manager.manual_dir))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -219,11 +220,22 @@ assert "tensorflow_datasets" not in sys.modules
     subprocess.run([sys.executable, "-c", reading], check=True, timeout=120)
 
 
+def test_plain_tfds_makes_the_same_set(scenes, boxes, tmp_path):
+    config = tfds.download.DownloadConfig(manual_dir=scenes)
+    builder = tfds.builder("coco_boxes", data_dir=tmp_path, pipeline_split="val")
+    builder.download_and_prepare(download_config=config, download_dir=tmp_path / "downloads")
+    train = tfds.data_source("coco_boxes", split="train", data_dir=tmp_path)
+    assert {example["key"].decode() for example in train} == set(records(boxes))
+    assert set(records(builder.data_path)) == {f"val/{path.name}" for path in (scenes / "images/val").iterdir()}
+
+
 def test_a_second_build_returns_the_first_unless_made_of_something_else(scenes, boxes, tmp_path):
     data = boxes.parents[2]
-    before = (boxes / "manifest.json").stat().st_mtime_ns
+    before = os.stat(boxes / "manifest.json").st_mtime_ns
     assert build("coco_boxes", data, scenes).counts == {"train": 18, "val": 6}
-    assert (boxes / "manifest.json").stat().st_mtime_ns == before
+    assert os.stat(boxes / "manifest.json").st_mtime_ns == before
+    with pytest.raises(InputError, match="split train"):
+        build("coco_boxes", data, scenes, pipeline_split="val")
     other = write_dataset(tmp_path / "other", 12, seed=1, size=SIZE)
     with pytest.raises(InputError, match="was made from"):
         build("coco_boxes", data, other)
@@ -283,6 +295,9 @@ def test_wrong_requests(scenes, tmp_path):
         with pytest.raises(InputError, match=message) as caught:
             build(*arguments)
         assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="no split test: choose one of train, val"):
+        build("coco_boxes", tmp_path, scenes, pipeline_split="test")
+    assert not (tmp_path / "coco_boxes/gray8/1.0.0").exists()
 
 
 def test_command(scenes, tmp_path):
