@@ -113,6 +113,26 @@ def random_resized_crop(
     return resize(crop_box(rng, *image.shape, scale, ratio).of(image), size)
 
 
+def resize_box(image: np.ndarray, box: Box, shrunk: int, size: tuple[int, int]) -> np.ndarray:
+    """Resizes a part of an image that may have been decoded at a fraction of its size.
+
+    Args:
+      image: (H, W) uint8, or (ceil(H / shrunk), ceil(W / shrunk)).
+      box: in pixels of the whole image.
+      shrunk: 1 for the whole image; else how many of its pixels a side make one of `image`.
+      size: rows and columns of the result.
+
+    Returns:
+      (size[0], size[1]) uint8.
+    """
+    if shrunk == 1:
+        return resize(box.of(image), size)
+    outer = Box(box.top // shrunk, box.left // shrunk, -(-box.height // shrunk) + 1, -(-box.width // shrunk) + 1)
+    part = outer.of(image)
+    edges = [box.top / shrunk - outer.top, box.left / shrunk - outer.left, box.height / shrunk, box.width / shrunk]
+    return resize(part, size, tuple(edges))
+
+
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Mirrors left and right with probability 1/2: (H, W) -> (H, W), a view."""
     return image[:, ::-1] if rng.random() < 0.5 else image

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
+import simplejpeg
 
 from data_pipelines.decode import decode_record_pixels
 from data_pipelines.intensity import to_uint8
 from data_pipelines.records import CorruptRecord, Record, decode_record, open_source, source_units
+
+T = TypeVar("T")
 
 # A hole of more damaged records than this is not damage of records but of a disk.
 MAX_SUBSTITUTES = 100
@@ -39,21 +44,6 @@ class Intensity:
         return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """One image as read.
-
-    Attributes:
-      record: what the image was decoded from.
-      image: (H, W) uint8.
-      corrupt: index of the record that was asked for when it is damaged and this is its substitute, else -1.
-    """
-
-    record: Record
-    image: np.ndarray
-    corrupt: int
-
-
 class ExampleSource:
     """The images of one or more shard sets, in manifest order. Safe to pickle and to read from several threads."""
 
@@ -72,16 +62,31 @@ class ExampleSource:
         """
         return decode_record(self._source[index])
 
-    def image(self, record: Record) -> np.ndarray:
-        """(H, W) uint8 of a record.
+    def image(self, record: Record, half: bool = False) -> np.ndarray:
+        """Decodes a record.
+
+        Args:
+          record: what `record` returned.
+          half: decode a JPEG at half its size, which skips most of the inverse transform; others as usual.
+
+        Returns:
+          (H, W) uint8, or (ceil(H / 2), ceil(W / 2)).
 
         Raises:
           CorruptRecord: the payload is damaged.
         """
-        return self._intensity.apply(decode_record_pixels(record), record)
+        pixels = _half_pixels(record) if half and record.encoding == "jpeg" else decode_record_pixels(record)
+        return self._intensity.apply(pixels, record)
 
-    def read(self, index: int) -> Example:
-        """Record `index`; when it is damaged, the next good one: a function of the shards alone.
+    def read(self, index: int, make: Callable[[Record], T]) -> tuple[T, int]:
+        """Makes something of record `index`; when it is damaged, of the next good one: a function of the shards alone.
+
+        Args:
+          index: which record.
+          make: decodes the record it is given; called again with the next one when it raises `CorruptRecord`.
+
+        Returns:
+          What `make` returned, and -1, or `index` when this comes from a substitute.
 
         Raises:
           CorruptRecord: so many records in a row are damaged that none takes its place.
@@ -89,8 +94,7 @@ class ExampleSource:
         errors: list[CorruptRecord] = []
         for candidate in range(index, index + min(MAX_SUBSTITUTES + 1, len(self))):
             try:
-                record = self.record(candidate % len(self))
-                return Example(record, self.image(record), index if errors else -1)
+                return make(self.record(candidate % len(self))), index if errors else -1
             except CorruptRecord as error:
                 errors.append(error)
         raise CorruptRecord(f"record {index} and the {len(errors) - 1} after it are damaged: {errors[0]}") from errors[
@@ -104,3 +108,15 @@ class ExampleSource:
         except CorruptRecord as error:
             return f"record {index}: {error}"
         return f"record {index}: damaged when it was read, whole now"
+
+
+def _half_pixels(record: Record) -> np.ndarray:
+    height, width = -(-record.height // 2), -(-record.width // 2)
+    try:
+        # The decoder takes the smallest of its scales that is at least as large.
+        pixels = simplejpeg.decode_jpeg(record.payload, colorspace="GRAY", min_height=height, min_width=width)[..., 0]
+    except ValueError as error:
+        raise CorruptRecord(f"{record.key}: the stored image does not decode ({error})") from error
+    if pixels.shape != (height, width):
+        raise CorruptRecord(f"{record.key}: half of {record.width}x{record.height} decodes to shape {pixels.shape}")
+    return pixels

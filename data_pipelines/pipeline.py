@@ -16,6 +16,7 @@ Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K vi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,16 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from data_pipelines.augment import InfraredAugment, center_crop_resize, flip, infrared_augment, random_resized_crop
+from data_pipelines.augment import InfraredAugment, center_crop_resize, crop_box, flip, infrared_augment, resize_box
 from data_pipelines.errors import InputError
 from data_pipelines.examples import ExampleSource, Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.order import RecordOrder
-from data_pipelines.records import CorruptRecord, read_manifest
+from data_pipelines.records import CorruptRecord, Record, read_manifest
 
 # The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
 MIN_SAMPLES_JUDGED = 1000
+DECODINGS = ("exact", "fast")
 
 
 class WorkerDied(RuntimeError):
@@ -56,6 +58,8 @@ class PipelineConfig:
       augment: infrared augmentations, off by default.
       mask: which tokens stay visible.
       intensity: stored integers to 8 bit.
+      decoding: "exact", or "fast": crops larger than `image_size` are cut from JPEGs decoded at half their size. Same
+        boxes, softer pixels (README, "Data").
       max_corrupt: stop when damaged records are more than this share of the samples (of 1,000 samples at least); until
         then the next good record takes a damaged one's place and is counted.
       workers: reading processes; 0 reads in this one.
@@ -74,6 +78,7 @@ class PipelineConfig:
     augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
+    decoding: str = "exact"
     max_corrupt: float = 0.01
     workers: int = 0
     threads: int = 2
@@ -95,6 +100,8 @@ class PipelineConfig:
         for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("threads", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"data.{name}={getattr(self, name)} must be at least {least}")
+        if self.decoding not in DECODINGS:
+            raise InputError(f"data.decoding={self.decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} must be below 2**32")
         if not 0 <= self.max_corrupt <= 1:
@@ -223,7 +230,12 @@ def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
     source = _open(config)
     indices = _order(config).indices(step * config.batch_size, config.batch_size)
-    return [source.read(int(index)).record.key for index in indices]
+
+    def key(record: Record) -> str:
+        source.image(record)
+        return record.key
+
+    return [source.read(int(index), key)[0] for index in indices]
 
 
 def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
@@ -238,7 +250,8 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     """
     source = _open(config)
     indices = np.linspace(0, len(source) - 1, count).astype(int)
-    views = np.stack([center_crop_resize(source.read(int(index)).image, config.image_size) for index in indices])
+    images = [source.read(int(index), source.image)[0] for index in indices]
+    views = np.stack([center_crop_resize(image, config.image_size) for image in images])
     generators = [np.random.default_rng([config.seed, int(index)]) for index in indices]
     return {"image": views[..., None], "ids_keep": _visible(views, generators, config.mask)}
 
@@ -280,17 +293,23 @@ class _BatchMaker:
         first = int(step) * config.batch_size + self._offset
         images = np.empty((self._size, *config.image_size), np.uint8)
         corrupt = np.empty(self._size, np.int64)
-        generators = []
+        generators = [np.random.default_rng([config.seed, first + place]) for place in range(self._size)]
         for place, index in enumerate(self._order.indices(first, self._size)):
-            rng = np.random.default_rng([config.seed, first + place])
-            example = self.source.read(int(index))
-            crop = random_resized_crop(example.image, rng, config.image_size, config.scale, config.ratio)
-            if config.flip:
-                crop = flip(crop, rng)
-            images[place] = infrared_augment(crop, rng, config.augment)
-            corrupt[place] = example.corrupt
-            generators.append(rng)
+            make = functools.partial(self._crop, rng=generators[place])
+            images[place], corrupt[place] = self.source.read(int(index), make)
         return {"image": images[..., None], "ids_keep": _visible(images, generators, config.mask), "corrupt": corrupt}
+
+    def _crop(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+        """The augmented crop of a record: `image_size` uint8."""
+        config = self._config
+        box = crop_box(rng, record.height, record.width, config.scale, config.ratio)
+        larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
+        image = self.source.image(record, half=config.decoding == "fast" and larger)
+        shrunk = 1 if image.shape == (record.height, record.width) else 2
+        crop = resize_box(image, box, shrunk, config.image_size)
+        if config.flip:
+            crop = flip(crop, rng)
+        return infrared_augment(crop, rng, config.augment)
 
 
 def _visible(images: np.ndarray, generators: Sequence[np.random.Generator], mask: MaskConfig) -> np.ndarray:

@@ -17,6 +17,7 @@ from data_pipelines.augment import (
     infrared_augment,
     random_resized_crop,
     resize,
+    resize_box,
 )
 from data_pipelines.errors import InputError
 
@@ -188,3 +189,14 @@ def test_unusable_strengths_are_named(bad):
 def test_box_selects_the_stated_pixels():
     image = _noise(9, 9)
     np.testing.assert_array_equal(Box(1, 2, 3, 4).of(image), image[1:4, 2:6])
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 100, 130), Box(31, 17, 60, 81), Box(41, 50, 59, 80)])
+def test_boxes_of_half_sized_images_show_the_same_place(box):
+    rows, columns = np.mgrid[:100, :130]
+    smooth = (128 + 60 * np.sin(rows / 9) + 60 * np.cos(columns / 11)).astype(np.uint8)
+    half = smooth.reshape(50, 2, 65, 2).mean((1, 3)).round().astype(np.uint8)
+    whole = resize_box(smooth, box, 1, (32, 32)).astype(int)
+    np.testing.assert_array_equal(whole, resize(box.of(smooth), (32, 32)))
+    # A quarter of a pixel's shift would already differ by 3 on these slopes.
+    assert np.abs(resize_box(half, box, 2, (32, 32)) - whole).max() <= 2
