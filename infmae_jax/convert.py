@@ -1,8 +1,12 @@
 """Converts trained models: published PyTorch checkpoints, safetensors, run folders, StableHLO.
 
+A published checkpoint becomes a run folder, and back; a run becomes a function that needs no package but JAX:
+
     python -m infmae_jax.convert --from=torch --input=checkpoint.pth --output=RUN
     python -m infmae_jax.convert --from=run --input=RUN --to=torch --output=checkpoint.pth
     python -m infmae_jax.convert --from=run --input=RUN --to=jax-export --output=features.stablehlo
+
+The output must not exist; it appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from data_pipelines.errors import InputError
+from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import published, safetensors_file, stablehlo, torch_file
 from infmae_jax.training import checkpoint as run_checkpoint
 
@@ -103,25 +104,22 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
 def _read_run(path: str | os.PathLike, step: int | None) -> published.Checkpoint:
     restored = run_checkpoint.restore_params(path, step=step)
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), restored.params)
-    return published.Checkpoint(
-        restored.model, restored.mask, tuple(restored.image_size), params, _read_score_filters(Path(path), restored.mask)
-    )
+    filters = _read_score_filters(Path(path), restored.mask)
+    return published.Checkpoint(restored.model, restored.mask, tuple(restored.image_size), params, filters)
 
 
-def _read_score_filters(run: Path, mask) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_score_filters(run: Path, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray] | None:
     """The published scoring convolution that came with an imported run, if it still is what the run masks with."""
     file = run / _SCORE_FILTERS_FILE
     if not file.exists():
         return None
     tensors, _ = safetensors_file.read_checkpoint(file)
     filters = tensors["weight"], tensors["bias"]
-    return filters if published.mean_kernel(filters) == (mask.kernel, mask.bias) else None
+    return filters if published.published_mask(filters) == mask else None
 
 
 def _write_run(run: Path, checkpoint: published.Checkpoint, origin: dict) -> None:
-    run_checkpoint.write_run(
-        run, checkpoint.model, checkpoint.mask, checkpoint.image_size, checkpoint.params, origin
-    )
+    run_checkpoint.write_run(run, checkpoint.model, checkpoint.mask, checkpoint.image_size, checkpoint.params, origin)
     if checkpoint.score_filters is not None:
         tensors = dict(zip(("weight", "bias"), checkpoint.score_filters, strict=True))
         safetensors_file.write_checkpoint(run / _SCORE_FILTERS_FILE, tensors, {})

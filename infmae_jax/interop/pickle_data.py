@@ -8,6 +8,7 @@ bounded by this page: nothing is imported, no object of a foreign class is made,
 from __future__ import annotations
 
 import pickletools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -82,11 +83,6 @@ def _ordered_dict(items=()) -> dict:
     return {key: value for key, value in items}
 
 
-STORAGE_KINDS = (
-    "FloatStorage DoubleStorage HalfStorage BFloat16Storage LongStorage IntStorage ShortStorage CharStorage "
-    "ByteStorage BoolStorage"
-).split()
-
 # What may be called, and what stands in for it. The names are data of the file format.
 _CALLABLE: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
@@ -95,16 +91,19 @@ _CALLABLE: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered_dict,
     "torch.Size": tuple,
 }
-_INERT = frozenset(
-    "argparse.Namespace torch.device collections.defaultdict _codecs.encode numpy.dtype "
-    "numpy.core.multiarray.scalar numpy._core.multiarray.scalar".split()
-)
-_KNOWN = frozenset(_CALLABLE) | _INERT | {f"torch.{kind}" for kind in STORAGE_KINDS}
+_INERT = {
+    "argparse.Namespace",
+    "torch.device",
+    "collections.defaultdict",
+    "_codecs.encode",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+}
+_STORAGE_KIND = re.compile(r"torch\.[A-Z][A-Za-z0-9]*Storage")
 
-_CONSTANTS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8".split()
-)
+# Instructions whose argument is the value itself: INT, BININT1, LONG4, FLOAT, UNICODE, BINBYTES8, ...
+_CONSTANT = re.compile(r"(BIN)?(INT|FLOAT)[12]?|LONG[14]?|(SHORT_)?(BIN)?(UNICODE|STRING|BYTES)8?")
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
 _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -122,7 +121,7 @@ class _Machine:
         """Applies one instruction."""
         if opcode in _IGNORED:
             return
-        if opcode in _CONSTANTS:
+        if _CONSTANT.fullmatch(opcode):
             self.stack.append(arg)
         elif opcode in _LITERALS:
             self.stack.append(_LITERALS[opcode])
@@ -217,7 +216,7 @@ class _Machine:
         self._push_name(f"{module}.{name}")
 
     def _push_name(self, name: str) -> None:
-        if name not in _KNOWN:
+        if name not in _CALLABLE and name not in _INERT and not _STORAGE_KIND.fullmatch(name):
             raise PickleRefused(f"it asks to import {name!r}, and loading a checkpoint never runs code from it")
         self.stack.append(_Name(name))
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
@@ -25,10 +26,10 @@ from infmae_jax.training.checkpoint import abstract_params
 
 METADATA_KEY = "infmae_jax"
 # What tensors do not tell of an architecture, as published.
-_UNTOLD = dict(heads=12, decoder_heads=16, norm_pix_loss=False)
+_UNTOLD = {"heads": 12, "decoder_heads": 16, "norm_pix_loss": False}
 _SCORE_WEIGHT, _SCORE_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
-_POSITION_TOLERANCE = 1e-4  # a float16 checkpoint rounds sines by up to 2.5e-4 / 2
+_POSITION_TOLERANCE = 1e-4  # of float32 tables computed in another precision; half precision rounds further
 _NAMES_SHOWN = 3
 
 
@@ -74,7 +75,7 @@ def from_state(
         (each named), or its position embedding is not the fixed one.
     """
     noted, mask = _read_metadata(metadata)
-    given = dict(heads=heads, decoder_heads=decoder_heads, norm_pix_loss=norm_pix_loss)
+    given = {"heads": heads, "decoder_heads": decoder_heads, "norm_pix_loss": norm_pix_loss}
     config = _read_architecture(state, noted | {field: value for field, value in given.items() if value is not None})
     entries = names.table(config)
     _check_tensors(state, config, entries)
@@ -84,7 +85,7 @@ def from_state(
     if config.encoder == "hybrid":
         filters = tuple(np.asarray(state[name], np.float32) for name in (_SCORE_WEIGHT, _SCORE_BIAS))
     return Checkpoint(
-        config, mask or _published_mask(filters), image_size, traverse_util.unflatten_dict(params), filters
+        config, mask or published_mask(filters), image_size, traverse_util.unflatten_dict(params), filters
     )
 
 
@@ -110,13 +111,21 @@ def to_state(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], str]:
     state.update(zip(_POSITIONS, _published_positions(config, grid), strict=True))
     state.update({entry.name: entry.layout.publish(np.asarray(params[entry.path], np.float32)) for entry in entries})
     model = {field: getattr(config, field) for field in _UNTOLD}
-    return state, json.dumps(dict(model=model, mask=dataclasses.asdict(checkpoint.mask)))
+    return state, json.dumps({"model": model, "mask": dataclasses.asdict(checkpoint.mask)})
 
 
-def mean_kernel(filters: tuple[np.ndarray, np.ndarray]) -> tuple[tuple, float]:
-    """The one kernel whose response is the channel mean of a convolution: nested tuples (16,16,C), and its bias."""
+def published_mask(filters: tuple[np.ndarray, np.ndarray] | None) -> MaskConfig:
+    """As the published code masks: MAE at random, InfMAE every fourth token of the ascending order of its filters.
+
+    Args:
+      filters: weight (D,C,16,16) and bias (D,) of InfMAE's scoring convolution. Averaging over channels commutes with
+        the convolution, so the mask's one kernel is their mean.
+    """
+    if filters is None:
+        return MaskConfig(score="none", selection="random")
     kernel = filters[0].astype(np.float64).mean(axis=0).transpose(1, 2, 0)
-    return tuple(tuple(map(tuple, row)) for row in kernel.tolist()), float(filters[1].astype(np.float64).mean())
+    bias = float(filters[1].astype(np.float64).mean())
+    return MaskConfig(score="kernel", kernel=_nested_tuple(kernel.tolist()), bias=bias, descending=False, stride=4)
 
 
 def score_filters(config: InfMAEConfig, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -154,14 +163,6 @@ def _nested_tuple(values):
     return tuple(_nested_tuple(value) for value in values) if isinstance(values, list) else values
 
 
-def _published_mask(filters: tuple[np.ndarray, np.ndarray] | None) -> MaskConfig:
-    """As the published code masks: MAE at random, InfMAE every fourth token of the ascending order of its filters."""
-    if filters is None:
-        return MaskConfig(score="none", selection="random")
-    kernel, bias = mean_kernel(filters)
-    return MaskConfig(score="kernel", kernel=kernel, bias=bias, descending=False, stride=4)
-
-
 def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) -> InfMAEConfig:
     """Widths and depths as the tensors have them; what they cannot tell comes from `untold`."""
     hybrid = any(name.startswith("patch_embed1.") for name in state) or any(n.startswith("blocks3.") for n in state)
@@ -172,28 +173,28 @@ def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) 
         )
     if hybrid:
         shapes = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in (1, 2, 3)]
-        encoder = dict(widths=tuple(s[0] for s in shapes), depths=tuple(_depth(state, f"blocks{s}") for s in (1, 2, 3)))
-        block, width = "blocks3.0", shapes[2][0]
+        widths, depths = tuple(s[0] for s in shapes), tuple(_depth(state, f"blocks{s}") for s in (1, 2, 3))
+        block = "blocks3.0"
     else:
         shapes = [_shape(state, "patch_embed.proj.weight", 4)]
-        width = shapes[0][0]
-        encoder = dict(widths=(width,) * 3, depths=(_depth(state, "blocks"),) * 3)
+        widths, depths = (shapes[0][0],) * 3, (_depth(state, "blocks"),) * 3
         block = "blocks.0"
     decoder_width = _shape(state, "decoder_embed.weight", 2)[0]
     hidden = _shape(state, f"{block}.mlp.fc1.weight", 2)[0]
-    if hidden % width:
-        raise InputError(f"its MLPs are {hidden} wide, not a multiple of the width {width}")
+    if hidden % widths[-1]:
+        raise InputError(f"its MLPs are {hidden} wide, not a multiple of the width {widths[-1]}")
     if untold["heads"] < 1 or untold["decoder_heads"] < 1:
         raise InputError(f"a model needs at least one attention head, not {untold['heads']}, {untold['decoder_heads']}")
     try:
         return InfMAEConfig(
             encoder="hybrid" if hybrid else "vit",
             in_channels=shapes[0][1],
-            mlp_ratio=hidden // width,
+            widths=widths,
+            depths=depths,
+            mlp_ratio=hidden // widths[-1],
             fuse_stages=not hybrid or any(name.startswith("stage1_output_decode.") for name in state),
             decoder_width=decoder_width,
             decoder_depth=_depth(state, "decoder_blocks"),
-            **encoder,
             **untold,
         )
     except ValueError as error:
@@ -231,7 +232,7 @@ def _check_tensors(state: Mapping[str, np.ndarray], config: InfMAEConfig, entrie
     found = [f"{len(listed)} {what}: {_listing(listed)}" for what, listed in problems if listed]
     if found:
         raise InputError(f"its tensors do not fit an InfMAE or MAE model; {'; '.join(found)}")
-    not_real = [name for name in (*expected, *_POSITIONS) if state[name].dtype.kind in "biu"]
+    not_real = [name for name in state if state[name].dtype.kind in "biu"]
     if not_real:
         raise InputError(f"tensors hold integers where weights are expected: {_listing(not_real)}")
 
@@ -248,6 +249,10 @@ def _published_positions(config: InfMAEConfig, grid: tuple[int, int]) -> list[np
     return [np.pad(position_embedding(grid, width), ((prefix, 0), (0, 0)))[None] for width in widths]
 
 
+def _tolerance(array: np.ndarray) -> float:
+    return max(_POSITION_TOLERANCE, float(ml_dtypes.finfo(array.dtype).eps))
+
+
 def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig) -> tuple[int, int]:
     """The token grid whose fixed embeddings the file holds; the published format does not say it otherwise."""
     tokens = _shape(state, _POSITIONS[0], 3)[1] - int(config.encoder == "vit")
@@ -255,7 +260,7 @@ def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig) -> t
     for rows in sorted(heights, key=lambda rows: abs(rows - tokens / rows)):
         expected = _published_positions(config, (rows, tokens // rows))
         if all(
-            state[name].shape == array.shape and np.allclose(state[name], array, rtol=0, atol=_POSITION_TOLERANCE)
+            state[name].shape == array.shape and np.abs(state[name] - array).max() <= _tolerance(state[name])
             for name, array in zip(_POSITIONS, expected, strict=True)
         ):
             return rows, tokens // rows

@@ -19,7 +19,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except (safetensors.SafetensorError, TypeError, ValueError) as error:
@@ -30,4 +31,8 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes float32 tensors; `metadata` goes into the file's header, with the mark that PyTorch tools look for."""
     arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
+    path = Path(path)
+    path.touch()
+    usual_mode = path.stat().st_mode
     safetensors.numpy.save_file(arrays, path, {"format": "pt", **metadata})
+    path.chmod(usual_mode)  # the library writes files that only their owner can read

@@ -204,9 +204,8 @@ def _describe(arrays: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> by
     body = [b"\x80\x02}(", _text("model"), b"}("]
     for key, (name, array) in enumerate(arrays.items()):
         strides = [stride // array.itemsize for stride in array.strides]
-        storage = (
-            b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text(str(key)) + _text("cpu") + _int(array.size) + b"tQ"
-        )
+        location = [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _int(array.size)]
+        storage = b"(" + b"".join(location) + b"tQ"
         body += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, _int(0)]
         body += [_ints(array.shape), _ints(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
     body.append(b"u")

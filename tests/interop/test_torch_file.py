@@ -223,7 +223,11 @@ def test_tensor_that_reaches_outside_its_storage(tmp_path):
         torch_like.save(tmp_path / "c.pth", {"weight": bad})
         with pytest.raises(InputError, match="tensor weight reaches outside its storage"):
             torch_file.read_checkpoint(tmp_path / "c.pth")
-    for bad in (torch_like.Tensor(flat, (2, 3), (1,)), torch_like.Tensor(flat, (-2, -3)), torch_like.Tensor(flat, (2.0,), (1,))):
+    for bad in (
+        torch_like.Tensor(flat, (2, 3), (1,)),
+        torch_like.Tensor(flat, (-2, -3)),
+        torch_like.Tensor(flat, (2.0,), (1,)),
+    ):
         torch_like.save(tmp_path / "c.pth", {"weight": bad})
         with pytest.raises(InputError, match="a tensor with an impossible shape"):
             torch_file.read_checkpoint(tmp_path / "c.pth")

@@ -1,0 +1,60 @@
+"""A checkpoint of the published size goes in and out, quickly, in little memory and without changing a bit."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from infmae_jax.interop import torch_file
+from tests.interop import published_format, torch_like
+
+MAX_SECONDS, MAX_BYTES = 60, 3 << 30
+
+# Runs a command of the package as `python -m` does and reports what it took.
+MEASURED = """
+import json, resource, runpy, sys, time
+start = time.monotonic()
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as done:
+    assert not done.code, done.code
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": time.monotonic() - start, "peak_bytes": peak}))
+"""
+
+
+@pytest.fixture(scope="module")
+def state():
+    return published_format.random_state(published_format.BASE)
+
+
+def convert(*flags):
+    command = [sys.executable, "-c", MEASURED, "infmae_jax.convert", *flags]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_published_size(state):
+    assert sum(array.size for array in state.values()) == 96_717_696
+
+
+def test_round_trip(tmp_path, state):
+    tensors = {name: torch_like.tensor(array) for name, array in state.items()}
+    torch_like.save(tmp_path / "in.pth", {"model": tensors, "epoch": 399})
+    steps = [
+        ("--from=torch", f"--input={tmp_path}/in.pth", f"--output={tmp_path}/run"),
+        ("--from=run", f"--input={tmp_path}/run", "--to=torch", f"--output={tmp_path}/out.pth"),
+    ]
+    for flags in steps:
+        took = convert(*flags)
+        print(f"{flags[0]}: {took['seconds']:.1f} s, {took['peak_bytes'] / 2**30:.2f} GiB")
+        assert took["seconds"] < MAX_SECONDS and took["peak_bytes"] < MAX_BYTES
+    written, _ = torch_file.read_checkpoint(tmp_path / "out.pth")
+    assert written.keys() == state.keys()
+    for name, array in state.items():
+        assert written[name].shape == array.shape and written[name].dtype == np.float32, name
+        assert written[name].tobytes() == array.tobytes(), name
