@@ -1,12 +1,23 @@
 """Shared fixtures. Every test runs with silent broadcasting turned into an error."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
-import jax
-import pytest
-from absl import flags
+# Programs compiled once serve the whole session, the processes that tests start included.
+_cache = tempfile.mkdtemp(prefix="infmae-test-cache-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which pytest does not parse
 
@@ -19,3 +30,21 @@ def shared_folder() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("no real images here: set INFMAE_TEST_DATA to the folder that holds data/ and golden/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory) -> Path:
+    """A folder of 24 labelled synthetic scenes, 96x128."""
+    from data_pipelines.synthetic import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("scenes") / "scenes", 24, seed=0, size=(96, 128))
+
+
+@pytest.fixture(scope="session")
+def shards(scenes, tmp_path_factory) -> Path:
+    """The same scenes as a shard set."""
+    from data_pipelines.prepare import prepare
+
+    output = tmp_path_factory.mktemp("shards") / "shards"
+    prepare([scenes / "images"], output, workers=0, progress=False)
+    return output

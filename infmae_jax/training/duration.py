@@ -25,7 +25,7 @@ def in_steps(duration: str, *, batch_size: int, num_examples: int, total_steps: 
         amount = float(number)
     except ValueError:
         amount = -1.0
-    if amount < 0 or unit not in _UNITS or (unit == "percent" and total_steps is None):
+    if not 0 <= amount < float("inf") or unit not in _UNITS or (unit == "percent" and total_steps is None):
         raise InputError(f"duration {duration!r} is not understood: write a number and one of {', '.join(_UNITS)}")
     scale = {
         "steps": 1.0,

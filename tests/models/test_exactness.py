@@ -1,0 +1,117 @@
+"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+
+SMALL = InfMAEConfig(
+    widths=(8, 12, 16), depths=(2, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, dtype="float64"
+)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random_batch(height=64, width=96, keep=6, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
+    images = rng.standard_normal((batch, height, width, 3))
+    tokens = height // 16 * (width // 16)
+    ids_keep = np.stack([rng.permutation(tokens)[:keep] for _ in range(batch)]).astype(np.int32)
+    return images, ids_keep
+
+
+def perturbed_params(config, images, ids_keep, seed=1):
+    """Random parameters, biases and norms included, so that none is hidden by a zero or a one."""
+    params = jax.jit(InfMAE(config).init)(jax.random.key(seed), images, ids_keep)["params"]
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
+
+
+def evaluate(config, params, images, ids_keep):
+    def loss(params):
+        out = InfMAE(config).apply({"params": params}, images, ids_keep)
+        return out.loss, out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return out, grads
+
+
+@pytest.mark.parametrize("change", [{"visible_only": False}, {"visible_only": False, "depthwise": "conv"},
+                                    {"depthwise": "conv"}, {"remat": True}])  # fmt: skip
+@pytest.mark.parametrize("norm_pix", [False, True])
+def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
+    images, ids_keep = random_batch()
+    config = dataclasses.replace(SMALL, norm_pix_loss=norm_pix)
+    params = perturbed_params(config, images, ids_keep)
+    out, grads = evaluate(config, params, images, ids_keep)
+    other, other_grads = evaluate(dataclasses.replace(config, **change), params, images, ids_keep)
+    assert out.latent.dtype == jnp.float64
+    for name in ("latent", "loss", "pred"):
+        np.testing.assert_allclose(getattr(out, name), getattr(other, name), rtol=0, atol=1e-10, err_msg=name)
+    flat, other_flat = jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(other_grads)
+    for (path, grad), other_grad in zip(flat, other_flat, strict=True):
+        np.testing.assert_allclose(grad, other_grad, rtol=0, atol=1e-10, err_msg=jax.tree_util.keystr(path))
+        assert np.abs(grad).max() > 0, f"{jax.tree_util.keystr(path)} has no gradient: the comparison shows nothing"
+
+
+@pytest.mark.parametrize("visible_only", [True, False])
+def test_masked_pixels_do_not_reach_the_latent(visible_only):
+    images, ids_keep = random_batch()
+    config = dataclasses.replace(SMALL, dtype="float32", visible_only=visible_only)
+    images = images.astype(np.float32)
+    params = perturbed_params(config, images, ids_keep)
+    noisy = images.copy()
+    rng = np.random.default_rng(5)
+    for sample, keep in enumerate(ids_keep):
+        for token in set(range(24)) - set(keep.tolist()):
+            row, column = divmod(token, 6)
+            noisy[sample, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 100 * rng.standard_normal((16, 16, 3))
+    encode = jax.jit(lambda x: InfMAE(config).apply({"params": params}, x, ids_keep).latent)
+    clean, changed = encode(images), encode(noisy)
+    assert np.abs(clean - changed).max() == 0
+    visible = noisy.copy()
+    row, column = divmod(int(ids_keep[0, 0]), 6)
+    visible[0, row * 16, column * 16] += 1
+    assert np.abs(encode(visible) - changed).max() > 0
+
+
+def test_dense_features_are_the_pretraining_path_with_every_token_visible(float64):
+    images, _ = random_batch()
+    everything = np.tile(np.arange(24, dtype=np.int32), (2, 1))
+    params = perturbed_params(SMALL, images, everything)
+    model = InfMAE(SMALL)
+
+    @functools.partial(jax.jit, static_argnames="fuse_stages")
+    def dense(params, fuse_stages):
+        return model.apply({"params": params}, images, fuse_stages=fuse_stages, method="features")
+
+    latent = jax.jit(model.apply)({"params": params}, images, everything[:, ::-1]).latent
+    features = dense(params, fuse_stages=True)
+    np.testing.assert_allclose(features["pooled"], latent.mean(axis=1), atol=1e-10)
+    assert {k: v.shape for k, v in features.items()} == {
+        "stage1": (2, 16, 24, 8), "stage2": (2, 8, 12, 12), "stage3": (2, 4, 6, 16), "pooled": (2, 16),
+    }  # fmt: skip
+    plain = dense({"encoder": params["encoder"]}, fuse_stages=False)
+    assert np.abs(plain["stage3"] - features["stage3"]).max() > 1e-3
+
+
+def test_latent_follows_the_order_of_the_kept_tokens():
+    images, ids_keep = random_batch()
+    config = dataclasses.replace(SMALL, dtype="float32")
+    images = images.astype(np.float32)
+    params = perturbed_params(config, images, ids_keep)
+    apply = jax.jit(InfMAE(config).apply)
+    out, turned = (apply({"params": params}, images, ids) for ids in (ids_keep, ids_keep[:, ::-1]))
+    np.testing.assert_allclose(out.latent[:, ::-1], turned.latent, atol=2e-5)
+    np.testing.assert_allclose(out.loss, turned.loss, rtol=1e-5)
+    np.testing.assert_array_equal(out.mask, turned.mask)
+    assert (out.mask.sum(axis=1) == 24 - 6).all()

@@ -1,0 +1,110 @@
+"""Shapes, precision, variants and refusals of the model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infmae_jax.models import patches
+from infmae_jax.models.infmae import VARIANTS, InfMAE, InfMAEConfig, masked_loss, variant
+
+TINY = dict(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+
+
+def shapes_of(config, size=(224, 224), keep=49):
+    images = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
+    return jax.eval_shape(InfMAE(config).init, jax.random.key(0), images, jax.ShapeDtypeStruct((1, keep), jnp.int32))
+
+
+def test_base_has_the_published_number_of_parameters():
+    # 96,717,696 in the release, which counts two fixed position tables and the convolution that only scores tokens.
+    fixed = 196 * 768 + 196 * 512 + (16 * 16 * 3 * 768 + 768)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(variant("base")))) == 96_717_696 - fixed
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_grow(name):
+    order = list(VARIANTS)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(shapes_of(variant(n)))) for n in order[: order.index(name) + 1]]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("encoder", ["hybrid", "vit"])
+@pytest.mark.parametrize("size", [(32, 80), (64, 48)])
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_sizes_and_channels(encoder, size, in_channels):
+    config = InfMAEConfig(encoder=encoder, in_channels=in_channels, **TINY)
+    n = size[0] // 16 * (size[1] // 16)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, *size, 1)).astype(np.float32)
+    ids_keep = np.stack([rng.permutation(n)[:4] for _ in range(2)]).astype(np.int32)
+    model = InfMAE(config)
+    apply = jax.jit(model.apply)
+    params = jax.jit(model.init)(jax.random.key(0), images, ids_keep)["params"]
+    out = apply({"params": params}, images, ids_keep)
+    assert out.pred.shape == (2, n, 256 * in_channels)
+    assert out.latent.shape == (2, 4 + (encoder == "vit"), 16)
+    assert out.loss.shape == () and np.isfinite(out.loss)
+    if in_channels == 3:
+        repeated = apply({"params": params}, np.repeat(images, 3, axis=-1), ids_keep)
+        np.testing.assert_array_equal(out.pred, repeated.pred)
+    with pytest.raises(ValueError, match="channels"):
+        jax.eval_shape(model.apply, {"params": params}, np.zeros((2, *size, 2), np.float32), ids_keep)
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="100x64 is not divisible by the patch size 16"):
+        shapes_of(InfMAEConfig(**TINY), size=(100, 64), keep=4)
+
+
+@pytest.mark.parametrize("encoder", ["hybrid", "vit"])
+def test_bfloat16_keeps_parameters_norms_and_loss_in_float32(encoder):
+    config = InfMAEConfig(encoder=encoder, dtype="bfloat16", **TINY)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 64, 64, 1)).astype(np.float32)
+    ids_keep = np.stack([rng.permutation(16)[:4] for _ in range(2)]).astype(np.int32)
+    params = jax.jit(InfMAE(config).init)(jax.random.key(0), images, ids_keep)["params"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    grads = jax.jit(jax.grad(lambda p: InfMAE(config).apply({"params": p}, images, ids_keep).loss))(params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
+    out = jax.jit(InfMAE(config).apply)({"params": params}, images, ids_keep)
+    assert (out.latent.dtype, out.pred.dtype, out.loss.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    exact = jax.jit(InfMAE(dataclasses.replace(config, dtype="float32")).apply)({"params": params}, images, ids_keep)
+    np.testing.assert_allclose(out.loss, exact.loss, rtol=0.01)
+
+
+def test_loss_counts_masked_patches_only():
+    rng = np.random.default_rng(0)
+    pred, target = rng.standard_normal((2, 3, 5, 8)).astype(np.float32)
+    mask = np.array([[0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 1]], np.float32)
+    terms, normal = [], []
+    for b, t in zip(*np.nonzero(mask)):
+        patch = target[b, t].astype(np.float64)
+        terms.append(((pred[b, t] - patch) ** 2).mean())
+        variance = ((patch - patch.mean()) ** 2).sum() / 7
+        normal.append(((pred[b, t] - (patch - patch.mean()) / (variance + 1e-6) ** 0.5) ** 2).mean())
+    np.testing.assert_allclose(masked_loss(pred, target, mask, False), np.mean(terms), rtol=1e-6)
+    np.testing.assert_allclose(masked_loss(pred, target, mask, True), np.mean(normal), rtol=1e-6)
+
+
+def test_position_embedding_encodes_columns_first():
+    table = patches.position_embedding((2, 3), 8)
+    for token in range(6):
+        row, column = divmod(token, 3)
+        expected = [f(v * o) for v in (column, row) for f in (np.sin, np.cos) for o in (1.0, 0.01)]
+        np.testing.assert_allclose(table[token], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message", [(dict(encoder="cnn"), "encoder='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8")]
+)
+def test_impossible_architectures_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        InfMAEConfig(**change)
+
+
+def test_unknown_variant_is_named():
+    with pytest.raises(ValueError, match="'gigantic' is not one of tiny, small, base"):
+        variant("gigantic")

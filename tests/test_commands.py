@@ -1,0 +1,47 @@
+"""Mistakes of the user end in one line, a non-zero exit code, and nothing half-written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ}
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([SMOKE, "--config.durration=3 steps"], "duration"),
+        ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
+        ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
+        ([SMOKE], "data.shards"),
+        ([SMOKE, "--config.data.shards=nowhere"], "nowhere"),
+        ([SMOKE, "--config.seed=one"], "seed"),
+        (["--config=configs/pretrain/nowhere.py"], "nowhere.py"),
+        ([f"{SMOKE}y"], "smokey"),
+        ([SMOKE, "extra"], "unexpected argument 'extra'"),
+        ([SMOKE, "--wordir=x"], "wordir"),
+    ],
+)
+def test_pretrain(flags, message, tmp_path):
+    workdir = tmp_path / "run"
+    result = run("infmae_jax.pretrain", *flags, f"--workdir={workdir}")
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0], result.stderr
+    assert "Traceback" not in result.stderr
+    assert not workdir.exists()
+
+
+def test_bench_without_a_subject_says_what_there_is():
+    result = run("infmae_jax.bench")
+    assert result.returncode == 2 and "bench flops" in result.stderr

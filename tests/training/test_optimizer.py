@@ -1,0 +1,50 @@
+"""Schedule and AdamW against formulas written out here."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from infmae_jax.training.config import OptimizerConfig
+from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
+
+
+def test_schedule_is_linear_then_half_cosine():
+    schedule = warmup_half_cosine(0.5, 4, 20)
+    for step in range(24):
+        if step < 4:
+            expected = 0.5 * step / 4
+        else:
+            expected = 0.25 * (1 + math.cos(math.pi * min(1, (step - 4) / 16)))
+        assert float(schedule(step)) == pytest.approx(expected, abs=1e-7)
+
+
+def test_learning_rate_scales_with_the_batch():
+    assert peak_learning_rate(OptimizerConfig(base_learning_rate=1.5e-4), 1024) == pytest.approx(6e-4)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_two_steps_of_adamw_against_numpy(clip):
+    config = OptimizerConfig(weight_decay=0.05, clip_norm=clip)
+    optimizer = make_optimizer(config, lambda step: 0.01)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((3, 2)), "bias": rng.standard_normal(2)}
+    expected = {k: v.copy() for k, v in params.items()}
+    moments = {k: [np.zeros_like(v), np.zeros_like(v)] for k, v in params.items()}
+    ours = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
+    state = optimizer.init(ours)
+    for step in (1, 2):
+        grads = {k: rng.standard_normal(v.shape) for k, v in params.items()}
+        updates, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
+        for k, g in grads.items():
+            g = g * min(1.0, clip / norm) if clip else g
+            m, v = moments[k] = [0.9 * moments[k][0] + 0.1 * g, 0.95 * moments[k][1] + 0.05 * g**2]
+            decay = 0.05 * expected[k] if k == "kernel" else 0.0
+            adam = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
+            expected[k] = expected[k] - 0.01 * (adam + decay)
+    for k in params:
+        np.testing.assert_allclose(ours[k], expected[k], rtol=1e-5, atol=1e-6)
