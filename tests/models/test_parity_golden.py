@@ -1,0 +1,169 @@
+"""The numbers that the published code computes, from weights in the published format.
+
+`golden/` is kept outside the repository: these tests skip where it is absent, and the slow reference next door stands in.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from data_pipelines.masking import mask_from_ids, select_visible, token_scores
+from infmae_jax.interop import formats, names
+from infmae_jax.models.infmae import InfMAE
+from infmae_jax.models.patches import normalize
+from infmae_jax.training.config import OptimizerConfig
+from infmae_jax.training.optimizer import make_optimizer, warmup_half_cosine
+from tests.interop import published_format
+
+ACTIVATION_TOLERANCE = 2e-5  # absolute
+LOSS_TOLERANCE = 1e-5  # relative
+GRADIENT_TOLERANCE = 1e-4  # relative
+TRAJECTORY_TOLERANCE = 1e-4  # relative
+
+both_paths = pytest.mark.parametrize("visible_only", [True, False], ids=["visible_only", "all_patches"])
+
+
+@pytest.fixture(scope="module")
+def infmae(shared_folder):
+    return load_golden(shared_folder / "golden" / "infmae_tiny")
+
+
+@pytest.fixture(scope="module")
+def mae(shared_folder):
+    return load_golden(shared_folder / "golden" / "mae_tiny")
+
+
+def load_golden(folder):
+    """The imported checkpoint, what the published code computed with it, and its settings."""
+    meta = json.loads((folder / "meta.json").read_text())
+    heads = {"heads": meta["config"]["num_heads"], "decoder_heads": meta["config"]["decoder_num_heads"]}
+    checkpoint = formats.read(folder / "checkpoint.pth", "torch", **heads)
+    with np.load(folder / "activations.npz") as arrays:
+        return checkpoint, dict(arrays), meta
+
+
+def network_input(images):
+    return normalize(jnp.asarray(images)[..., None])
+
+
+def forward(config, params, images, ids_keep):
+    return jax.jit(InfMAE(config).apply)({"params": params}, network_input(images), jnp.asarray(ids_keep, jnp.int32))
+
+
+def assert_close(name, got, expected, absolute=0.0, relative=0.0):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    error = np.abs(got - expected).max() if absolute else np.abs(got / expected - 1).max()
+    print(f"{name}: max {'absolute' if absolute else 'relative'} error {error:.2e}")
+    assert got.shape == expected.shape and error <= (absolute or relative), name
+
+
+def test_golden_checkpoint_has_the_published_names(infmae, mae):
+    for (checkpoint, _, _), shapes in ((infmae, published_format.infmae_shapes), (mae, published_format.mae_shapes)):
+        model = checkpoint.model
+        expected = shapes(model.widths, model.depths, model.decoder_width, model.decoder_depth)
+        entries = names.table(model)
+        scoring = set() if model.encoder == "vit" else {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+        assert {entry.name for entry in entries} | scoring == set(expected)
+
+
+def test_scores_and_masks(infmae):
+    checkpoint, golden, _ = infmae
+    scores = token_scores(golden["images_u8"][:4], checkpoint.mask)
+    ids_keep = select_visible(scores, checkpoint.mask)
+    assert_close("score", scores, golden["score"], absolute=1e-5)
+    np.testing.assert_array_equal(ids_keep, golden["ids_keep"])
+    np.testing.assert_array_equal(mask_from_ids(ids_keep, 196), golden["mask"])
+
+
+@both_paths
+def test_forward(infmae, visible_only):
+    checkpoint, golden, _ = infmae
+    config = dataclasses.replace(checkpoint.model, visible_only=visible_only)
+    out = forward(config, checkpoint.params, golden["images_u8"][:4], golden["ids_keep"])
+    np.testing.assert_array_equal(out.mask, golden["mask"])
+    assert_close("latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("pred", out.pred, golden["pred"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("loss", out.loss, golden["loss"], relative=LOSS_TOLERANCE)
+    config = dataclasses.replace(config, norm_pix_loss=True)
+    normalised = forward(config, checkpoint.params, golden["images_u8"][:4], golden["ids_keep"])
+    assert_close("loss_norm_pix", normalised.loss, golden["loss_norm_pix"], relative=LOSS_TOLERANCE)
+
+
+def test_features(infmae):
+    checkpoint, golden, _ = infmae
+    images = network_input(golden["images_u8"][:4])
+    feats = InfMAE(checkpoint.model).apply({"params": checkpoint.params}, images, method="features")
+    for stage in ("stage1", "stage2"):
+        channels_first = np.asarray(feats[stage]).transpose(0, 3, 1, 2)
+        assert_close(stage, channels_first, golden[stage], absolute=ACTIVATION_TOLERANCE)
+    stage3 = np.asarray(feats["stage3"]).reshape(golden["stage3"].shape)
+    assert_close("stage3", stage3, golden["stage3"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("pooled", feats["pooled"], golden["pooled"], absolute=ACTIVATION_TOLERANCE)
+
+
+@both_paths
+def test_gradient_norms(infmae, visible_only):
+    checkpoint, golden, meta = infmae
+    model = InfMAE(dataclasses.replace(checkpoint.model, visible_only=visible_only))
+    images, ids_keep = network_input(golden["images_u8"][:4]), jnp.asarray(golden["ids_keep"], jnp.int32)
+    loss = jax.jit(jax.grad(lambda params: model.apply({"params": params}, images, ids_keep).loss))
+    grads = traverse_util.flatten_dict(loss(checkpoint.params))
+    norms = {
+        entry.name: np.linalg.norm(np.asarray(grads[entry.path], np.float64)) for entry in names.table(model.config)
+    }
+    expected = {name: norm for name, norm in meta["grad_norms"].items() if norm is not None}
+    assert norms.keys() == expected.keys()
+    order = sorted(expected)
+    got, want = [norms[name] for name in order], [expected[name] for name in order]
+    assert_close("gradient norms", got, want, relative=GRADIENT_TOLERANCE)
+    whole = np.sqrt(sum(norm**2 for norm in norms.values()))
+    assert_close("global gradient norm", whole, golden["grad_norm/_global"], relative=GRADIENT_TOLERANCE)
+
+
+@both_paths
+def test_training_trajectory(infmae, visible_only):
+    """Twelve steps with this project's optimizer and schedule: images 0-3 on even steps, 4-7 on odd ones."""
+    checkpoint, golden, meta = infmae
+    settings = meta["optimizer"]
+    model = InfMAE(dataclasses.replace(checkpoint.model, visible_only=visible_only))
+    schedule = warmup_half_cosine(settings["base_lr"], settings["warmup_steps"], settings["total_steps"])
+    b1, b2 = settings["betas"]
+    optimizer = make_optimizer(OptimizerConfig(b1=b1, b2=b2, weight_decay=settings["weight_decay"]), schedule)
+    images = golden["images_u8"]
+    ids_keep = select_visible(token_scores(images, checkpoint.mask), checkpoint.mask)
+
+    @jax.jit
+    def step(params, state, images, ids_keep):
+        loss, grads = jax.value_and_grad(lambda p: model.apply({"params": p}, images, ids_keep).loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params, state, losses = checkpoint.params, optimizer.init(checkpoint.params), []
+    for index in range(settings["steps_run"]):
+        part = slice(0, 4) if index % 2 == 0 else slice(4, 8)
+        params, state, loss = step(params, state, network_input(images[part]), ids_keep[part])
+        losses.append(float(loss))
+    rates = [float(schedule(index)) for index in range(settings["steps_run"])]
+    np.testing.assert_allclose(rates, golden["train_lrs"], rtol=1e-6, atol=1e-12)
+    assert_close("train_losses", losses, golden["train_losses"], relative=TRAJECTORY_TOLERANCE)
+
+
+def test_mae_forward(mae):
+    checkpoint, golden, _ = mae
+    ids_keep = np.argsort(golden["noise"], axis=1, kind="stable")[:, : golden["ids_keep"].shape[1]]
+    np.testing.assert_array_equal(ids_keep, golden["ids_keep"])
+    out = forward(checkpoint.model, checkpoint.params, golden["images_u8"], ids_keep)
+    np.testing.assert_array_equal(out.mask, golden["mask"])
+    assert_close("MAE latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("MAE pred", out.pred, golden["pred"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("MAE loss", out.loss, golden["loss"], relative=LOSS_TOLERANCE)
+    images = network_input(golden["images_u8"])
+    feats = InfMAE(checkpoint.model).apply({"params": checkpoint.params}, images, method="features")
+    assert_close("MAE features", feats["tokens"], golden["features"], absolute=ACTIVATION_TOLERANCE)
+    assert_close("MAE pooled", feats["pooled"], golden["features"][:, 1:].mean(axis=1), absolute=ACTIVATION_TOLERANCE)
