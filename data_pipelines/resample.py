@@ -86,18 +86,23 @@ class _Axis:
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
-    """Weights (inputs, outputs) float32 between a range of input pixels and one of output pixels."""
+    """Weights (inputs, outputs) float32 between a range of input pixels and one of output pixels.
+
+    At most `chunk` rows or columns of the image are to be multiplied at once.
+    """
 
     inputs: slice
     outputs: slice
     weights: np.ndarray
+    chunk: int
 
 
 def _resize_columns(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarray:
     """(H, W) float32 -> (H, out) float32."""
     sums = np.empty((len(values), out), np.float32)
     for block in blocks:
-        for rows in _chunks(len(values), block):
+        for first in range(0, len(values), block.chunk):
+            rows = slice(first, first + block.chunk)
             np.matmul(values[rows, block.inputs], block.weights, out=sums[rows, block.outputs])
     return sums
 
@@ -106,46 +111,36 @@ def _resize_rows(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarr
     """(H, W) float32 -> (out, W) float32."""
     sums = np.empty((out, values.shape[1]), np.float32)
     for block in blocks:
-        for columns in _chunks(values.shape[1], block):
+        for first in range(0, values.shape[1], block.chunk):
+            columns = slice(first, first + block.chunk)
             np.matmul(block.weights.T, values[block.inputs, columns], out=sums[block.outputs, columns])
     return sums
 
 
-def _chunks(length: int, block: _Block) -> list[slice]:
-    step = max(1, SERIAL_PRODUCT // block.weights.size)
-    return [slice(first, first + step) for first in range(0, length, step)]
-
-
-# Crops have a few hundred heights and widths, of some 40 kB each; making one takes as long as a resize.
+# Crops have a few hundred heights and widths, of some 40 kB each; making one takes as long as half a resize.
 @functools.lru_cache(maxsize=2048)
 def _blocks(axis: _Axis, bits: int, gain_bits: int) -> list[_Block]:
     """Weights rounded to `bits` binary digits, times 2**gain_bits."""
-    first, last, weights = _weights(axis)
-    weights = np.ldexp(np.rint(np.ldexp(weights, bits)), gain_bits - bits)
-    blocks = []
-    for start in range(0, axis.out, BLOCK):
-        end = min(start + BLOCK, axis.out)
-        low, high = int(first[start]), int(last[end - 1])
-        dense = np.zeros((high - low, end - start), np.float32)
-        taps = first[start:end, None] + np.arange(weights.shape[1])
-        inside = taps < last[start:end, None]
-        outputs = np.broadcast_to(np.arange(end - start)[:, None], taps.shape)
-        dense[taps[inside] - low, outputs[inside]] = weights[start:end][inside]
-        blocks.append(_Block(slice(low, high), slice(start, end), dense))
-    return blocks
-
-
-def _weights(axis: _Axis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First and past-the-last input pixel of each output pixel, (out,) each; weights (out, taps) adding up to 1."""
     step = axis.extent / axis.out
     widen = max(step, 1.0)
     reach = CUBIC_REACH * widen
-    centers = axis.start + (np.arange(axis.out) + 0.5) * step
+    count = -(-axis.out // BLOCK)
+    # (blocks, 1, outputs); what the last block has too many repeats the last output.
+    outputs = np.minimum(np.arange(count * BLOCK), axis.out - 1).reshape(count, 1, BLOCK)
+    centers = axis.start + (outputs + 0.5) * step
     first = np.maximum((centers - reach + 0.5).astype(np.int64), 0)
     last = np.minimum((centers + reach + 0.5).astype(np.int64), axis.length)
-    taps = first[:, None] + np.arange((last - first).max())
-    weights = np.where(taps < last[:, None], _cubic((taps - centers[:, None] + 0.5) / widen), 0.0)
-    return first, last, weights / weights.sum(1, keepdims=True)
+    lows, highs = first[:, 0, 0], last[:, 0, -1]
+    inputs = lows[:, None, None] + np.arange((highs - lows).max())[:, None]
+    weights = _cubic((inputs - centers + 0.5) / widen) * ((inputs >= first) & (inputs < last))
+    weights /= weights.sum(1, keepdims=True)
+    weights = np.ldexp(np.rint(np.ldexp(weights, bits)), gain_bits - bits).astype(np.float32)
+    blocks = []
+    for number, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
+        start, end = number * BLOCK, min((number + 1) * BLOCK, axis.out)
+        dense = weights[number, : high - low, : end - start]
+        blocks.append(_Block(slice(low, high), slice(start, end), dense, max(1, SERIAL_PRODUCT // dense.size)))
+    return blocks
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
