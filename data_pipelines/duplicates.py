@@ -206,6 +206,7 @@ def _similar_pairs(
         similarity[pairs] = np.einsum(
             "nd,nd->n", features[images[pairs]].astype(np.float32), features[others[pairs]].astype(np.float32)
         )
+    np.minimum(similarity, 1.0, out=similarity)  # half-precision vectors are not quite of unit length
     passed = similarity > threshold
     images, others, similarity = images[passed], others[passed], similarity[passed]
     if confirm is not None and len(images):
