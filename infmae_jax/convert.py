@@ -19,9 +19,9 @@ from absl import flags, logging
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.masking import token_grid
 from infmae_jax.interop import formats
 from infmae_jax.interop.published import Checkpoint
-from infmae_jax.models.patches import token_grid
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("from", None, formats.READABLE, "Format of --input.", required=True)
@@ -62,6 +62,8 @@ def convert(
     """
     if Path(output_path).exists():
         raise InputError(f"{output_path} already exists; remove it or choose another --output")
+    if image_size is not None:
+        token_grid(*image_size)
     checkpoint = formats.read(input_path, source, step=step, **architecture)
     origin = {"format": source, "path": str(input_path)}
     formats.write(output_path, target, checkpoint, image_size or checkpoint.image_size, origin)
@@ -73,9 +75,8 @@ def _image_size(values: list[str] | None) -> tuple[int, int] | None:
         return None
     try:
         rows, columns = (int(value) for value in values)
-        token_grid(rows, columns)
     except ValueError as error:
-        raise InputError(f"--image_size={','.join(values)} must be rows,columns, both multiples of 16") from error
+        raise InputError(f"--image_size={','.join(values)} must be two numbers: rows,columns") from error
     return rows, columns
 
 
