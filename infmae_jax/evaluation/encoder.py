@@ -89,7 +89,8 @@ def load_encoder(
         module, params = load(path)
         config, size, step = module.config, DEFAULT_SIZE, None
     if model and not _same_encoder(_variant(model), config):
-        raise InputError(f"checkpoint {checkpoint} is not the variant {model!r} but {_describe(config)}; leave model empty")
+        found = _describe(config)
+        raise InputError(f"checkpoint {checkpoint} is not the variant {model!r} but {found}; leave model empty")
     return FrozenEncoder(config, {"encoder": params["encoder"]}, _checked_size(image_size, size), checkpoint, step)
 
 

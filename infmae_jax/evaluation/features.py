@@ -112,9 +112,8 @@ class FeatureExtractor:
         features = np.concatenate(parts)
         bad = ~np.isfinite(features).all(axis=(1, 2))
         if bad.any():
-            raise InputError(
-                f"features of {files[int(bad.argmax())]} are not finite under {self._encoder.name}: its training diverged"
-            )
+            name, file = self._encoder.name, files[int(bad.argmax())]
+            raise InputError(f"features of {file} are not finite under {name}; use a checkpoint from before it diverged")
         return features
 
     def key(self, files: Sequence[Path], views: Views) -> str:
@@ -124,7 +123,13 @@ class FeatureExtractor:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def _part(
-        self, files: Sequence[Path], chosen: range, views: Views, names: tuple[str, ...], path: Path | None, bar: tqdm.tqdm
+        self,
+        files: Sequence[Path],
+        chosen: range,
+        views: Views,
+        names: tuple[str, ...],
+        path: Path | None,
+        bar: tqdm.tqdm,
     ) -> np.ndarray:
         """Features (len(chosen),V,D) of some of the files, from the cache if they are there."""
         if path is not None and path.is_file():

@@ -55,7 +55,7 @@ def read_labels(
     for split in (train_split, test_split):
         if split not in splits.values():
             found = ", ".join(sorted(set(splits.values())))
-            raise InputError(f"{path}: no row has split {split!r} (the splits are {found}); set train_split, test_split")
+            raise InputError(f"{path}: no row has split {split!r} (they are {found}); set train_split, test_split")
     rows = [(line, row) for line, row in rows if splits[line] in (train_split, test_split)]
     files = _existing_files(path, rows, splits)
     is_train = np.array([splits[line] == train_split for line, _ in rows])
@@ -96,7 +96,7 @@ def _existing_files(path: Path, rows: list[tuple[int, dict[str, str]]], splits: 
     for line, row in rows:
         file = path.parent / row[FILE_COLUMN].strip()
         if not file.is_file():
-            raise InputError(f"{path}, line {line}: image {file} does not exist; paths are relative to the CSV's folder")
+            raise InputError(f"{path}, line {line}: image {file} does not exist; give paths from the CSV's folder")
         if split_of.setdefault(file, splits[line]) != splits[line]:
             raise InputError(f"{path}, line {line}: image {file} is in more than one split; keep one of its rows")
         files.append(file)

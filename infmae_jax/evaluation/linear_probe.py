@@ -32,8 +32,8 @@ class Recipe:
       reference_batch: the batch that the base rate is scaled to; 0 for `batch_size`. LARS moves a layer by a fraction
         (0.001 times the rate) of its own norm at each step, whatever the batch. MAE's batch of 16384 gives a rate of
         6.4; a rate scaled down to the small batch of a small data set leaves the classifier near its random start.
-      least_steps: a data set too small for this many steps in `epochs` is passed over more often, warm-up in proportion,
-        for the same reason; 0 keeps to `epochs`.
+      least_steps: a data set too small for this many steps in `epochs` is passed over more often, warm-up in
+        proportion, for the same reason; 0 keeps to `epochs`.
     """
 
     epochs: int = 90
@@ -64,8 +64,8 @@ class Recipe:
 class Heads:
     """Trained classifiers, one a seed: logits = (x - mean) / sqrt(variance + NORM_EPS) @ kernel + bias.
 
-    kernel (S,D,classes), bias (S,classes), mean (D,), variance (D,), all float32; S seeds. Mean and variance are those of all
-    training features, the value that a running average would settle at.
+    kernel (S,D,classes), bias (S,classes), mean (D,), variance (D,), all float32; S seeds. Mean and variance are those
+    of all training features, the value that a running average would settle at.
     """
 
     kernel: np.ndarray

@@ -123,17 +123,16 @@ def linear_probe(
 def table_text(results: dict[str, dict[str, Any]]) -> str:
     """The results as a short table for people."""
     lines = []
-    for name, result in results.items():
-        seeds = len(result["top1"]["seeds"])
+    for column, result in results.items():
+        images = f"{result['train_images']} train and {result['test_images']} test images"
         lines += [
-            f"{name}: {len(result['classes'])} classes, {result['train_images']} train and {result['test_images']} test "
-            f"images; {result['checkpoint']}, feature {result['feature']}; mean ± std over {seeds} seed(s)",
-            f"  {'':22}{'top-1 %':>14}{'per-class mean %':>20}",
-            f"  {'linear probe':22}{_percent(result['top1']):>14}{_percent(result['balanced_accuracy']):>20}",
-            f"  {str(result['knn']['neighbors']) + '-nearest neighbours':22}{100 * result['knn']['top1']:>14.1f}"
-            f"{100 * result['knn']['balanced_accuracy']:>20.1f}",
-            f"  {'most frequent class':22}{100 * result['majority_class']['top1']:>14.1f}{100 / _present(result):>20.1f}",
-            "  per class: " + ", ".join(_class_text(name, c) for name, c in result["per_class"].items()),
+            f"{column}: {len(result['classes'])} classes, {images}; {result['checkpoint']}, feature {result['feature']}; "
+            f"mean ± std over {len(result['top1']['seeds'])} seed(s)",
+            _row("", "top-1 %", "per-class mean %"),
+            _row("linear probe", _percent(result["top1"]), _percent(result["balanced_accuracy"])),
+            _row(f"{result['knn']['neighbors']}-nearest neighbours", *_shares(result["knn"])),
+            _row("most frequent class", *_shares(result["majority_class"])),
+            "  per class: " + ", ".join(_class_text(name, values) for name, values in result["per_class"].items()),
         ]
     return "\n".join(lines)
 
@@ -141,9 +140,9 @@ def table_text(results: dict[str, dict[str, Any]]) -> str:
 def _score(heads: Heads, train: np.ndarray, test: np.ndarray, column: LabelColumn, neighbors: int) -> dict[str, Any]:
     """Scores on the test images.
 
-    Keys: top1, balanced_accuracy (mean of the class accuracies) and train_top1, each with mean, std and seeds; per_class
-    (images and mean accuracy); majority_class (the most frequent training class and its top-1); knn; confusion (classes,
-    classes): test images of each true class (row) by predicted class (column), summed over seeds.
+    Keys: top1, balanced_accuracy (mean of the class accuracies) and train_top1, each with mean, std and seeds;
+    per_class (images and mean accuracy); majority_class (always the most frequent training class); knn; confusion:
+    test images of each true class (row) by predicted class (column), summed over seeds.
     """
     count = len(column.classes)
     matrices = [metrics.confusion_counts(column.test, p, count) for p in heads.logits(test).argmax(axis=-1)]
@@ -160,7 +159,11 @@ def _score(heads: Heads, train: np.ndarray, test: np.ndarray, column: LabelColum
             name: {"images": int(n), "accuracy": float(a) if n else None}
             for name, n, a in zip(column.classes, images, accuracy)
         },
-        "majority_class": {"class": column.classes[majority], "top1": float(images[majority] / images.sum())},
+        "majority_class": {
+            "class": column.classes[majority],
+            "top1": float(images[majority] / images.sum()),
+            "balanced_accuracy": float((images[majority] > 0) / np.count_nonzero(images)),
+        },
         "knn": {
             "neighbors": min(neighbors, len(train)),
             "top1": metrics.top1(near),
@@ -226,15 +229,18 @@ def _write(folder: Path, result: dict[str, Any], heads: Heads) -> None:
     temporary.replace(folder / RESULTS_NAME)
 
 
+def _row(title: str, top1: str, balanced: str) -> str:
+    return f"  {title:24}{top1:>14}{balanced:>20}"
+
+
 def _percent(value: dict[str, Any]) -> str:
     return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
+
+
+def _shares(value: dict[str, Any]) -> tuple[str, str]:
+    return f"{100 * value['top1']:.1f}", f"{100 * value['balanced_accuracy']:.1f}"
 
 
 def _class_text(name: str, values: dict[str, Any]) -> str:
     accuracy = "-" if values["accuracy"] is None else f"{100 * values['accuracy']:.1f}"
     return f"{name} {accuracy} ({values['images']})"
-
-
-def _present(result: dict[str, Any]) -> int:
-    """Number of classes that have test images."""
-    return sum(values["images"] > 0 for values in result["per_class"].values())

@@ -50,7 +50,8 @@ def test_batches_threads_and_padding_do_not_change_features(small_encoder, files
 def test_every_feature_is_what_its_name_says(small_encoder, files):
     extractor = FeatureExtractor(small_encoder, batch_size=4)
     maps = list(one_by_one(small_encoder, files[:6]))
-    means = {name: np.stack([np.mean(m[name][0], axis=(0, 1)) for m in maps]) for name in ("stage1", "stage2", "stage3")}
+    stages = ("stage1", "stage2", "stage3")
+    means = {name: np.stack([np.mean(m[name][0], axis=(0, 1)) for m in maps]) for name in stages}
     fused = np.stack([m["pooled"][0] for m in one_by_one(small_encoder, files[:6], fuse_stages=True)])
     for name, want in {**means, "multi": np.concatenate(list(means.values()), axis=1), "fused": fused}.items():
         np.testing.assert_allclose(extractor.extract(files[:6], VIEWS, name)[:, 0], want, atol=2e-5, err_msg=name)

@@ -34,7 +34,7 @@ def test_results_follow_from_the_saved_classifiers(small_encoder, config, labell
     assert result["top1"]["seeds"] == pytest.approx(correct)
     assert result["top1"]["mean"] == 1.0, "brightness separates these classes"
     assert np.sum(result["confusion"]) == 30
-    assert result["majority_class"] == {"class": "cold", "top1": 0.5}
+    assert result["majority_class"] == {"class": "cold", "top1": 0.5, "balanced_accuracy": 0.5}
     assert result["knn"]["top1"] == 1.0
     assert (tmp_path / "out/confusion_matrix.png").stat().st_size > 1000
     assert "100.0 ± 0.0" in table_text({"label": result})
