@@ -226,16 +226,25 @@ def num_examples(config: PipelineConfig) -> int:
     return sum(_counts(config))
 
 
+def record_indices(config: PipelineConfig, step: int) -> np.ndarray:
+    """Indices of the records, into the joined shard sets, in the global batch of a step: (B,) int64."""
+    return _order(config).indices(step * config.batch_size, config.batch_size)
+
+
+def sample_generator(config: PipelineConfig, position: int) -> np.random.Generator:
+    """The source of all randomness of the sample at a global position; the box of its crop is drawn first."""
+    return np.random.default_rng([config.seed, position])
+
+
 def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
     source = _open(config)
-    indices = _order(config).indices(step * config.batch_size, config.batch_size)
 
     def key(record: Record) -> str:
         source.image(record)
         return record.key
 
-    return [source.read(int(index), key)[0] for index in indices]
+    return [source.read(int(index), key)[0] for index in record_indices(config, step)]
 
 
 def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
@@ -293,7 +302,7 @@ class _BatchMaker:
         first = int(step) * config.batch_size + self._offset
         images = np.empty((self._size, *config.image_size), np.uint8)
         corrupt = np.empty(self._size, np.int64)
-        generators = [np.random.default_rng([config.seed, first + place]) for place in range(self._size)]
+        generators = [sample_generator(config, first + place) for place in range(self._size)]
         for place, index in enumerate(self._order.indices(first, self._size)):
             make = functools.partial(self._crop, rng=generators[place])
             images[place], corrupt[place] = self.source.read(int(index), make)
