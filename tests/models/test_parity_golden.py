@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -15,8 +16,8 @@ from flax import traverse_util
 
 from data_pipelines.masking import mask_from_ids, select_visible, token_scores
 from infmae_jax.interop import formats, names
-from infmae_jax.models.infmae import InfMAE
-from infmae_jax.models.patches import normalize
+from infmae_jax.models.infmae import InfMAE, masked_loss
+from infmae_jax.models.patches import normalize, patchify
 from infmae_jax.training.config import OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer, warmup_half_cosine
 from tests.interop import published_format
@@ -56,6 +57,11 @@ def forward(config, params, images, ids_keep):
     return jax.jit(InfMAE(config).apply)({"params": params}, network_input(images), jnp.asarray(ids_keep, jnp.int32))
 
 
+def dense_features(checkpoint, images):
+    features = functools.partial(InfMAE(checkpoint.model).apply, method="features")
+    return jax.jit(features)({"params": checkpoint.params}, network_input(images))
+
+
 def assert_close(name, got, expected, absolute=0.0, relative=0.0):
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     error = np.abs(got - expected).max() if absolute else np.abs(got / expected - 1).max()
@@ -90,15 +96,14 @@ def test_forward(infmae, visible_only):
     assert_close("latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
     assert_close("pred", out.pred, golden["pred"], absolute=ACTIVATION_TOLERANCE)
     assert_close("loss", out.loss, golden["loss"], relative=LOSS_TOLERANCE)
-    config = dataclasses.replace(config, norm_pix_loss=True)
-    normalised = forward(config, checkpoint.params, golden["images_u8"][:4], golden["ids_keep"])
-    assert_close("loss_norm_pix", normalised.loss, golden["loss_norm_pix"], relative=LOSS_TOLERANCE)
+    target = patchify(jnp.repeat(network_input(golden["images_u8"][:4]), 3, axis=-1))
+    normalised = masked_loss(out.pred, target, out.mask, norm_pix=True)
+    assert_close("loss_norm_pix", normalised, golden["loss_norm_pix"], relative=LOSS_TOLERANCE)
 
 
 def test_features(infmae):
     checkpoint, golden, _ = infmae
-    images = network_input(golden["images_u8"][:4])
-    feats = InfMAE(checkpoint.model).apply({"params": checkpoint.params}, images, method="features")
+    feats = dense_features(checkpoint, golden["images_u8"][:4])
     for stage in ("stage1", "stage2"):
         channels_first = np.asarray(feats[stage]).transpose(0, 3, 1, 2)
         assert_close(stage, channels_first, golden[stage], absolute=ACTIVATION_TOLERANCE)
@@ -108,26 +113,7 @@ def test_features(infmae):
 
 
 @both_paths
-def test_gradient_norms(infmae, visible_only):
-    checkpoint, golden, meta = infmae
-    model = InfMAE(dataclasses.replace(checkpoint.model, visible_only=visible_only))
-    images, ids_keep = network_input(golden["images_u8"][:4]), jnp.asarray(golden["ids_keep"], jnp.int32)
-    loss = jax.jit(jax.grad(lambda params: model.apply({"params": params}, images, ids_keep).loss))
-    grads = traverse_util.flatten_dict(loss(checkpoint.params))
-    norms = {
-        entry.name: np.linalg.norm(np.asarray(grads[entry.path], np.float64)) for entry in names.table(model.config)
-    }
-    expected = {name: norm for name, norm in meta["grad_norms"].items() if norm is not None}
-    assert norms.keys() == expected.keys()
-    order = sorted(expected)
-    got, want = [norms[name] for name in order], [expected[name] for name in order]
-    assert_close("gradient norms", got, want, relative=GRADIENT_TOLERANCE)
-    whole = np.sqrt(sum(norm**2 for norm in norms.values()))
-    assert_close("global gradient norm", whole, golden["grad_norm/_global"], relative=GRADIENT_TOLERANCE)
-
-
-@both_paths
-def test_training_trajectory(infmae, visible_only):
+def test_gradients_and_training(infmae, visible_only):
     """Twelve steps with this project's optimizer and schedule: images 0-3 on even steps, 4-7 on odd ones."""
     checkpoint, golden, meta = infmae
     settings = meta["optimizer"]
@@ -142,16 +128,29 @@ def test_training_trajectory(infmae, visible_only):
     def step(params, state, images, ids_keep):
         loss, grads = jax.value_and_grad(lambda p: model.apply({"params": p}, images, ids_keep).loss)(params)
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        return optax.apply_updates(params, updates), state, loss, grads
 
     params, state, losses = checkpoint.params, optimizer.init(checkpoint.params), []
     for index in range(settings["steps_run"]):
         part = slice(0, 4) if index % 2 == 0 else slice(4, 8)
-        params, state, loss = step(params, state, network_input(images[part]), ids_keep[part])
+        params, state, loss, grads = step(params, state, network_input(images[part]), ids_keep[part])
         losses.append(float(loss))
+        if index == 0:
+            check_gradient_norms(model.config, grads, golden, meta)
     rates = [float(schedule(index)) for index in range(settings["steps_run"])]
     np.testing.assert_allclose(rates, golden["train_lrs"], rtol=1e-6, atol=1e-12)
     assert_close("train_losses", losses, golden["train_losses"], relative=TRAJECTORY_TOLERANCE)
+
+
+def check_gradient_norms(config, grads, golden, meta):
+    grads = traverse_util.flatten_dict(grads)
+    norms = {entry.name: np.linalg.norm(np.asarray(grads[entry.path], np.float64)) for entry in names.table(config)}
+    expected = {name: norm for name, norm in meta["grad_norms"].items() if norm is not None}
+    assert norms.keys() == expected.keys()
+    got, want = [norms[name] for name in expected], list(expected.values())
+    assert_close("gradient norms", got, want, relative=GRADIENT_TOLERANCE)
+    whole = np.sqrt(sum(norm**2 for norm in norms.values()))
+    assert_close("global gradient norm", whole, golden["grad_norm/_global"], relative=GRADIENT_TOLERANCE)
 
 
 def test_mae_forward(mae):
@@ -163,7 +162,6 @@ def test_mae_forward(mae):
     assert_close("MAE latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
     assert_close("MAE pred", out.pred, golden["pred"], absolute=ACTIVATION_TOLERANCE)
     assert_close("MAE loss", out.loss, golden["loss"], relative=LOSS_TOLERANCE)
-    images = network_input(golden["images_u8"])
-    feats = InfMAE(checkpoint.model).apply({"params": checkpoint.params}, images, method="features")
+    feats = dense_features(checkpoint, golden["images_u8"])
     assert_close("MAE features", feats["tokens"], golden["features"], absolute=ACTIVATION_TOLERANCE)
     assert_close("MAE pooled", feats["pooled"], golden["features"][:, 1:].mean(axis=1), absolute=ACTIVATION_TOLERANCE)
