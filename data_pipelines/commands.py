@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
 
@@ -32,6 +32,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             raise SystemExit(InputError.exit_code) from None
 
     def guarded(args: Sequence[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries report their routine at INFO
         try:
             return main(args)
         except InputError as error:

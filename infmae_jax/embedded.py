@@ -15,12 +15,12 @@ _PRETRAIN_SEED, _PROBE_SEED = 0, 1  # different scenes
 
 
 def with_shards(config: PretrainConfig, workdir: str | Path) -> PretrainConfig:
-    """The config with `data.shards` set to the embedded data set, made on first use; unchanged where it asks for none.
+    """The config with `data.shards` set to the embedded data set, made on first use; unchanged where shards are given.
 
     The data set takes the path that users' images take: a folder of images, then `prepare`.
     """
     embedded = config.embedded
-    if not embedded.images:
+    if config.data.shards or not embedded.images:
         return config
     folder = Path(workdir) / "data"
     images, shards = folder / "scenes", folder / "shards"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.commands import EXIT_INTERRUPTED, run_command
@@ -27,7 +27,6 @@ _WORKDIR = flags.DEFINE_string("workdir", os.path.join("runs", "demo"), "Run fol
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    logging.set_verbosity(logging.WARNING)
     config, workdir = from_config(PretrainConfig, _CONFIG.value), Path(_WORKDIR.value)
     config = embedded.with_shards(config, workdir)
     result = loop.train(PretrainTask(config), config, workdir)

@@ -23,7 +23,7 @@ def run(*arguments):
         ([SMOKE, "--config.durration=3 steps"], "duration"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
         ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
-        ([SMOKE], "data.shards"),
+        ([SMOKE.removesuffix(":smoke")], "data.shards"),
         ([SMOKE, "--config.data.shards=nowhere"], "nowhere"),
         ([SMOKE, "--config.seed=one"], "seed"),
         (["--config=configs/pretrain/nowhere.py"], "nowhere.py"),

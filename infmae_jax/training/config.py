@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.infmae import InfMAEConfig, variant
+from infmae_jax.training.duration import in_steps
 
 T = TypeVar("T")
 
@@ -89,6 +90,11 @@ class PretrainConfig:
     colormap: str = "inferno"
     embedded: EmbeddedConfig = EmbeddedConfig()
 
+    def __post_init__(self):
+        durations = (self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.picture_every)
+        for duration in durations:
+            in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
+
 
 # Keys that do not change what a run computes; all others must stay as they are when a run is resumed. Shard sets may
 # move: their fingerprints are compared.
@@ -118,12 +124,16 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
       InputError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
     """
     fields = _fields(cls)
-    for key in config:
+    try:
+        keys = list(config)
+    except OSError as error:  # config_flags reports a file that it could not load on first use
+        raise InputError(f"config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from error
+    for key in keys:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
             raise InputError(f"config key {path}{key} is unknown; {hint}")
-    values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in config}
+    values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in keys}
     try:
         return cls(**values)
     except InputError:
