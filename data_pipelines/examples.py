@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -44,23 +45,61 @@ class Intensity:
         return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
 
 
+@dataclasses.dataclass(frozen=True)
+class _DecodedRecord(Record):
+    """A record whose payload has been replaced by its pixels: (H, W) uint8."""
+
+    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 0), np.uint8))
+
+
 class ExampleSource:
     """The images of one or more shard sets, in manifest order. Safe to pickle and to read from several threads."""
 
-    def __init__(self, folders: tuple[str, ...], intensity: Intensity):
+    def __init__(self, folders: tuple[str, ...], intensity: Intensity, cache_bytes: int = 0):
+        """Sets in local `folders`; decoded images are kept until they take `cache_bytes`, each process its own."""
         self._source = open_source(folders)
         self._intensity = intensity
+        self._cache_bytes = cache_bytes
+        self._start_cache()
+
+    def _start_cache(self) -> None:
+        self._kept: dict[int, Record] = {}
+        self._room = self._cache_bytes
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_source", "_intensity", "_cache_bytes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_cache()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def record(self, index: int) -> Record:
-        """The stored example `index`, undecoded.
+        """The stored example `index`, to be given to `image`.
 
         Raises:
           CorruptRecord: the record is damaged.
         """
-        return decode_record(self._source[index])
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        record = decode_record(self._source[index])
+        return self._keep(index, record) if self._room > 0 else record
+
+    def _keep(self, index: int, record: Record) -> Record:
+        pixels = self.image(record)
+        facts = {field.name: getattr(record, field.name) for field in dataclasses.fields(Record)}
+        decoded = _DecodedRecord(**(facts | {"payload": b""}), pixels=pixels)
+        with self._lock:
+            if index not in self._kept and pixels.nbytes <= self._room:
+                self._kept[index] = decoded
+                self._room -= pixels.nbytes
+            elif pixels.nbytes > self._room:
+                self._room = 0  # full: stop trying, lest every further record be copied for nothing
+        return decoded
 
     def image(self, record: Record, half: bool = False) -> np.ndarray:
         """Decodes a record.
@@ -75,6 +114,8 @@ class ExampleSource:
         Raises:
           CorruptRecord: the payload is damaged.
         """
+        if isinstance(record, _DecodedRecord):
+            return record.pixels
         pixels = _half_pixels(record) if half and record.encoding == "jpeg" else decode_record_pixels(record)
         return self._intensity.apply(pixels, record)
 

@@ -25,6 +25,7 @@ from data_pipelines.examples import ExampleSource
 from data_pipelines.masking import MaskConfig, mask_from_ids, token_grid, token_scores
 from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
 from data_pipelines.records import Record, read_manifest, verify_shards
+from data_pipelines.remote import local_folders
 
 FRAME = (255, 140, 0)
 MASKED_GRAY = 60
@@ -59,8 +60,8 @@ def describe(folders: Sequence[str]) -> list[str]:
       InputError: a folder is no shard set.
     """
     lines = []
-    for folder in folders:
-        manifest = read_manifest(folder)
+    for folder, local in zip(folders, local_folders(folders), strict=True):
+        manifest = read_manifest(local)
         size = sum(shard.bytes for shard in manifest.shards)
         common = sorted(manifest.sizes.items(), key=lambda item: (-item[1], item[0]))
         sizes = ", ".join(f"{name} ({count})" for name, count in common[:5])
@@ -82,7 +83,7 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     """The samples of the first batch, together with the images that they were cut from."""
     with train_batches(config) as batches:
         batch = next(batches)
-    source = ExampleSource(config.shards, config.intensity)
+    source = ExampleSource(local_folders(config.shards), config.intensity)
 
     def load(record: Record) -> tuple[Record, np.ndarray]:
         return record, source.image(record)
@@ -188,7 +189,7 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
         raise InputError(f"--samples={samples} must be at least 1")
     lines = describe(config.shards)
     if verify:
-        for folder in config.shards:
+        for folder in local_folders(config.shards):
             verify_shards(folder)
         lines.append("all shards equal their digests")
     config = dataclasses.replace(config, batch_size=max(samples, STATISTICS_SAMPLES), workers=0)

@@ -32,6 +32,7 @@ from data_pipelines.examples import ExampleSource, Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.order import RecordOrder
 from data_pipelines.records import CorruptRecord, Record, read_manifest
+from data_pipelines.remote import local_folders
 
 # The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
 MIN_SAMPLES_JUDGED = 1000
@@ -47,7 +48,7 @@ class PipelineConfig:
     """Where samples come from and what happens to them.
 
     Attributes:
-      shards: folders of shard sets (made by `data_pipelines.prepare`), on any path that epath opens.
+      shards: folders of shard sets made by `data_pipelines.prepare`; URLs are copied first (`data_pipelines.remote`).
       weights: share of each shard set among the samples, any positive scale; empty: the sets are joined, every record
         once an epoch.
       image_size: rows and columns of a crop, multiples of the mask's patch side.
@@ -60,6 +61,8 @@ class PipelineConfig:
       intensity: stored integers to 8 bit.
       decoding: "exact", or "fast": crops larger than `image_size` are cut from JPEGs decoded at half their size. Same
         boxes, softer pixels (README, "Data").
+      cache_mb: keep decoded images in memory, up to so many megabytes a reading process; later epochs then skip reading
+        and decoding. 0 keeps none. Changes no pixel.
       max_corrupt: stop when damaged records are more than this share of the samples (of 1,000 samples at least); until
         then the next good record takes a damaged one's place and is counted.
       workers: reading processes; 0 reads in this one.
@@ -79,6 +82,7 @@ class PipelineConfig:
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
     decoding: str = "exact"
+    cache_mb: int = 0
     max_corrupt: float = 0.01
     workers: int = 0
     threads: int = 2
@@ -97,11 +101,22 @@ class PipelineConfig:
             raise InputError(
                 f"data.scale={self.scale} must lie in (0, 1], data.ratio={self.ratio} above 0, both in ascending order"
             )
-        for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("threads", 0), ("prefetch", 1)):
+        for name, least in (
+            ("batch_size", 1),
+            ("seed", 0),
+            ("workers", 0),
+            ("threads", 0),
+            ("prefetch", 1),
+            ("cache_mb", 0),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"data.{name}={getattr(self, name)} must be at least {least}")
         if self.decoding not in DECODINGS:
             raise InputError(f"data.decoding={self.decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
+        if self.cache_mb and self.decoding != "exact":
+            raise InputError(
+                "data.cache_mb keeps whole images, data.decoding='fast' makes half ones; choose one of them"
+            )
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} must be below 2**32")
         if not 0 <= self.max_corrupt <= 1:
@@ -267,13 +282,13 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
 
 def _open(config: PipelineConfig) -> ExampleSource:
     _counts(config)
-    return ExampleSource(config.shards, config.intensity)
+    return ExampleSource(local_folders(config.shards), config.intensity, config.cache_mb * 10**6)
 
 
 def _counts(config: PipelineConfig) -> list[int]:
     if not config.shards:
         raise InputError("data.shards is empty; name a folder made by `python -m data_pipelines.prepare`")
-    counts = [read_manifest(folder).count for folder in config.shards]
+    counts = [read_manifest(folder).count for folder in local_folders(config.shards)]
     for folder, count in zip(config.shards, counts, strict=True):
         if count == 0:
             raise InputError(f"shard set {folder} holds no records; prepare it again or leave it out")
@@ -297,20 +312,23 @@ class _BatchMaker:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """`image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32, `corrupt` (b,) int64 (see `Example.corrupt`)."""
+        """`image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32, `corrupt` (b,) int64 (see `ExampleSource.read`)."""
         config = self._config
         first = int(step) * config.batch_size + self._offset
         images = np.empty((self._size, *config.image_size), np.uint8)
         corrupt = np.empty(self._size, np.int64)
-        generators = [sample_generator(config, first + place) for place in range(self._size)]
+        generators = []
         for place, index in enumerate(self._order.indices(first, self._size)):
-            make = functools.partial(self._crop, rng=generators[place])
-            images[place], corrupt[place] = self.source.read(int(index), make)
+            make = functools.partial(self._crop, position=first + place)
+            (images[place], rng), corrupt[place] = self.source.read(int(index), make)
+            generators.append(rng)
         return {"image": images[..., None], "ids_keep": _visible(images, generators, config.mask), "corrupt": corrupt}
 
-    def _crop(self, record: Record, rng: np.random.Generator) -> np.ndarray:
-        """The augmented crop of a record: `image_size` uint8."""
+    def _crop(self, record: Record, position: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The augmented crop of a record, `image_size` uint8, and the sample's generator after it."""
         config = self._config
+        # Made here, as a substitute for a damaged record must not depend on how far the damaged one came.
+        rng = sample_generator(config, position)
         box = crop_box(rng, record.height, record.width, config.scale, config.ratio)
         larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
         image = self.source.image(record, half=config.decoding == "fast" and larger)
@@ -318,7 +336,7 @@ class _BatchMaker:
         crop = resize_box(image, box, shrunk, config.image_size)
         if config.flip:
             crop = flip(crop, rng)
-        return infrared_augment(crop, rng, config.augment)
+        return infrared_augment(crop, rng, config.augment), rng
 
 
 def _visible(images: np.ndarray, generators: Sequence[np.random.Generator], mask: MaskConfig) -> np.ndarray:

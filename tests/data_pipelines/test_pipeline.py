@@ -106,6 +106,18 @@ def test_fast_decoding_takes_the_same_boxes_softer(tmp_path):
     assert min(plain) > 0.98
 
 
+@pytest.mark.parametrize("limit", [1, 10**6])
+def test_the_cache_changes_nothing_and_keeps_to_its_size(damaged, limit, monkeypatch):
+    plain = _config(damaged, threads=2)
+    with train_batches(dataclasses.replace(plain, cache_mb=limit)) as batches:
+        source = batches._source
+        monkeypatch.setattr(source, "_room", limit * 10_000)  # two images of 60 x 80, or all
+        cached = [sample_digests(next(batches)) for _ in range(9)]
+    assert cached == [sample_digests(batch) for batch in _take(plain, 9)]
+    kept = {index: record.pixels.nbytes for index, record in source._kept.items()}
+    assert len(kept) == (2 if limit == 1 else COUNT - 2) and sum(kept.values()) == 4800 * len(kept)
+
+
 def test_every_epoch_is_a_permutation_of_its_own(shards):
     config = _config(shards, batch_size=5)
     epochs = [[key for step in range(4 * e, 4 * e + 4) for key in record_keys(config, step)] for e in range(3)]
@@ -290,6 +302,7 @@ def test_a_program_that_does_not_close_ends_cleanly(shards, tmp_path):
         ({"threads": -1}, "threads"),
         ({"max_corrupt": 1.5}, "max_corrupt"),
         ({"decoding": "rough"}, "decoding"),
+        ({"decoding": "fast", "cache_mb": 10}, "cache_mb"),
         ({"mask": MaskConfig(stride=1)}, "6 of 6"),
     ],
 )

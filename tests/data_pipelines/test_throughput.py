@@ -20,7 +20,7 @@ def rows(tmp_path_factory):
 
 
 def test_every_promised_row_is_there_with_plausible_rates(rows):
-    promised = {"pipeline", "pipeline fast", "classic", "decode", "decode fast", "crop", "mask"}
+    promised = {"pipeline", "pipeline fast", "pipeline cached", "classic", "decode", "decode fast", "crop", "mask"}
     assert promised <= set(rows)
     for row in (rows[name] for name in promised):
         assert 0 < row["low"] <= row["images_per_second"] <= row["high"] and row["per"] == "core"
