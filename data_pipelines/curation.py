@@ -77,9 +77,10 @@ def crop_black_borders(image: DecodedImage) -> DecodedImage:
     """Cuts off black rows and columns at the edges (DuGI-MAE, data set construction).
 
     Of an 8-bit image, a border is four or more lines of at most level 20 with a standard deviation of at most 2 each,
-    whose means stay within 2 levels, and that end in a step: within 8 lines the mean rises by 8 levels. Of a 16-bit image, where small counts can be a scene,
-    it is four or more lines of zeros. The box that is left is kept in the attributes as `border_crop`: [top, left,
-    height, width] in pixels of the upright source.
+    whose means stay within 2 levels of the first, and that end in a step: within 8 lines the mean rises by 8 levels. Of
+    a 16-bit image, where small counts can be a scene, it is four or more lines of zeros. A strip of a scene that is as
+    flat and dark as that is cut off, too; it holds nothing. The box that is left is kept in the attributes as
+    `border_crop`: [top, left, height, width] in pixels of the upright source.
     """
     height, width = image.pixels.shape
     top = _border_width(image.pixels)
@@ -105,6 +106,7 @@ def _border_width(lines: np.ndarray) -> int:
             return 0
         means, deviations = lines.mean(axis=1), lines.std(axis=1)
         is_black = (means <= _BORDER_LEVEL) & (deviations <= _BORDER_DEVIATION)
+        is_black &= np.abs(means - means[0]) <= _BORDER_DRIFT
     else:
         is_black = ~lines.any(axis=1)
     count = len(lines) if is_black.all() else int(np.argmin(is_black))
@@ -112,6 +114,5 @@ def _border_width(lines: np.ndarray) -> int:
         return 0
     if lines.dtype == np.uint8:
         step = means[count : count + _STEP_LINES].max() - means[:count].max()
-        drift = means[:count].max() - means[:count].min()
-        return count if step >= _BORDER_STEP and drift <= _BORDER_DRIFT else 0
+        return count if step >= _BORDER_STEP else 0
     return count

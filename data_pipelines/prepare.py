@@ -102,13 +102,12 @@ def prepare(
     Raises:
       InputError: an input is missing or holds no usable image, the output is in the way, or a worker died.
     """
-    started = time.monotonic()
     output = os.path.abspath(os.fspath(output))
     if not inputs:
         raise InputError("no input given: pass --input=DIR")
     listing = list_sources(inputs)
     if not listing.sources:
-        raise InputError(f"no files below {', '.join(map(os.fspath, inputs))}: check --input")
+        raise InputError(f"no files below {', '.join(listing.inputs)}: check --input")
     plan = _plan_digest(listing, config)
     work = output + ".partial"
     finished = _finished_report(output, plan)
@@ -118,31 +117,44 @@ def prepare(
     os.makedirs(work, exist_ok=True)
     with _lock(work):
         _start_or_resume(work, plan)
-        parts = split_into_parts(listing.sources, PART_SIZE)
-        with worker_pool(workers, len(parts)) as run_all:
-            _examine_all(work, parts, config.filters, run_all, progress)
-            collection = collect(os.path.join(work, "parts"), len(parts))
-            rejections = [*listing.rejections, *collection.rejections]
-            if not collection.candidates:
-                shutil.rmtree(work)
-                raise InputError(_nothing_kept(inputs, len(listing.sources), rejections))
-            kept, duplicates = _remove_duplicates(collection, config, embed, progress)
-            shards = _write_shards(work, collection, kept, config, run_all, progress)
-        result = os.path.join(work, "result")
-        manifest = write_results(
-            result,
-            listing,
-            collection,
-            kept,
-            [*rejections, *duplicates],
-            shards,
-            settings={"plan": plan, "config": dataclasses.asdict(config)},
-            pictures=config.pictures,
-            seconds=time.monotonic() - started,
-        )
-        os.rename(result, output)
+        manifest = _fill(work, listing, plan, config, workers, progress, embed)
+        os.rename(os.path.join(work, "result"), output)
     shutil.rmtree(work, ignore_errors=True)
     return _report(output, manifest)
+
+
+def _fill(
+    work: str,
+    listing: Listing,
+    plan: str,
+    config: PrepareConfig,
+    workers: int | None,
+    progress: bool,
+    embed: Embed | None,
+) -> Manifest:
+    """Makes everything of the output in `work`/result, starting from what an interrupted run left there."""
+    started = time.monotonic()
+    parts = split_into_parts(listing.sources, PART_SIZE)
+    with worker_pool(workers, len(parts)) as run_all:
+        _examine_all(work, parts, config.filters, run_all, progress)
+        collection = collect(os.path.join(work, "parts"), len(parts))
+        rejections = [*listing.rejections, *collection.rejections]
+        if not collection.candidates:
+            shutil.rmtree(work)
+            raise InputError(_nothing_kept(listing, rejections))
+        kept, duplicates = _remove_duplicates(collection, config, embed, progress)
+        shards = _write_shards(work, collection, kept, config, run_all, progress)
+    return write_results(
+        os.path.join(work, "result"),
+        listing,
+        collection,
+        kept,
+        [*rejections, *duplicates],
+        shards,
+        settings={"plan": plan, "config": dataclasses.asdict(config)},
+        pictures=config.pictures,
+        seconds=time.monotonic() - started,
+    )
 
 
 def _report(output: str, manifest: Manifest) -> Report:
@@ -222,10 +234,10 @@ def _bar(task: str, unit: str, total: int, progress: bool, initial: int = 0) -> 
     )
 
 
-def _nothing_kept(inputs: Sequence[str | os.PathLike], found: int, rejections: Sequence[Rejection]) -> str:
+def _nothing_kept(listing: Listing, rejections: Sequence[Rejection]) -> str:
     reasons = Counter(rejection.reason for rejection in rejections).most_common(3)
     listed = ", ".join(f"{reason} {count}" for reason, count in reasons)
-    return f"none of the {found} files below {', '.join(map(os.fspath, inputs))} is usable ({listed}): check --input"
+    return f"none of the {len(rejections)} files below {', '.join(listing.inputs)} is usable ({listed}): check --input"
 
 
 def _remove_duplicates(

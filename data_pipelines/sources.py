@@ -22,8 +22,9 @@ __all__ = ["Listing", "Rejection", "Source", "SourceReader", "SourceUnreadable",
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What was found below the inputs: readable files in reading order, and what could not even be opened."""
+    """What was found below `inputs`: readable files in reading order, and what could not even be opened."""
 
+    inputs: tuple[str, ...]
     sources: tuple[Source, ...]
     rejections: tuple[Rejection, ...]
 
@@ -52,6 +53,7 @@ def list_sources(inputs: Sequence[str | os.PathLike]) -> Listing:
             key = root_key if path == root else f"{root_key}/{_printable(os.path.relpath(path, root))}"
             found.extend(_walk(path, key, folders_seen))
     return Listing(
+        inputs=tuple(map(os.fspath, inputs)),
         sources=tuple(_with_unique_keys(item for item in found if isinstance(item, Source))),
         rejections=tuple(item for item in found if isinstance(item, Rejection)),
     )
