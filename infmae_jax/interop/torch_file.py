@@ -34,6 +34,8 @@ _DTYPES = {
 _MAX_PICKLE_BYTES = 64 << 20  # the pickle of a billion-parameter model with optimizer state is below 1 MB
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
+# What `zipfile` raises for files that are cut, altered or encrypted.
+_DAMAGE = (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError, struct.error)
 _ALIGNMENT = 64  # torch maps records into memory at this alignment
 
 
@@ -61,10 +63,10 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
             return _read_legacy(file, start)
     except pickle_data.PickleRefused as error:
         raise InputError(f"{path} cannot be loaded: {error}") from error
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise InputError(f"{path} is truncated or damaged ({error}); copy it again") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    except _DAMAGE as error:
+        raise InputError(f"{path} is truncated or damaged ({error}); copy it again") from error
 
 
 def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -74,20 +76,23 @@ def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if len(pickles) != 1:
             raise pickle_data.PickleRefused("it is a zip archive but no torch checkpoint (no data.pkl inside)")
         root = pickles[0].removesuffix("data.pkl")
-        if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-            raise pickle_data.PickleRefused("its pickle is too large to describe a model")
-        tree = pickle_data.read_pickle(archive.read(pickles[0]))
-        swapped = f"{root}byteorder" in records and archive.read(f"{root}byteorder") == b"big"
+
+        def record(name: str) -> bytes:
+            # Uncompressed, as torch writes them: no record is larger than the file.
+            if records[name].compress_type != zipfile.ZIP_STORED:
+                raise pickle_data.PickleRefused("its records are compressed, which torch never does")
+            return archive.read(records[name])
 
         def storage_bytes(storage: pickle_data.Storage) -> bytes:
-            info = records.get(f"{root}data/{storage.key}")
-            if info is None:
+            name = f"{root}data/{storage.key}"
+            if name not in records:
                 raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise pickle_data.PickleRefused("its records are compressed, which torch never does")
-            return archive.read(info)
+            return record(name)
 
-        return _materialise(tree, storage_bytes, swapped)
+        if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+            raise pickle_data.PickleRefused("its pickle is too large to describe a model")
+        swapped = f"{root}byteorder" in records and record(f"{root}byteorder") == b"big"
+        return _materialise(pickle_data.read_pickle(record(pickles[0])), storage_bytes, swapped)
 
 
 def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
