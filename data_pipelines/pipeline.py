@@ -39,8 +39,12 @@ MIN_SAMPLES_JUDGED = 1000
 DECODINGS = ("exact", "fast")
 
 
-class WorkerDied(RuntimeError):
+class WorkerDied(InputError):
     """A worker process ended by itself: killed, most often for memory, or crashed."""
+
+
+class DamagedShards(InputError):
+    """More records are damaged than the config allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +151,15 @@ class TrainBatches:
         """The next batch: `image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32.
 
         Raises:
-          CorruptRecord: too many damaged records; names one.
+          DamagedShards: too many damaged records; names one.
           WorkerDied: a reading process is gone.
         """
         try:
             batch = next(self._open[0])
         except IndexError:
             raise ValueError("these batches are closed") from None
+        except CorruptRecord as error:
+            raise DamagedShards(f"{error}; prepare the shards again") from error
         except RuntimeError as error:
             if "terminated unexpectedly" not in str(error):
                 raise
@@ -176,9 +182,10 @@ class TrainBatches:
                 self._named.add(index)
                 logging.warning("damaged record replaced by the next good one: %s", self._source.damage(index))
         if indices and self.substituted > self._config.max_corrupt * max(self.samples, MIN_SAMPLES_JUDGED):
-            raise CorruptRecord(
+            raise DamagedShards(
                 f"{self.substituted} of {self.samples} samples came from damaged records, more than "
-                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is {self._source.damage(indices[-1])}"
+                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is "
+                f"{self._source.damage(indices[-1])}; prepare the shards again"
             )
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import Intensity
 from data_pipelines.masking import MaskConfig, select_visible, token_scores
 from data_pipelines.pipeline import (
+    DamagedShards,
     PipelineConfig,
     WorkerDied,
     fixed_batch,
@@ -28,7 +29,7 @@ from data_pipelines.pipeline import (
     record_keys,
     train_batches,
 )
-from data_pipelines.records import CorruptRecord, decode_record, open_source
+from data_pipelines.records import decode_record, open_source
 from tests.data_pipelines.batch_digests import sample_digests
 from tests.data_pipelines.shard_sets import make_image, make_record, make_set, write_set
 
@@ -217,19 +218,19 @@ def test_too_many_damaged_records_stop_the_run_and_name_one(damaged):
     message = r"4 of \d+ samples.*max_corrupt=0.003.*record \d+: image0[68]"
     with (
         train_batches(_config(damaged, max_corrupt=0.003)) as batches,
-        pytest.raises(CorruptRecord, match=message) as caught,
+        pytest.raises(DamagedShards, match=message) as caught,
     ):
         for _ in range(10):
             next(batches)
     assert "\n" not in str(caught.value)
-    with train_batches(_config(damaged, max_corrupt=0.0)) as batches, pytest.raises(CorruptRecord, match="[12] of 8"):
+    with train_batches(_config(damaged, max_corrupt=0.0)) as batches, pytest.raises(DamagedShards, match="[12] of 8"):
         for _ in range(3):
             next(batches)
 
 
 def test_a_set_of_damage_alone_ends_at_once(tmp_path):
     shards = make_set(tmp_path / "set", 4, damaged=range(4))
-    with train_batches(_config(shards)) as batches, pytest.raises(CorruptRecord, match="the 3 after it"):
+    with train_batches(_config(shards)) as batches, pytest.raises(DamagedShards, match="the 3 after it"):
         next(batches)
 
 
