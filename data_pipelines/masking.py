@@ -29,9 +29,9 @@ class MaskConfig:
     """How tokens are scored and which ones stay visible.
 
     Attributes:
-      score: `gray_mean` (mean gray value of the patch: the paper's intensity map), `kernel` (a given filter and bias, as
-        a published checkpoint carries), `variance`, `entropy` (Shannon entropy of the patch's gray levels, the score of
-        DuGI-MAE), or `none` (random selection needs no score).
+      score: `gray_mean` (mean gray value of the patch: the paper's intensity map), `kernel` (a given filter and bias,
+        as a published checkpoint carries), `variance`, `entropy` (Shannon entropy of the patch's gray levels, the score
+        of DuGI-MAE), or `none` (random selection needs no score).
       selection: `stride` (every `stride`-th token of the sorted order: evenly spaced over the whole range of scores),
         `random` (as MAE), `top_k` (the first `keep` of the sorted order).
       stride: distance in the sorted order between kept tokens; 4 keeps a quarter.

@@ -62,7 +62,7 @@ def run(
     rows = _per_core_rows(config, seconds * share, rounds)
     if share < 1.0:
         rows += _machine_rows(config, workers, seconds * (1 - share), max(3, rounds // 3))
-    return rows + [_difference_to_pillow(config), _difference_of_fast(config)]
+    return [*rows, _difference_to_pillow(config), _difference_of_fast(config)]
 
 
 def classic_batch(payloads: Sequence[bytes], rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:

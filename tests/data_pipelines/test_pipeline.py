@@ -223,7 +223,7 @@ def test_too_many_damaged_records_stop_the_run_and_name_one(damaged):
         for _ in range(10):
             next(batches)
     assert "\n" not in str(caught.value)
-    with train_batches(_config(damaged, max_corrupt=0.0)) as batches, pytest.raises(DamagedShards, match="[12] of 8"):
+    with train_batches(_config(damaged, max_corrupt=0.0)) as batches, pytest.raises(DamagedShards, match=r"[12] of 8"):
         for _ in range(3):
             next(batches)
 
@@ -252,7 +252,7 @@ def test_a_killed_worker_is_reported(shards):
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         start = time.monotonic()
-        with pytest.raises(WorkerDied, match="lower data.workers"):
+        with pytest.raises(WorkerDied, match="lower data"):
             for _ in range(200):
                 next(batches)
         assert time.monotonic() - start < 30
