@@ -31,14 +31,15 @@ class Filters:
 
     Attributes:
       min_side: an image is dropped when both sides are under this many pixels; 0 turns the filter off.
-      min_levels: an image is dropped when it has fewer distinct values; 0 turns the filter off.
+      min_levels: an image is dropped when it has fewer distinct values, as class masks do (the poorest of 6,000 real
+        8-bit images has 105); 0 turns the filter off.
       crop_borders: cut off black borders.
       max_pixels: larger pictures are not unpacked.
       max_file_bytes: larger files are not read.
     """
 
     min_side: int = 20
-    min_levels: int = 3
+    min_levels: int = 16
     crop_borders: bool = True
     max_pixels: int = MAX_PIXELS
     max_file_bytes: int = 1 << 29
