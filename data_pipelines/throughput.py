@@ -61,7 +61,7 @@ def run(
     share = 0.8 if len(_cores()) > 1 or workers else 1.0
     rows = _per_core_rows(config, seconds * share, rounds)
     if share < 1.0:
-        rows += _machine_rows(config, workers, seconds * (1 - share), max(3, rounds // 3))
+        rows += _machine_rows(config, workers, seconds * (1 - share), max(3, rounds // 5))
     return [*rows, _difference_to_pillow(config), _difference_of_fast(config)]
 
 
