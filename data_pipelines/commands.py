@@ -16,7 +16,7 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
     """Parses absl flags, runs `main` and exits the process.
 
     Args:
-      main: takes the positional arguments left after flag parsing (program name first) and returns an exit code or None.
+      main: takes what is left after flag parsing (program name first) and returns an exit code or None.
       argv: command line, by default `sys.argv`.
 
     Exit codes: 0 or what `main` returns; 1 an unexpected error, with its traceback; 2 (or the error's own `exit_code`)

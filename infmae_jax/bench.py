@@ -1,7 +1,7 @@
-"""Measurements, as JSON on standard output: python -m infmae_jax.bench flops|data [--config=…] [flags].
+"""Measurements, as JSON on standard output: python -m infmae_jax.bench SUBJECT [flags].
 
-flops   floating-point operations of a training step by XLA's count, visible-only against dense
-data    images a second of the input pipeline, stage by stage, against the classic one
+flops   floating-point operations of a training step by XLA's count, visible-only against dense: --config
+data    images a second of the input pipeline, of its parts and of the classic one: --shards, --workers, --seconds
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
+from data_pipelines import throughput
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.masking import num_visible
@@ -25,7 +26,10 @@ from infmae_jax.training.config import PretrainConfig, from_config
 from infmae_jax.training.record import package_versions
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
-_CONFIG = config_flags.DEFINE_config_file("config", str(_BASE), "Pretraining config whose model and sizes are measured.")
+_CONFIG = config_flags.DEFINE_config_file("config", str(_BASE), "flops: pretraining config with model and sizes.")
+_SHARDS = flags.DEFINE_list("shards", [], "data: shard sets to read.")
+_WORKERS = flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
+_SECONDS = flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
 
 def count_flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, batch: int = 2) -> dict[str, float]:
@@ -62,11 +66,21 @@ def flops(config: PretrainConfig) -> dict[str, Any]:
     }
 
 
+def data() -> dict[str, Any]:
+    """Rates of the input pipeline on the shards given by flags, see `throughput.run`."""
+    if not _SHARDS.value:
+        raise InputError("no shards given: pass --shards=DIR, made by python -m data_pipelines.prepare")
+    rows = throughput.run(_SHARDS.value, _WORKERS.value, _SECONDS.value)
+    return {"shards": _SHARDS.value, "rows": rows, "versions": package_versions()}
+
+
+SUBJECTS = {"flops": lambda: flops(from_config(PretrainConfig, _CONFIG.value)), "data": data}
+
+
 def main(argv: list[str]) -> None:
-    known = {"flops": flops}
-    if len(argv) != 2 or argv[1] not in known:
-        raise InputError(f"say what to measure: python -m infmae_jax.bench {'|'.join(known)}")
-    print(json.dumps(known[argv[1]](from_config(PretrainConfig, _CONFIG.value)), indent=1))
+    if len(argv) != 2 or argv[1] not in SUBJECTS:
+        raise InputError(f"say what to measure: python -m infmae_jax.bench {'|'.join(SUBJECTS)}")
+    print(json.dumps(SUBJECTS[argv[1]](), indent=1))
 
 
 if __name__ == "__main__":

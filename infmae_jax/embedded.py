@@ -15,7 +15,7 @@ _PRETRAIN_SEED, _PROBE_SEED = 0, 1  # different scenes
 
 
 def with_shards(config: PretrainConfig, workdir: str | Path) -> PretrainConfig:
-    """The config with `data.shards` set to the embedded data set, made on first use; unchanged where shards are given.
+    """The config with `data.shards` set to the embedded set, made on first use; unchanged where shards are given.
 
     The data set takes the path that users' images take: a folder of images, then `prepare`.
     """
@@ -32,7 +32,7 @@ def with_shards(config: PretrainConfig, workdir: str | Path) -> PretrainConfig:
 
 
 def probe(config: PretrainConfig, workdir: str | Path) -> dict[str, float]:
-    """Linear-probe accuracy (0 to 1) of the run's encoder and of the same one untrained, on labelled synthetic scenes."""
+    """Linear-probe accuracy (0 to 1) of the run's encoder and of the same one untrained, on synthetic scene classes."""
     embedded = config.embedded
     scenes = Path(workdir) / "data" / "labelled"
     if not scenes.is_dir():

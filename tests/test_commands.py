@@ -44,4 +44,4 @@ def test_pretrain(flags, message, tmp_path):
 
 def test_bench_without_a_subject_says_what_there_is():
     result = run("infmae_jax.bench")
-    assert result.returncode == 2 and "bench flops" in result.stderr
+    assert result.returncode == 2 and "bench flops|data" in result.stderr

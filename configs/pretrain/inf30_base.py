@@ -1,6 +1,7 @@
 """InfMAE-Base on Inf30 with the published recipe: 400 epochs of 305,241 images, warm-up 40, batch 256.
 
-Command:   python -m infmae_jax.pretrain --config=configs/pretrain/inf30_base.py --workdir=RUN --config.data.shards=SHARDS
+Command:   python -m infmae_jax.pretrain --config=configs/pretrain/inf30_base.py --workdir=RUN \\
+               --config.data.shards=SHARDS
 Hardware:  4 x A100 in the publication; one GPU host or a TPU slice here
 Hours:     not measured
 Result:    not measured (published after fine-tuning: MSRS 74.3 mIoU, M3FD 88.1 AP50)

@@ -135,16 +135,16 @@ def _train(task: Task, config: PretrainConfig, workdir: Path, stack: contextlib.
     abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, shardings)
 
     # ---- Restore or start -------------------------------------------------------------------------------------------
-    claim_workdir(workdir, config, task.data_record, primary)
+    initial = initial_params(config, shardings.params) if config.init_from else None
     checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, config.keep_checkpoints))
     first = checkpointer.latest_step() or 0
+    claim_workdir(workdir, config, task.data_record, resuming=first > 0, primary=primary)
     if first:
         logging.info("resuming %s at step %d of %d", workdir, first, total)
         state = checkpointer.restore(abstract, first)
     else:
         state = jax.jit(create, out_shardings=shardings)(key)
-        if config.init_from:
-            state = state.replace(params=initial_params(config, shardings.params))
+        state = state.replace(params=initial) if initial is not None else state
 
     # ---- Step -------------------------------------------------------------------------------------------------------
     batch_spec = {
@@ -259,10 +259,12 @@ class Window:
         return rates
 
 
-def claim_workdir(workdir: Path, config: PretrainConfig, data_record: dict[str, Any], primary: bool) -> None:
-    """Writes the resolved config and data set, or checks that the run found in `workdir` has the same."""
+def claim_workdir(
+    workdir: Path, config: PretrainConfig, data_record: dict[str, Any], resuming: bool, primary: bool
+) -> None:
+    """Writes the resolved config and data set; of a run that is resumed, checks that they are still the same."""
     mine = {**to_config(config).to_dict(), "data_set": data_record}
-    if (workdir / checkpoint.CONFIG_NAME).is_file():
+    if resuming:
         changed = differences(checkpoint.read_config(workdir), mine)
         if changed:
             raise InputError(

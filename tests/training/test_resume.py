@@ -23,7 +23,8 @@ def start(run, shards, *flags):
     command = [
         sys.executable, "-m", "infmae_jax.pretrain", f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke",
         f"--workdir={run}", f"--config.data.shards={shards}", f"--config.duration={STEPS} steps",
-        "--config.checkpoint_every=7 steps", "--config.picture_every=0 steps", *flags,
+        "--config.checkpoint_every=7 steps", "--config.picture_every=0 steps",
+        "--config.optimizer.base_learning_rate=0.1", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"}
