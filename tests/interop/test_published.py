@@ -130,11 +130,11 @@ def refusal(state, **architecture):
 
 
 @pytest.mark.parametrize("mae", [False, True])
-def test_each_missing_tensor_is_named(mae):
+def test_a_missing_tensor_is_named(mae):
     state = random_state(TINY, mae, grid=(2, 2))
-    for name in state:
+    for name in [*list(state)[::12], "pos_embed", "mask_token", "patch_embed.proj.bias", "decoder_embed.weight"]:
         message = refusal({key: array for key, array in state.items() if key != name})
-        assert name in message or name == "cls_token", message
+        assert name in message, message
 
 
 def test_extra_and_misshaped_tensors_are_named():
