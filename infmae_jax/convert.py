@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
@@ -83,7 +83,6 @@ def _image_size(values: list[str] | None) -> tuple[int, int] | None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; use --input and --output")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of a save
     source, target = FLAGS["from"].value, FLAGS.to
     architecture = {name: FLAGS[name].value for name in ("heads", "decoder_heads", "norm_pix_loss")}
     checkpoint = convert(

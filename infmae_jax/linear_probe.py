@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
@@ -32,7 +32,6 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for features and results
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of a restore
     config = from_config(ProbeConfig, _CONFIG.value)
     workdir = Path(_WORKDIR.value)
     if workdir.exists() and not workdir.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from data_pipelines import masking
 from data_pipelines.augment import center_crop_resize
@@ -124,7 +124,6 @@ def _parse_size(values: Sequence[str] | None) -> tuple[int, int] | None:
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every step of a restore
     losses = reconstruct(
         _CHECKPOINT.value,
         argv[1:],

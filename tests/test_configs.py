@@ -46,14 +46,19 @@ class Interrupted:
         return getattr(self._task, name)
 
     def batches(self, start_step):
-        inner = self._task.batches(start_step)
-        try:
-            for count, batch in enumerate(inner):
-                if count == self._after:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield batch
-        finally:
-            inner.close()
+        self._inner, self._count = self._task.batches(start_step), 0
+        self.close = self._inner.close
+        return self
+
+    def __next__(self):
+        if self._count == self._after:
+            os.kill(os.getpid(), signal.SIGINT)
+        self._count += 1
+        return next(self._inner)
+
+    @property
+    def substituted(self):
+        return self._inner.substituted
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
@@ -72,6 +77,7 @@ def test_pretrain_config(name, scenes, shards, tmp_path):
     assert all(np.isfinite(row["loss"]) and row["images_per_second"] > 0 for row in rows)
     assert set(rows[0]) == {
         "step", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_seconds",
+        "substituted_samples",
     }  # fmt: skip
     assert read_config(run)["model"]["encoder"] == config.model.encoder
     record = json.loads((run / "record.json").read_text())

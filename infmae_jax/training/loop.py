@@ -43,7 +43,8 @@ class Task(Protocol):
         """Mean loss of a batch, and further scalar metrics."""
 
     def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This host's batches from `start_step` on, without end; has `close()`."""
+        """This host's batches from `start_step` on, without end; has `close()` and `substituted`, the number of
+        samples so far that stand in for damaged records."""
 
     def picture(self, params: Any, path: Path | None) -> np.ndarray | None:
         """Computes what the model does on fixed images; where `path` is given, draws it there (PNG) and returns the
@@ -178,7 +179,8 @@ def _train(task: Task, config: PretrainConfig, workdir: Path, stack: contextlib.
                 f"{workdir} are intact: lower optimizer.base_learning_rate or set optimizer.clip_norm"
             )
         rates = window.close()
-        writer.write({"step": at, "epoch": at * task.batch_size / task.num_examples, **values, **rates})
+        damaged = {"substituted_samples": batches.substituted}
+        writer.write({"step": at, "epoch": at * task.batch_size / task.num_examples, **values, **rates, **damaged})
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {rates['images_per_second']:.1f} images/s", refresh=False)
 
     def save(step: int) -> None:
