@@ -26,10 +26,6 @@ from infmae_jax.training.config import PretrainConfig, from_config
 from infmae_jax.training.record import package_versions
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
-_CONFIG = config_flags.DEFINE_config_file("config", str(_BASE), "flops: pretraining config with model and sizes.")
-_SHARDS = flags.DEFINE_list("shards", [], "data: shard sets to read.")
-_WORKERS = flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
-_SECONDS = flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
 
 def count_flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, batch: int = 2) -> dict[str, float]:
@@ -68,13 +64,20 @@ def flops(config: PretrainConfig) -> dict[str, Any]:
 
 def data() -> dict[str, Any]:
     """Rates of the input pipeline on the shards given by flags, see `throughput.run`."""
-    if not _SHARDS.value:
+    if not flags.FLAGS.shards:
         raise InputError("no shards given: pass --shards=DIR, made by python -m data_pipelines.prepare")
-    rows = throughput.run(_SHARDS.value, _WORKERS.value, _SECONDS.value)
-    return {"shards": _SHARDS.value, "rows": rows, "versions": package_versions()}
+    rows = throughput.run(flags.FLAGS.shards, flags.FLAGS.workers, flags.FLAGS.seconds)
+    return {"shards": flags.FLAGS.shards, "rows": rows, "versions": package_versions()}
 
 
-SUBJECTS = {"flops": lambda: flops(from_config(PretrainConfig, _CONFIG.value)), "data": data}
+SUBJECTS = {"flops": lambda: flops(from_config(PretrainConfig, flags.FLAGS.config)), "data": data}
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(_BASE), "flops: pretraining config with model and sizes.")
+    flags.DEFINE_list("shards", [], "data: shard sets to read.")
+    flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
+    flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
 
 def main(argv: list[str]) -> None:
@@ -84,4 +87,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_command(main)

@@ -24,15 +24,6 @@ from infmae_jax.interop import formats
 from infmae_jax.interop.published import Checkpoint
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("from", None, formats.READABLE, "Format of --input.", required=True)
-flags.DEFINE_enum("to", "run", formats.WRITABLE, "Format of --output.")
-flags.DEFINE_string("input", None, "Checkpoint file, or run folder.", required=True)
-flags.DEFINE_string("output", None, "File (for --to=run: folder) to make; must not exist.", required=True)
-flags.DEFINE_integer("step", None, "Checkpoint of a run to take (default: the latest).", lower_bound=0)
-flags.DEFINE_integer("heads", None, "Attention heads of the encoder (default: as noted in the file, else 12).", 1)
-flags.DEFINE_integer("decoder_heads", None, "Attention heads of the decoder (default: as noted, else 16).", 1)
-flags.DEFINE_bool("norm_pix_loss", None, "The model predicts pixels normalised per patch (default: as noted, else no).")
-flags.DEFINE_list("image_size", None, "Rows,columns that --to=jax-export takes (default: the checkpoint's).")
 
 
 def convert(
@@ -80,6 +71,18 @@ def _image_size(values: list[str] | None) -> tuple[int, int] | None:
     return rows, columns
 
 
+def _define_flags() -> None:
+    flags.DEFINE_enum("from", None, formats.READABLE, "Format of --input.", required=True)
+    flags.DEFINE_enum("to", "run", formats.WRITABLE, "Format of --output.")
+    flags.DEFINE_string("input", None, "Checkpoint file, or run folder.", required=True)
+    flags.DEFINE_string("output", None, "File (for --to=run: folder) to make; must not exist.", required=True)
+    flags.DEFINE_integer("step", None, "Checkpoint of a run to take (default: the latest).", lower_bound=0)
+    flags.DEFINE_integer("heads", None, "Attention heads of the encoder (default: as noted in the file, else 12).", 1)
+    flags.DEFINE_integer("decoder_heads", None, "Attention heads of the decoder (default: as noted, else 16).", 1)
+    flags.DEFINE_bool("norm_pix_loss", None, "Pixels are predicted normalised per patch (default: as noted, else no).")
+    flags.DEFINE_list("image_size", None, "Rows,columns that --to=jax-export takes (default: the checkpoint's).")
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; use --input and --output")
@@ -104,4 +107,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_command(main)

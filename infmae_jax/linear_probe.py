@@ -22,22 +22,24 @@ from infmae_jax.evaluation.encoder import load_encoder
 from infmae_jax.evaluation.probe import RESULTS_NAME, ProbeConfig, linear_probe, table_text
 from infmae_jax.training.config import from_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/linear_probe/csv.py", "Config file.")
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for features and results.", required=True)
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", "configs/linear_probe/csv.py", "Config file.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder for features and results.", required=True)
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    config = from_config(ProbeConfig, _CONFIG.value)
-    workdir = Path(_WORKDIR.value)
+    config = from_config(ProbeConfig, flags.FLAGS.config)
+    workdir = Path(flags.FLAGS.workdir)
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"workdir {workdir} is a file; give a folder")
     encoder = load_encoder(
-        _CHECKPOINT.value, config.model, config.like, image_size=config.image_size, seed=config.encoder_seed
+        flags.FLAGS.checkpoint, config.model, config.like, image_size=config.image_size, seed=config.encoder_seed
     )
     if not config.csv:
         config = dataclasses.replace(config, csv=str(_synthetic(config, workdir)))
@@ -57,4 +59,5 @@ def _synthetic(config: ProbeConfig, workdir: Path) -> Path:
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_command(main)

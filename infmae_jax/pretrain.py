@@ -20,14 +20,17 @@ from infmae_jax.training.metrics import METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
-_CONFIG = config_flags.DEFINE_config_file("config", str(_DEMO), "What to run; every key can be overridden.")
-_WORKDIR = flags.DEFINE_string("workdir", os.path.join("runs", "demo"), "Run folder: made, or resumed.")
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(_DEMO), "What to run; every key can be overridden.")
+    flags.DEFINE_string("workdir", os.path.join("runs", "demo"), "Run folder: made, or resumed.")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    config, workdir = from_config(PretrainConfig, _CONFIG.value), Path(_WORKDIR.value)
+    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
     config = embedded.with_shards(config, workdir)
     result = loop.train(PretrainTask(config), config, workdir)
     if result.interrupted:
@@ -65,4 +68,5 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_command(main)

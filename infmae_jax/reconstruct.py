@@ -27,16 +27,6 @@ from infmae_jax.models.patches import PATCH, normalize
 
 VIEWS = ("crop", "stretch", "original")
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run folder, or published checkpoint file.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, .png; replaced if it exists.", required=True)
-_IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
-_VIEW = flags.DEFINE_enum(
-    "view", "crop", VIEWS, "How an image becomes the input: its centre, squeezed whole, or pixel by pixel as it is."
-)
-_COLORMAP = flags.DEFINE_enum("colormap", "inferno", pictures.COLORMAPS, "Colours of the picture.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run (default: the latest).", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Of random masks; score-based ones need none.", lower_bound=0)
-
 
 def reconstruct(
     checkpoint: str | Path,
@@ -123,19 +113,32 @@ def _parse_size(values: Sequence[str] | None) -> tuple[int, int] | None:
     return int(values[0]), int(values[1])
 
 
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Run folder, or published checkpoint file.", required=True)
+    flags.DEFINE_string("output", None, "Picture to write, .png; replaced if it exists.", required=True)
+    flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
+    flags.DEFINE_enum(
+        "view", "crop", VIEWS, "How an image becomes the input: its centre, squeezed whole, or pixel by pixel as it is."
+    )
+    flags.DEFINE_enum("colormap", "inferno", pictures.COLORMAPS, "Colours of the picture.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a run (default: the latest).", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of random masks; score-based ones need none.", lower_bound=0)
+
+
 def main(argv: Sequence[str]) -> None:
     losses = reconstruct(
-        _CHECKPOINT.value,
+        flags.FLAGS.checkpoint,
         argv[1:],
-        _OUTPUT.value,
-        image_size=_parse_size(_IMAGE_SIZE.value),
-        view=_VIEW.value,
-        colormap=_COLORMAP.value,
-        step=_STEP.value,
-        seed=_SEED.value,
+        flags.FLAGS.output,
+        image_size=_parse_size(flags.FLAGS.image_size),
+        view=flags.FLAGS.view,
+        colormap=flags.FLAGS.colormap,
+        step=flags.FLAGS.step,
+        seed=flags.FLAGS.seed,
     )
-    print(f"{_OUTPUT.value}: {len(losses)} images, mean masked loss {np.mean(losses):.4f}")
+    print(f"{flags.FLAGS.output}: {len(losses)} images, mean masked loss {np.mean(losses):.4f}")
 
 
 if __name__ == "__main__":
+    _define_flags()
     run_command(main)

@@ -32,8 +32,9 @@ SIZE = (64, 96)
 def make_run(folder, mask, **overrides):
     model = variant("tiny", **SMALL, **overrides)
     rng = np.random.default_rng(1)
-    draw = lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32)
-    params = jax.tree.map(draw, checkpoint.abstract_params(model))
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), checkpoint.abstract_params(model)
+    )
     checkpoint.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
     return folder
 

@@ -108,7 +108,7 @@ def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], va
 
 
 def is_val(index: int, fraction: float) -> bool:
-    """Whether scene `index` goes to the split `val`: a share of every class, spread evenly, from its second scene on."""
+    """Whether scene `index` goes to the split `val`: a share of every class, spread evenly from its second scene on."""
     place = index // len(SCENE_CLASSES)
     return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
 

@@ -113,7 +113,7 @@ class FeatureExtractor:
         bad = ~np.isfinite(features).all(axis=(1, 2))
         if bad.any():
             name, file = self._encoder.name, files[int(bad.argmax())]
-            raise InputError(f"features of {file} are not finite under {name}; use a checkpoint from before it diverged")
+            raise InputError(f"features of {file} are not finite under {name}; use an earlier checkpoint")
         return features
 
     def key(self, files: Sequence[Path], views: Views) -> str:

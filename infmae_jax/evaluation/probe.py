@@ -126,8 +126,8 @@ def table_text(results: dict[str, dict[str, Any]]) -> str:
     for column, result in results.items():
         images = f"{result['train_images']} train and {result['test_images']} test images"
         lines += [
-            f"{column}: {len(result['classes'])} classes, {images}; {result['checkpoint']}, feature {result['feature']}; "
-            f"mean ± std over {len(result['top1']['seeds'])} seed(s)",
+            f"{column}: {len(result['classes'])} classes, {images}; {result['checkpoint']}, "
+            f"feature {result['feature']}; mean ± std over {len(result['top1']['seeds'])} seed(s)",
             _row("", "top-1 %", "per-class mean %"),
             _row("linear probe", _percent(result["top1"]), _percent(result["balanced_accuracy"])),
             _row(f"{result['knn']['neighbors']}-nearest neighbours", *_shares(result["knn"])),

@@ -243,7 +243,7 @@ def _listing(items: list[str]) -> str:
 
 
 def _published_positions(config: InfMAEConfig, grid: tuple[int, int]) -> list[np.ndarray]:
-    """`pos_embed` and `decoder_pos_embed`: (1,N,D), with a row of zeros for the class token first where there is one."""
+    """`pos_embed` and `decoder_pos_embed`: (1,N,D), a row of zeros first where there is a class token."""
     prefix = int(config.encoder == "vit")
     widths = (config.widths[-1], config.decoder_width)
     return [np.pad(position_embedding(grid, width), ((prefix, 0), (0, 0)))[None] for width in widths]

@@ -1,4 +1,4 @@
-"""Synthetic thermal scenes: labels that fit the pictures, reproducibility across processes, the folder and its command."""
+"""Synthetic thermal scenes: labels that fit the pictures, the same in any process, the folder and its command."""
 
 import csv
 import hashlib

@@ -1,8 +1,8 @@
 """Depthwise convolution against nested loops, values and gradients."""
 
 import jax
-import jax.test_util
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -43,7 +43,8 @@ def test_visible_patches_against_nested_loops(h, w, r, seed, data):
             row, column = divmod(int(token), w)
             whole[row * r : row * r + r, column * r : column * r + r] = patch
         expected = slow_depthwise(whole, kernel)
-        out = jax.jit(depthwise.on_visible, static_argnums=3)(jnp.asarray(cells), jnp.asarray(kernel), jnp.asarray(ids), (h, w))
+        on_visible = jax.jit(depthwise.on_visible, static_argnums=3)
+        out = on_visible(jnp.asarray(cells), jnp.asarray(kernel), jnp.asarray(ids), (h, w))
         for token, patch in zip(ids[0], out[0]):
             row, column = divmod(int(token), w)
             np.testing.assert_allclose(patch, expected[row * r : row * r + r, column * r : column * r + r], atol=1e-12)

@@ -74,7 +74,8 @@ def test_masked_pixels_do_not_reach_the_latent(visible_only):
     for sample, keep in enumerate(ids_keep):
         for token in set(range(24)) - set(keep.tolist()):
             row, column = divmod(token, 6)
-            noisy[sample, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 100 * rng.standard_normal((16, 16, 3))
+            noise = 100 * rng.standard_normal((16, 16, 3))
+            noisy[sample, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = noise
     encode = jax.jit(lambda x: InfMAE(config).apply({"params": params}, x, ids_keep).latent)
     clean, changed = encode(images), encode(noisy)
     assert np.abs(clean - changed).max() == 0

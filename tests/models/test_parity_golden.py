@@ -1,6 +1,6 @@
 """The numbers that the published code computes, from weights in the published format.
 
-`golden/` is kept outside the repository: these tests skip where it is absent, and the slow reference next door stands in.
+`golden/` is kept outside the repository: these tests skip where it is absent; the slow reference next door stands in.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 """A run that is interrupted, by Ctrl-C or without warning, goes on as if nothing had happened."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -26,9 +25,7 @@ def start(run, shards, *flags):
         "--config.checkpoint_every=7 steps", "--config.picture_every=0 steps",
         "--config.optimizer.base_learning_rate=0.1", *flags,
     ]  # fmt: skip
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"}
-    )
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows_of(run):
