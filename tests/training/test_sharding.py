@@ -84,7 +84,7 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
     plain = run(MeshConfig(1, 1), jax.devices()[:1], 1)
     assert plain[0][2] < plain[0][0]
     one = jax.devices()[:1]
-    for setup in ((MeshConfig(-1, 2), None, 1), (MeshConfig(-1, 1), None, 2), (MeshConfig(1, 1), one, 4)):
+    for setup in ((MeshConfig(-1, 2), None, 2), (MeshConfig(1, 1), one, 4)):
         other = run(*setup)
         np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
         np.testing.assert_allclose(other[2], plain[2], rtol=1e-4)
