@@ -9,7 +9,9 @@ from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
 
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command again
+EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:

@@ -34,6 +34,7 @@ class OptimizerConfig:
       b1, b2: AdamW's moment decays.
       clip_norm: clip gradients to this global norm; 0 is off.
       accumulate: micro-batches a step; the batch size stays the global one.
+      mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a third of the optimizer's memory less).
     """
 
     base_learning_rate: float = 1.5e-4
@@ -43,14 +44,81 @@ class OptimizerConfig:
     b2: float = 0.95
     clip_norm: float = 0.0
     accumulate: int = 1
+    mu_dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1, "the rest". `data` replicates, `fsdp` shards parameters."""
+    """Devices along each mesh axis; one of them may be -1, "the rest".
+
+    Attributes:
+      data: replicates parameters; every device has its own part of the batch.
+      fsdp: shards parameters and optimizer state too; gathered when used.
+      tensor: shards the kernels of attention and MLPs and what they compute.
+      slices: groups of devices that only the slower network between slices joins; the `data` axis spans them.
+    """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a job find each other; values may differ between hosts.
+
+    Attributes:
+      method: "none" (one process), "tpu" (Cloud TPU, also on GKE), "slurm", "open_mpi", or "addresses" (the three
+        keys below).
+      coordinator: host:port of process 0, reachable from all hosts.
+      num_processes, process_id: of the job; this process, from 0.
+      timeout_seconds: how long to wait for all hosts at the start.
+      heartbeat_seconds: a host silent for so long counts as lost, and the others end.
+      notice_url: a URL that answers TRUE when this machine is about to be taken away; empty: only signals count.
+    """
+
+    method: str = "none"
+    coordinator: str = ""
+    num_processes: int = 1
+    process_id: int = 0
+    timeout_seconds: int = 300
+    heartbeat_seconds: int = 100
+    notice_url: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What happens when numbers go wrong. An update with a non-finite loss or gradient is always skipped.
+
+    Attributes:
+      rollback_after: so many skipped updates in a row go back to the last checkpoint, with a new data order.
+      max_rollbacks: after so many, the run stops.
+      spike_factor: also skip updates whose loss is above this multiple of its running mean; 0 is off.
+      spike_warmup: steps before the running mean counts.
+    """
+
+    rollback_after: int = 10
+    max_rollbacks: int = 3
+    spike_factor: float = 0.0
+    spike_warmup: str = "200 steps"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+    """What a run shows of itself, besides metrics.jsonl, events.jsonl, TensorBoard and pictures.
+
+    Attributes:
+      wandb_project: Weights & Biases project; empty is off.
+      prometheus_file: text file with the latest values, rewritten at every logged step; empty is off.
+      profile_steps: "a-b": a profiler trace of these steps, on all hosts, in RUN/profile.
+      layer_norms_every: duration between logs of every layer's parameter and gradient norm; "0 steps" is never.
+    """
+
+    wandb_project: str = ""
+    prometheus_file: str = ""
+    profile_steps: str = ""
+    layer_norms_every: str = "0 steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +140,12 @@ class PretrainConfig:
       duration: of the whole run, e.g. "400 epochs".
       log_every, checkpoint_every, picture_every: durations; "0 steps" is never.
       keep_checkpoints: the latest n are kept.
+      keep_best: the n checkpoints with the lowest loss (mean since the one before) are kept too.
+      keep_every: duration; checkpoints at its multiples are kept for good; "0 steps": none.
+      on_save_failure: "stop", or "continue" without the checkpoint (disk full, folder gone); earlier ones are intact.
       init_from: a run folder whose weights start this run; empty: random.
       colormap: of pictures, "inferno" or "gray".
+      compilation_cache: folder for compiled programs, so that a restart need not compile again; empty is off.
     """
 
     seed: int = 0
@@ -86,12 +158,22 @@ class PretrainConfig:
     checkpoint_every: str = "1 epochs"
     picture_every: str = "10 epochs"
     keep_checkpoints: int = 3
+    keep_best: int = 0
+    keep_every: str = "0 steps"
+    on_save_failure: str = "stop"
     init_from: str = ""
     colormap: str = "inferno"
+    compilation_cache: str = "~/.cache/infmae/compiled"
+    distributed: DistributedConfig = DistributedConfig()
+    guards: GuardConfig = GuardConfig()
+    observe: ObserveConfig = ObserveConfig()
     embedded: EmbeddedConfig = EmbeddedConfig()
 
     def __post_init__(self):
-        durations = (self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.picture_every)
+        durations = (
+            self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.picture_every,
+            self.keep_every, self.guards.spike_warmup, self.observe.layer_norms_every,
+        )  # fmt: skip
         for duration in durations:
             in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
 
@@ -100,7 +182,8 @@ class PretrainConfig:
 # move: their fingerprints are compared.
 FREE_KEYS = (
     "data.shards", "data.workers", "data.threads", "data.prefetch", "data.cache_mb", "data.max_corrupt", "mesh.",
-    "log_every", "checkpoint_every", "picture_every", "keep_checkpoints", "colormap",
+    "log_every", "checkpoint_every", "picture_every", "keep_", "on_save_failure", "colormap", "compilation_cache",
+    "distributed.", "observe.",
 )  # fmt: skip
 
 

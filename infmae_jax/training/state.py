@@ -1,4 +1,4 @@
-"""What a checkpoint holds: step, parameters and optimizer state."""
+"""What a checkpoint holds: step, parameters, optimizer state, and what the guards remember."""
 
 from __future__ import annotations
 
@@ -11,13 +11,37 @@ import optax
 
 
 @flax.struct.dataclass
+class GuardState:
+    """What the numeric guards remember, on the device.
+
+    Attributes:
+      skipped, in_a_row: () int32, updates skipped so far, and since the last one that was made.
+      loss_mean: () float32, exponential running mean of accepted losses.
+    """
+
+    skipped: jax.Array
+    in_a_row: jax.Array
+    loss_mean: jax.Array
+
+    @classmethod
+    def create(cls) -> GuardState:
+        return cls(skipped=jnp.zeros((), jnp.int32), in_a_row=jnp.zeros((), jnp.int32), loss_mean=jnp.zeros(()))
+
+
+@flax.struct.dataclass
 class TrainState:
     """State before batch `step`: everything else (data position, learning rate) is a function of the step."""
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
+    guard: GuardState
 
     @classmethod
     def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-        return cls(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            guard=GuardState.create(),
+        )
