@@ -34,7 +34,15 @@ def decayed(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, after clipping by global norm when configured."""
-    adamw = optax.adamw(schedule, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm > 0 else adamw
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW with decoupled weight decay, after clipping by global norm when configured, without a learning rate.
+
+    Its update is the direction d of the step `params - learning_rate * d`. The step multiplies by the schedule itself,
+    so that a skipped update, which leaves the optimizer's state as it was, does not delay the schedule.
+    """
+    transforms = [
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype)),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    ]
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+    return optax.chain(*clip, *transforms)

@@ -4,7 +4,6 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from infmae_jax.training.config import OptimizerConfig
@@ -28,7 +27,7 @@ def test_learning_rate_scales_with_the_batch():
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_two_steps_of_adamw_against_numpy(clip):
     config = OptimizerConfig(weight_decay=0.05, clip_norm=clip)
-    optimizer = make_optimizer(config, lambda step: 0.01)
+    optimizer = make_optimizer(config)
     rng = np.random.default_rng(0)
     params = {"kernel": rng.standard_normal((3, 2)), "bias": rng.standard_normal(2)}
     expected = {k: v.copy() for k, v in params.items()}
@@ -37,8 +36,8 @@ def test_two_steps_of_adamw_against_numpy(clip):
     state = optimizer.init(ours)
     for step in (1, 2):
         grads = {k: rng.standard_normal(v.shape) for k, v in params.items()}
-        updates, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, ours)
-        ours = optax.apply_updates(ours, updates)
+        direction, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, ours)
+        ours = {k: v - 0.01 * direction[k] for k, v in ours.items()}
         norm = math.sqrt(sum((g**2).sum() for g in grads.values()))
         for k, g in grads.items():
             g = g * min(1.0, clip / norm) if clip else g
