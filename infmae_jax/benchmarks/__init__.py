@@ -1,0 +1,1 @@
+"""Measurements, one file a subject; `python -m infmae_jax.bench` runs them."""
