@@ -123,26 +123,25 @@ def lost_time(events: Sequence[Mapping[str, Any]]) -> LostTime:
     """Adds up what the events of a run (`metrics.read_events`) say about restarts and rollbacks.
 
     The last sign of a process is its last event, or its last logged step if that is later: a `resume` event carries it
-    as `last_row_time`. Saves that `save_failed` took back do not count.
+    as `last_row_time`.
     """
     restarts = rollbacks = 0
     redone = down = 0.0
-    reached: dict[int, float] = {}  # when a state that can be gone back to was there, by step
+    reached: dict[int, float] = {}  # when the run was last at a state that it can come back to, by step
     previous = None
     for event in events:
         kind, at, step = event["event"], event["time"], event["step"]
-        if kind in ("resume", "start") and previous is not None:
+        if kind in ("start", "resume") and previous is not None:
             last = max(previous, event.get("last_row_time") or previous)
             last = min(last, at)  # clocks of two hosts may differ
             restarts += 1
             down += at - last
             redone += max(0.0, last - reached.get(step, last))
         elif kind == "rollback":
+            step = event.get("to_step", step)
             rollbacks += 1
-            redone += max(0.0, at - reached.get(event.get("to_step", step), at))
-        elif kind == "save_failed":
-            reached.pop(step, None)
-        if kind in ("start", "resume", "save"):
+            redone += max(0.0, at - reached.get(step, at))
+        if kind in ("start", "resume", "save", "rollback"):
             reached[step] = at
         previous = at
     return LostTime(restarts, rollbacks, redone, down)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from data_pipelines.errors import InputError
@@ -193,12 +194,13 @@ class Prometheus:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run, the same one after restarts (RUN/wandb_id). WANDB_MODE=offline works without network.
+    """A Weights & Biases run, the same one after restarts (RUN/wandb_id).
 
-    What was logged is kept by the service: after a rollback, the steps made again appear a second time.
+    WANDB_MODE=offline works without network, and so does a run that finds no network when it starts: `wandb sync`
+    uploads its folder later. The service keeps what it has: after a rollback, the steps made again appear twice.
 
     Raises:
-      InputError: the package is missing, or the service refuses (not logged in, no such project).
+      InputError: the package is missing, or nobody is logged in.
     """
 
     name, errors = "observe.wandb_project", (Exception,)  # it is a network service: whatever it raises
@@ -211,22 +213,27 @@ class WeightsAndBiases:
                 "observe.wandb_project needs the package wandb: pip install 'infmae-jax[wandb]', or leave it empty"
             ) from error
         self._image = wandb.Image
+        options = {
+            "project": project,
+            "id": _kept_id(Path(run) / "wandb_id"),
+            "name": Path(run).resolve().name,
+            "resume": "allow",
+            "dir": str(run),
+            "config": dict(config),
+            "settings": wandb.Settings(console="off", silent=True),
+        }
         try:
-            self._run = wandb.init(
-                project=project,
-                id=_kept_id(Path(run) / "wandb_id"),
-                name=Path(run).resolve().name,
-                resume="allow",
-                dir=str(run),
-                config=dict(config),
-                settings=wandb.Settings(console="off", silent=True),
-            )
-            self._run.define_metric("*", step_metric="step")
+            self._run = wandb.init(**options)
+        except wandb.errors.CommError as error:
+            logging.warning("Weights & Biases cannot be reached, this run is kept for wandb sync: %s", error)
+            wandb.teardown()  # it keeps the failed one in use
+            self._run = wandb.init(**options, mode="offline")
         except wandb.Error as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].rstrip(".")
             raise InputError(
-                f"observe.wandb_project={project}: {reason}; run wandb login, or set WANDB_MODE=offline"
+                f"observe.wandb_project={project}: {reason}, or set WANDB_MODE=offline, or leave it empty"
             ) from error
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Mapping[str, float]) -> None:
         self._run.log({"step": int(row["step"]), **_scalars(row)})

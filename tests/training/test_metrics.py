@@ -1,0 +1,422 @@
+"""What a run writes down survives kills, full disks and missing services, and is what was logged."""
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from data_pipelines.errors import InputError
+from infmae_jax.training.config import ObserveConfig
+from infmae_jax.training.metrics import EventLog, MetricsWriter, read_events, read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(step, **more):
+    return {"step": step, "loss": 1 / (step + 1), "images_per_second": 40.0 + step, **more}
+
+
+def write_rows(run, steps, first=0, **options):
+    with contextlib.closing(MetricsWriter(run, first, **options)) as writer:
+        for step in steps:
+            writer.write(row(step))
+    return writer
+
+
+def steps_of(run):
+    return [r["step"] for r in read_metrics(run)]
+
+
+def crc32c(data):
+    """Castagnoli's checksum, bit by bit."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def tensorboard_events(run):
+    """All records of the event files, their checksums checked."""
+    events = []
+    for path in sorted((Path(run) / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            record = data[at + 12 : at + 12 + length]
+            for piece, place in ((data[at : at + 8], at + 8), (record, at + 12 + length)):
+                crc = crc32c(piece)
+                masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+                assert struct.unpack_from("<I", data, place) == (masked,)
+            events.append(Event.FromString(record))
+            at += 16 + length
+    return events
+
+
+def tensorboard_scalars(run, tag):
+    """(step, value) as TensorBoard shows them: a session start drops what was there of its step and later ones."""
+    points = []
+    for event in tensorboard_events(run):
+        if event.session_log.status == SessionLog.START:
+            points = [p for p in points if p[0] < event.step]
+        points += [(event.step, value.simple_value) for value in event.summary.value if value.tag == tag]
+    return points
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_back_as_written_and_every_line_is_strict_json(tmp_path):
+    written = [row(0, grad_norm=float("nan")), row(1, grad_norm=float("-inf"), counted=np.int64(3)), row(2)]
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+        for each in written:
+            writer.write(each)
+    found = read_metrics(tmp_path)
+    assert all(r.pop("time") > 1e9 for r in found)
+    np.testing.assert_equal(found, written)
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_no_run_has_no_rows(tmp_path):
+    assert read_metrics(tmp_path) == [] and read_events(tmp_path) == []
+
+
+def test_resuming_and_rewinding_drop_the_rows_to_be_made_again(tmp_path):
+    write_rows(tmp_path, range(0, 50, 5))
+    seen = read_metrics(tmp_path)[-1]["time"]
+    with contextlib.closing(MetricsWriter(tmp_path, 25)) as writer:
+        assert writer.last_row_time == seen  # of a row that is dropped
+        assert steps_of(tmp_path) == [0, 5, 10, 15, 20]
+        for step in (25, 30, 35):
+            writer.write(row(step))
+        writer.rewind(12)
+        writer.write(row(12))
+    assert steps_of(tmp_path) == [0, 5, 10, 12]
+    assert tensorboard_scalars(tmp_path, "loss") == [(s, np.float32(1 / (s + 1))) for s in (0, 5, 10, 12)]
+    assert MetricsWriter(tmp_path / "new", 0).last_row_time is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 8))
+def test_a_file_cut_anywhere_is_read_and_continued(tmp_path_factory, cut, first):
+    run = tmp_path_factory.mktemp("run")
+    write_rows(run, range(8))
+    path = run / "metrics.jsonl"
+    whole = path.read_bytes()
+    cut %= len(whole) + 1
+    path.write_bytes(whole[:cut])
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    survived = sum(end - 1 <= cut for end in ends)  # an object is whole without its line feed
+    assert steps_of(run) == list(range(survived))
+    closed = sum(end <= cut for end in ends)
+    write_rows(run, [20, 21], first=first)
+    assert steps_of(run) == [*range(min(closed, first)), 20, 21]
+
+
+def test_lines_damaged_in_the_middle_are_left_out(tmp_path):
+    write_rows(tmp_path, range(3))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\0\0\0 17\n[1]\n\xff\n3\n" + lines[2])
+    assert steps_of(tmp_path) == [0, 2]
+
+
+def test_only_one_process_writes(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, 0, active=False)) as writer:
+        writer.write(row(0))
+        writer.picture("p", np.zeros((2, 2, 3), np.uint8), 0)
+        writer.rewind(0)
+    log = EventLog(tmp_path, active=False)
+    log.write("start", 0)
+    log.close()
+    assert not list(tmp_path.iterdir()) and writer.failures == 0 and writer.last_row_time is None
+
+
+# ---- events.jsonl ----------------------------------------------------------------------------------------------------
+
+
+def test_events_are_appended_over_restarts(tmp_path):
+    for name in ("start", "resume"):
+        log = EventLog(tmp_path)
+        log.write(name, np.int32(4), records=["a/ä.png", "b"], loss=np.float32("nan"), shape=(1, 2), where=Path("x"))
+        log.close()
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write('{"time": 3, "step": 4, "eve')  # killed while it wrote
+    first, second = read_events(tmp_path)
+    assert (first["event"], second["event"]) == ("start", "resume") and first["time"] <= second["time"]
+    assert first["step"] == 4 and first["records"] == ["a/ä.png", "b"] and np.isnan(first["loss"])
+    assert first["shape"] == [1, 2] and first["where"] == "x"
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_what_was_logged(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer:
+        writer.write({**row(3), "grad_norm": float("inf")})
+        writer.picture("reconstruction", image, 3)
+    events = tensorboard_events(tmp_path)
+    assert events[0].file_version == "brain.Event:2"
+    assert tensorboard_scalars(tmp_path, "images_per_second") == [(3, 43.0)]
+    assert tensorboard_scalars(tmp_path, "grad_norm") == [(3, np.inf)]
+    assert not {"step", "time"} & {value.tag for event in events for value in event.summary.value}
+    (drawn,) = [v.image for e in events for v in e.summary.value if v.tag == "reconstruction"]
+    png = tmp_path / "drawn.png"
+    png.write_bytes(drawn.encoded_image_string)
+    from PIL import Image
+
+    assert (drawn.height, drawn.width, drawn.colorspace) == (5, 7, 3)
+    np.testing.assert_array_equal(np.asarray(Image.open(png)), image)
+
+
+# ---- Failures that a run survives ------------------------------------------------------------------------------------
+
+_FULL_DISK = """
+    import resource, sys
+    import numpy as np
+    from infmae_jax.training.metrics import EventLog, MetricsWriter, read_events, read_metrics
+
+    def allow(size):  # no file can grow beyond it: write() is cut short there and then fails, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    run = sys.argv[1]
+    writer, log = MetricsWriter(run, 0), EventLog(run)
+    allow(5_000)
+    for step in range(200):
+        writer.write({"step": step, "loss": 1 / 3})
+        log.write("skip", step, records=["key"] * 5)
+    writer.picture("p", np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8), 200)
+    assert writer.failures > 100, writer.failures
+    full = len(read_metrics(run)), len(read_events(run))
+    allow(1_000_000)
+    for step in range(200, 210):
+        writer.write({"step": step, "loss": 1 / 3})
+        log.write("save", step)
+    writer.close()
+    print(*full)
+"""
+
+
+def run_child(code, *arguments, **options):
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_full_disk_costs_lines_but_never_the_run_or_a_whole_line(tmp_path):
+    with run_child(_FULL_DISK, tmp_path) as child:
+        output, errors = child.communicate(timeout=100)
+    assert child.returncode == 0, errors
+    rows, events = map(int, output.split())
+    assert 10 < rows < 200 and 10 < events < 200
+    assert steps_of(tmp_path) == [*range(rows), *range(200, 210)]
+    assert [e["step"] for e in read_events(tmp_path)] == [*range(events), *range(200, 210)]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        assert all(json.loads(line) for line in (tmp_path / name).read_text().splitlines())
+    shown = [step for step, _ in tensorboard_scalars(tmp_path, "loss")]
+    assert 10 < len(shown) < 210 and shown[-10:] == list(range(200, 210)) and shown == sorted(set(shown))
+    warnings = [line for line in errors.splitlines() if "training goes on" in line]
+    assert len(warnings) == 3, errors  # one a file
+
+
+_WRITES_FOR_EVER = """
+    import itertools, sys
+    from infmae_jax.training.metrics import EventLog, MetricsWriter
+
+    writer, log = MetricsWriter(sys.argv[1], 0), EventLog(sys.argv[1])
+    for step in itertools.count():
+        writer.write({"step": step, "loss": 0.5})
+        log.write("skip", step)
+        if step == 300:
+            print("many", flush=True)
+"""
+
+
+def test_a_killed_process_leaves_whole_lines(tmp_path):
+    with run_child(_WRITES_FOR_EVER, tmp_path) as child:
+        assert child.stdout.readline() == "many\n"
+        child.send_signal(signal.SIGKILL)
+    rows, events = steps_of(tmp_path), [e["step"] for e in read_events(tmp_path)]
+    assert rows == list(range(len(rows))) and events == list(range(len(events)))
+    assert 300 < len(rows) and len(rows) - 1 <= len(events) <= len(rows)
+    write_rows(tmp_path, [299], first=299)
+    assert steps_of(tmp_path) == list(range(300))
+
+
+def test_files_that_cannot_be_opened_do_not_end_a_run(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    (tmp_path / "tensorboard").write_text("in the way")
+    (tmp_path / "events.jsonl").mkdir()
+    writer = write_rows(tmp_path, range(3))
+    log = EventLog(tmp_path)
+    log.write("start", 0)
+    log.close()
+    assert writer.failures == 8  # 3 rows and the rewinding at the start, two files
+    assert len([r for r in caplog.records if "training goes on" in r.message]) == 3
+
+
+def test_mistakes_of_the_caller_are_not_swallowed(tmp_path):
+    with contextlib.closing(MetricsWriter(tmp_path, 0)) as writer, pytest.raises(KeyError):
+        writer.write({"loss": 1.0})
+
+
+# ---- Prometheus ------------------------------------------------------------------------------------------------------
+
+
+def test_prometheus_file_holds_the_latest_values(tmp_path):
+    path = tmp_path / "node" / "infmae.prom"
+    path.parent.mkdir()
+    run = tmp_path / 'a "run"'
+    with contextlib.closing(MetricsWriter(run, 0, observe=ObserveConfig(prometheus_file=str(path)))) as writer:
+        writer.write(row(0))
+        writer.write({**row(7), "mfu": float("nan"), "param_norm/encoder/a": 1.5, "param_norm/encoder/b": 2.5})
+    text = path.read_text()
+    assert "# TYPE infmae_loss gauge" in text and "# HELP infmae_loss " in text
+    samples = {
+        (s.name, s.labels.get("layer")): s.value for f in text_string_to_metric_families(text) for s in f.samples
+    }
+    assert samples["infmae_step", None] == 7 and samples["infmae_loss", None] == 1 / 8
+    assert samples["infmae_param_norm", "encoder/b"] == 2.5 and np.isnan(samples["infmae_mfu", None])
+    assert samples["infmae_time", None] > 1e9
+    labels = {s.labels["run"] for f in text_string_to_metric_families(text) for s in f.samples}
+    assert labels == {'a "run"'}
+    assert [p.name for p in path.parent.iterdir()] == ["infmae.prom"]
+
+
+@pytest.mark.parametrize("name, message", [("infmae.txt", "does not end in .prom"), ("nowhere/a.prom", "nowhere")])
+def test_a_prometheus_file_that_nobody_would_read_is_refused(tmp_path, name, message):
+    observe = ObserveConfig(prometheus_file=str(tmp_path / name))
+    with pytest.raises(InputError, match=f"observe.prometheus_file=.*{message}"):
+        MetricsWriter(tmp_path, 0, observe=observe)
+
+
+# ---- Weights & Biases ------------------------------------------------------------------------------------------------
+
+WANDB = ObserveConfig(wandb_project="infrared")
+
+
+def stand_in(**replaced):
+    """A module in the place of wandb that remembers calls."""
+    calls = []
+
+    class Run:
+        def define_metric(self, *args, **kwargs):
+            calls.append(("define_metric", args, kwargs))
+
+        def log(self, values):
+            calls.append(("log", values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    class Error(Exception):
+        pass
+
+    class CommError(Error):
+        pass
+
+    def init(**options):
+        calls.append(("init", options))
+        return Run()
+
+    module = types.ModuleType("wandb")
+    module.__dict__.update(
+        init=init, Image=lambda pixels: ("image", pixels.shape), Settings=dict, Error=Error, calls=calls,
+        errors=types.SimpleNamespace(CommError=CommError), teardown=lambda: calls.append(("teardown",)),
+    )  # fmt: skip
+    module.__dict__.update(replaced)
+    return module
+
+
+def test_wandb_without_the_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"observe.wandb_project.*infmae-jax\[wandb\]"):
+        MetricsWriter(tmp_path, 0, observe=WANDB)
+
+
+def test_wandb_gets_rows_pictures_and_the_same_run_after_a_restart(tmp_path, monkeypatch):
+    wandb = stand_in()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for first in (0, 4):
+        with contextlib.closing(MetricsWriter(tmp_path, first, observe=WANDB, config={"data.seed": 3})) as writer:
+            writer.write(row(first))
+            writer.picture("reconstruction", np.zeros((4, 6, 3), np.uint8), first)
+    starts = [call[1] for call in wandb.calls if call[0] == "init"]
+    assert starts[0]["id"] == starts[1]["id"] and starts[0]["resume"] == "allow"
+    assert starts[0]["project"] == "infrared" and starts[0]["config"] == {"data.seed": 3}
+    logged = [call[1] for call in wandb.calls if call[0] == "log"]
+    assert logged[2] == {"step": 4, "loss": 0.2, "images_per_second": 44.0}
+    assert logged[3] == {"step": 4, "reconstruction": ("image", (4, 6, 3))}
+    assert wandb.calls[-1] == ("finish",)
+
+
+def test_wandb_that_refuses_or_breaks(tmp_path, monkeypatch, caplog):
+    wandb = stand_in()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def refuse(**options):
+        raise wandb.Error("No API key configured.\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(InputError, match="observe.wandb_project=infrared: No API key configured, or set WANDB_MODE"):
+        MetricsWriter(tmp_path, 0, observe=WANDB)
+
+    class Broken:
+        def log(self, values):
+            raise RuntimeError("network down")
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        finish = log
+
+    def unreachable(**options):
+        if options.get("mode") != "offline":
+            raise wandb.errors.CommError("timed out")
+        broken = Broken()
+        broken.finish = lambda: broken.log(None)
+        return broken
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    writer = write_rows(tmp_path, range(3), observe=WANDB)
+    assert writer.failures == 4 and steps_of(tmp_path) == [0, 1, 2]
+    assert len([r for r in caplog.records if "network down" in r.message]) == 1
+    assert ("teardown",) in wandb.calls
+
+
+def test_wandb_itself_offline(tmp_path):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed; the stand-in above is tested instead")
+    code = """
+        import sys
+        from infmae_jax.training.config import ObserveConfig
+        from infmae_jax.training.metrics import MetricsWriter
+
+        writer = MetricsWriter(sys.argv[1], 0, observe=ObserveConfig(wandb_project="infrared"), config={"a.b": 1})
+        writer.write({"step": 0, "loss": 0.5})
+        writer.close()
+        assert writer.failures == 0
+    """
+    with run_child(code, tmp_path, env={**os.environ, "WANDB_MODE": "offline"}) as child:
+        _, errors = child.communicate(timeout=100)
+    assert child.returncode == 0, errors
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"infrared" in record.read_bytes()
