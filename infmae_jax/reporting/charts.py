@@ -122,31 +122,49 @@ class Axis:
         return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """How a logged value is drawn.
+
+    Attributes:
+      title: plain text.
+      noisy: with a running mean over it.
+      log: on a logarithmic axis if the values, all positive, span a wide range.
+      from_zero: the axis begins at zero.
+    """
+
+    title: str
+    noisy: bool = False
+    log: bool = False
+    from_zero: bool = False
+
+
 def line_chart(
-    title: str, steps: np.ndarray, values: np.ndarray, marks: Sequence[Mark], steps_shown: tuple[float, float]
+    curve: Curve, steps: np.ndarray, values: np.ndarray, marks: Sequence[Mark], shown: tuple[float, float]
 ) -> str:
     """A chart as HTML: heading with the value under the pointer, and an SVG. Empty text without a finite value.
 
     Args:
-      title: plain text.
       steps, values: (n,) float; non-finite values are gaps.
-      marks: drawn where they lie within `steps_shown`.
-      steps_shown: first and last step of the axis, the same in all charts of a page.
+      marks: drawn where they lie within `shown`.
+      shown: first and last step of the axis, the same in all charts of a page.
     """
     values = np.where(np.isfinite(values), values, np.nan)
     finite = values[np.isfinite(values)]
     if not len(finite):
         return ""
     low, high = float(finite.min()), float(finite.max())
-    across = Axis(*steps_shown, (_LEFT, _WIDTH - _RIGHT))
-    up = Axis(low, high, (_HEIGHT - _BOTTOM, _TOP), log=low > 0 and high / low > _LOG_RANGE)
+    low = min(low, 0.0) if curve.from_zero else low
+    across = Axis(*shown, (_LEFT, _WIDTH - _RIGHT))
+    up = Axis(low, high, (_HEIGHT - _BOTTOM, _TOP), log=curve.log and low > 0 and high / low > _LOG_RANGE)
     thinned = thin(steps, values)
-    lines = [_path(across, up, *thinned, "raw" if len(values) >= _SMOOTHED_FROM else "line")]
-    if len(values) >= _SMOOTHED_FROM:
+    noisy = curve.noisy and len(values) >= _SMOOTHED_FROM
+    lines = [_path(across, up, *thinned, "raw" if noisy else "line")]
+    if noisy:
         lines.append(_path(across, up, *thin(steps, smooth(values), MAX_POINTS // 4), "line"))
     points = [[int(s), float(f"{v:.5g}")] for s, v in zip(*thinned) if math.isfinite(v)]
     scale = [across.low, across.high, up.low, up.high, int(up.log), _LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM]
-    name = escape(title)
+    name = escape(curve.title)
     return (
         f'<figure class="chart" data-scale="{json.dumps(scale)}" data-points="{json.dumps(points)}">'
         f"<figcaption><b>{name}</b> <output>{number_text(points[-1][1])}</output></figcaption>"
@@ -170,7 +188,8 @@ def _tick_text(value: float, of_steps: bool = False) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (10 if of_steps and size == 1e3 else 1):
             return f"{value / size:g}{letter}"
-    return f"{value:g}"
+    text = f"{value:g}"
+    return text if len(text) <= 6 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _path(across: Axis, up: Axis, steps: np.ndarray, values: np.ndarray, css: str) -> str:

@@ -16,24 +16,25 @@ from typing import Any
 from PIL import Image
 
 from infmae_jax.reporting import charts, style
-from infmae_jax.reporting.charts import number_text
+from infmae_jax.reporting.charts import Curve, number_text
 from infmae_jax.reporting.history import RunHistory, duration_text
 from infmae_jax.training.config import PretrainConfig, flat, to_config
 from infmae_jax.training.goodput import SHARES
 
-_CHARTS = {
-    "loss": "loss",
-    "learning_rate": "learning rate",
-    "grad_norm": "gradient norm",
-    "images_per_second": "images a second",
-    "goodput": "goodput, share of wall time spent stepping",
-    "mfu": "model FLOPs utilisation",
-    "data_wait_seconds": "seconds waited for data between logged steps",
-    "device_memory_gib": "device memory, GiB",
-    "host_memory_gib": "host memory, GiB",
+_CURVES = {
+    "loss": Curve("loss", noisy=True, log=True),
+    "learning_rate": Curve("learning rate"),
+    "grad_norm": Curve("gradient norm", noisy=True, log=True),
+    "images_per_second": Curve("images a second", noisy=True),
+    "goodput": Curve("goodput, share of wall time spent stepping"),
+    "mfu": Curve("model FLOPs utilisation", noisy=True),
+    "data_wait_seconds": Curve("seconds waited for data between logged steps", noisy=True),
+    "device_memory_gib": Curve("device memory, GiB"),
+    "host_memory_gib": Curve("host memory, GiB"),
+    "skipped_updates": Curve("updates skipped", from_zero=True),
+    "substituted_samples": Curve("damaged records replaced", from_zero=True),
 }
 _NOT_DRAWN = ("step", "time", "epoch")
-_ZERO_IS_NO_NEWS = ("skipped_updates", "substituted_samples")
 _ROUTINE_EVENTS = ("save", "compile")
 _MAX_EVENTS = 300  # rows of the table
 _MAX_KEYS = 4000  # record keys on the page
@@ -125,15 +126,15 @@ def _time_bar(history: RunHistory) -> str:
 def _curves(history: RunHistory) -> str:
     if not history.rows:
         return ""
-    others = {k: k.replace("_", " ") for k in history.keys("") if "/" not in k and k not in (*_CHARTS, *_NOT_DRAWN)}
+    others = [key for key in history.keys("") if "/" not in key and key not in (*_CURVES, *_NOT_DRAWN)]
     marks = charts.marks_of(history.events)
     first, last = history.rows[0]["step"], history.rows[-1]["step"]
     shown = (float(min([first, *(m.step for m in marks)])), float(max([last, first + 1, *(m.step for m in marks)])))
     drawn = []
-    for key, title in {**_CHARTS, **others}.items():
+    for key, curve in {**_CURVES, **{key: Curve(key.replace("_", " ")) for key in others}}.items():
         steps, values = history.series(key)
-        if len(steps) and not (key in _ZERO_IS_NO_NEWS and not values.any()):
-            drawn.append(charts.line_chart(title, steps, values, marks, shown))
+        if values.any() or not curve.from_zero:  # a count that stays zero is no news
+            drawn.append(charts.line_chart(curve, steps, values, marks, shown))
     legend = "".join(
         f'<li><svg viewBox="-7 -7 14 14" class="mark {kind.css}"><path d="{kind.shape}"/></svg>'
         f"{kind.title} ({sum(m.kind == name for m in marks)})</li>"
@@ -161,7 +162,7 @@ def _events(history: RunHistory) -> str:
         )
     return (
         f"<section><h2>Events</h2>{''.join(f'<p>{escape(note)}</p>' for note in notes)}"
-        '<div class="wide"><table class="events"><thead><tr><th>time (UTC)</th><th>step</th><th>event</th>'
+        '<div class="wide tall"><table class="events"><thead><tr><th>time (UTC)</th><th>step</th><th>event</th>'
         f"<th>details</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
@@ -183,8 +184,8 @@ def _event_details(event: Mapping[str, Any], keys_left: int) -> tuple[str, int]:
     for key, value in event.items():
         if key in ("time", "step", "event", "records", "shares", "last_row_time") or value is None:
             continue
-        text = number_text(float(value)) if isinstance(value, float) else str(value)
-        told.append(f"{escape(key.replace('_', ' '))} {escape(text)}")
+        text = number_text(value) if isinstance(value, float) else str(value)
+        told.append(f"{escape('exit code' if key == 'code' else key.replace('_', ' '))} {escape(text)}")
     html = ", ".join(told)
     if isinstance(records, list) and records:
         names = [escape(str(key)) for key in records[:keys_left]]

@@ -43,7 +43,8 @@ svg text { fill: var(--soft); font-size: 12px; } text.y { text-anchor: end; } te
 .bar { width: 100%; height: 24px; display: block; border-radius: 5px; margin-bottom: 8px; fill: currentColor; }
 .s0 { color: #2a9d5c; } .s1 { color: #e08a1e; } .s2 { color: #8a5fd0; } .s3 { color: #3f7fd1; } .s4 { color: #19a5a5; }
 .s5 { color: #c94f8c; } .s6 { color: #8f99a6; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
+.wide { overflow-x: auto; } .tall { overflow-y: auto; max-height: 70vh; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 500; } td { font-variant-numeric: tabular-nums; }
 .events td:nth-child(-n+3) { white-space: nowrap; } .events td { color: var(--ink); }
@@ -52,7 +53,9 @@ tr.changed td { background: var(--changed); } code { font-size: 0.85em; }
 details { margin-top: 6px; } summary { cursor: pointer; } summary h2 { display: inline; } img { max-width: 100%;
   height: auto; border-radius: 4px; } footer { color: var(--soft); font-size: 0.85rem; }
 @media (max-width: 560px) { svg text { font-size: 16px; } section, .facts { padding: 12px; }
-  .facts { grid-template-columns: repeat(2, 1fr); } .wide img { max-width: none; width: 860px; } }
+  .facts { grid-template-columns: repeat(2, 1fr); } .wide img { max-width: none; width: 860px; }
+  .events thead { display: none; } .events tr { display: grid; grid-template-columns: auto auto 1fr; }
+  .events td:nth-child(-n+3) { border: 0; } .events td:last-child { grid-column: 1 / -1; } }
 """
 
 SCRIPT = """
