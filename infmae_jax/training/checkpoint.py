@@ -1,166 +1,344 @@
-"""Checkpoints: the one place that knows Orbax, and what a run folder holds.
-
-RUN/config.json     what the run is: sections `model` and `data` (with `data.mask`), whatever the source
-RUN/checkpoints/S   the state before batch S: items `params` and `optimizer`
-"""
+"""The checkpoints of a training run: saved in the background, kept by rule, restored only whole."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
+import concurrent.futures
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
-from data_pipelines.masking import MaskConfig
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
-from infmae_jax.training.config import from_config
+from infmae_jax.training import digests, storage
+from infmae_jax.training.run_folder import abstract_params, read_config, restore_params, write_config, write_run
 from infmae_jax.training.state import TrainState
 
-CONFIG_NAME = "config.json"
-FOLDER = "checkpoints"
+__all__ = ["Checkpointer", "NonFiniteState", "SaveFailed", "abstract_params", "read_config", "restore_params",
+           "write_config", "write_run"]  # fmt: skip
+
+_THERE = "it is there"
+_MESSAGE_BYTES = 400  # of what the processes tell each other
+_TROUBLE = {
+    errno.ENOSPC: ("the disk is full", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
+    errno.EFBIG: ("the file would be too large", "raise the limit on file sizes (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("permission is denied", "make the folder writable"),
+    errno.ENOENT: ("the folder is gone", "bring it back, or mount it again"),
+    errno.ESTALE: ("the mount is stale", "mount it again"),
+    errno.EIO: ("reading or writing fails", "check the disk or the mount"),
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """Weights and what is needed to use them. `params` is a tree of float32 NumPy arrays."""
+class SaveFailed(InputError):
+    """A checkpoint could not be written; earlier ones are intact, and later saves may work again.
 
-    model: InfMAEConfig
-    mask: MaskConfig
-    image_size: tuple[int, int]
-    params: dict[str, Any]
-    step: int
+    Attributes:
+      step: of the checkpoint.
+      reason: one line.
+    """
+
+    def __init__(self, path: Path, step: int, reason: str):
+        super().__init__(f"checkpoint {path} could not be saved: {reason}; earlier checkpoints are intact")
+        self.step = step
+        self.reason = reason
+
+
+class NonFiniteState(InputError):
+    """Parameters or optimizer state hold NaN or infinity; such a state is never saved."""
+
+    exit_code = 3
 
 
 class Checkpointer:
-    """Saves and restores the training state of one run, asynchronously, keeping the latest `keep`."""
+    """Saves and restores the training state of one run.
 
-    def __init__(self, run: str | Path, keep: int = 3):
-        self._orbax = ocp.training.Checkpointer(
-            Path(run).absolute() / FOLDER,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+    All processes of a job make one and call the same methods at the same steps. Every checkpoint has a digest of each
+    array; one that does not match is damaged, and the one before it is restored.
+
+    Args:
+      run: run folder, which must exist when saving, on a file system that all processes share.
+      keep: the latest so many are kept.
+      keep_best: the so many with the lowest metrics["loss"] are kept too.
+      keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
+      on_damage: called with step and reason for each damaged checkpoint that `restore` finds.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        keep: int = 3,
+        keep_best: int = 0,
+        keep_every: int = 0,
+        on_damage: Callable[[int, str], None] | None = None,
+    ):
+        self._run = Path(run).absolute()
+        self._keep, self._keep_best, self._keep_every = max(keep, 1), keep_best, keep_every
+        self._on_damage = on_damage or (lambda step, reason: None)
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._failure: SaveFailed | None = None
+        self._primary = jax.process_index() == 0
+        self._known: list[int] = []  # steps on disk, as last seen
+        if self._primary:
+            self._attempt_removal()
+        self._losses = {step: _stored_loss(self._run, step) for step in self._steps()}
 
     def latest_step(self) -> int | None:
-        latest = self._orbax.latest
-        return None if latest is None else latest.step
+        """Of the newest checkpoint, one that is being saved included; None where there is none."""
+        return max(self._steps(), default=None)
 
-    def save(self, state: TrainState, step: int) -> None:
-        """Starts saving `state` as checkpoint `step`; returns when the device arrays may be changed."""
-        if self.latest_step() != step:
-            items = {"params": state.params, "optimizer": state.opt_state}
-            self._orbax.save_checkpointables_async(step, items, force=True)
+    def best_step(self) -> int | None:
+        """Of the checkpoint with the lowest loss; None where none has one."""
+        known = {step: self._losses.get(step, np.inf) for step in self._steps()}
+        best = min(known, key=lambda step: (known[step], step), default=None)
+        return None if best is None or known[best] == np.inf else best
 
-    def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The state of checkpoint `step` with the shapes, dtypes and shardings of `abstract`."""
-        wanted = {"params": abstract.params, "optimizer": abstract.opt_state}
-        found = self._orbax.load_checkpointables(step, wanted)
-        count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(step=count, params=found["params"], opt_state=found["optimizer"])
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts saving `state` as checkpoint `step`, if it is not there; returns when its arrays may be changed.
+
+        Args:
+          metrics: e.g. {"loss": mean loss since the checkpoint before}.
+          metadata: JSON, given back by `restore`.
+
+        Raises:
+          SaveFailed: this save could not start, or the one before it failed; in the second case (`error.step` is not
+            `step`) this one has been started all the same.
+          NonFiniteState: nothing was saved.
+        """
+        self._settle()
+        verdict = self._agreed(self._verdict(step) if self._primary else "")
+        if verdict and verdict != _THERE:
+            self._fail(step, verdict)
+        elif not verdict:
+            self._start(state, step, dict(metrics or {}), dict(metadata or {}))
+        self._raise_failure()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; SaveFailed where that did not succeed."""
+        self._settle()
+        self._raise_failure()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, int, dict[str, Any]] | None:
+        """The newest checkpoint that is whole: state, step and metadata; None where the run has no checkpoint.
+
+        Damaged ones newer than it are set aside in RUN/damaged.
+
+        Args:
+          abstract: shapes, dtypes and shardings of the state, on whatever mesh.
+
+        Raises:
+          InputError: there are checkpoints but none is whole, or they are of something else than `abstract`.
+        """
+        self._settle()
+        damaged: dict[int, str] = {}
+        while newest := self._agreed(self._newest(damaged) if self._primary else ""):
+            if not newest.isdecimal():
+                raise InputError(f"{self._run / storage.FOLDER} cannot be read: {newest}")
+            step = int(newest)
+            restored, reason = self._restore(step, abstract)
+            if restored is not None:
+                for other in damaged:
+                    self._set_aside(other)
+                return restored
+            logging.warning("checkpoint %s is damaged: %s", storage.checkpoint_path(self._run, step), reason)
+            self._on_damage(step, reason)
+            damaged[step] = reason
+        if damaged:
+            found = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            raise InputError(
+                f"no checkpoint in {self._run / storage.FOLDER} is whole ({found}); bring one back from a copy, or "
+                "start over with another --workdir"
+            )
+        return None
 
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *unused) -> None:
-        """Waits for saves in flight and reports their errors."""
-        self._orbax.close()
+    def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
+        """Waits for the save in flight; reports its failure where the block did not fail already."""
+        try:
+            if kind is None:
+                self.wait()
+            elif self._saving is not None:  # Other processes may never get here: nothing to agree about.
+                step, written = self._saving
+                if written.exception() is not None:
+                    logging.error("checkpoint %d could not be saved: %s", step, _reason(written.exception()))
+        finally:
+            self._writer.shutdown()
 
+    def _steps(self) -> set[int]:
+        with contextlib.suppress(OSError):
+            self._known = storage.steps_of(self._run)
+        return {*self._known, *([self._saving[0]] if self._saving else [])}
 
-def read_config(run: str | Path) -> dict[str, Any]:
-    """The config that a run folder was made with; InputError when `run` is not a run folder."""
-    path = Path(run) / CONFIG_NAME
-    if not path.is_file():
-        raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore it or start a new run") from error
-
-
-def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes RUN/config.json beside and renames it into place."""
-    path = Path(run) / CONFIG_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def restore_params(run: str | Path, subtree: str | None = None, step: int | None = None) -> Restored:
-    """Weights of a run, on the host, whatever mesh or optimizer they were saved with.
-
-    Args:
-      run: run folder.
-      subtree: restore only this part of the parameters, "encoder" or "decoder".
-      step: checkpoint; by default the latest.
-
-    Raises:
-      InputError: no run, no checkpoint, or parameters that do not fit the run's own config.
-    """
-    config = read_config(run)
-    model = from_config(InfMAEConfig, config["model"])
-    folder = Path(run).absolute() / FOLDER
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    if not folder.is_dir():
-        raise InputError(f"{run} has no checkpoints yet: let the run reach its first checkpoint")
-    with context, ocp.training.Checkpointer(folder) as orbax:
-        steps = [checkpoint.step for checkpoint in orbax.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            raise InputError(f"{run} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
-        step = max(steps) if step is None else step
-        saved = orbax.checkpointables_metadata(step).metadata["params"]
-        wanted = {key: saved[key] for key in saved if subtree in (None, key)}
-        host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-        params = orbax.load_checkpointables(step, {"params": host})["params"]
-    _check_shapes(params, model, run)
-    data = config.get("data", {})
-    mask = from_config(MaskConfig, data.get("mask", {}), "data.mask.")
-    return Restored(model, mask, tuple(data.get("image_size", (224, 224))), params, step)
-
-
-def write_run(
-    run: str | Path,
-    model: InfMAEConfig,
-    mask: MaskConfig,
-    image_size: tuple[int, int],
-    params: Mapping[str, Any],
-    source: Mapping[str, Any],
-) -> None:
-    """Makes a run folder of given weights (checkpoint 0), to be used like one of our own.
-
-    Args:
-      source: where the weights come from, kept in the config.
-    """
-    checkpoints = Path(run).absolute() / FOLDER
-    with ocp.training.Checkpointer(checkpoints, cleanup_tmp_directories=True) as orbax:
-        orbax.save_checkpointables(0, {"params": params}, force=True)
-    data = {"mask": dataclasses.asdict(mask), "image_size": image_size}
-    write_config(run, {"model": dataclasses.asdict(model), "data": data, "source": dict(source)})
-
-
-def abstract_params(model: InfMAEConfig) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters, without computing anything."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32)
-    ids_keep = jax.ShapeDtypeStruct((1, 1), np.int32)
-    return jax.eval_shape(InfMAE(model).init, jax.random.key(0), images, ids_keep)["params"]
-
-
-def _check_shapes(params: Mapping[str, Any], model: InfMAEConfig, run: str | Path) -> None:
-    expected = abstract_params(model)
-    for key, tree in params.items():
-        want = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(expected.get(key, {}))}
-        have = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(tree)}
-        wrong = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-        if wrong:
-            raise InputError(
-                f"checkpoint of {run} does not fit its config: {key}{wrong[0]} is {have.get(wrong[0])}, "
-                f"expected {want.get(wrong[0])}; use the checkpoint of the same variant"
+    def _start(self, state: TrainState, step: int, metrics: dict[str, float], metadata: dict[str, Any]) -> None:
+        items = _items(state)
+        found = digests.fingerprint(items)
+        bad = [name for name in found.not_finite if not name.startswith("guard/")]
+        if bad:
+            raise NonFiniteState(
+                f"{bad[0]} is not finite before step {step}, which is not saved; checkpoints of {self._run} up to step "
+                f"{self.latest_step() or 0} are intact: lower optimizer.base_learning_rate"
             )
+        if found.unequal:
+            logging.warning("step %d: devices hold different copies of %s", step, ", ".join(found.unequal))
+        record = storage.make_record(step, found.digests, metrics, metadata)
+        self._losses[step] = metrics.get("loss", np.inf)
+        try:
+            written = self._writer.submit(self._write, storage.start_save(self._run, step, items, record))
+        except Exception as error:  # whatever the file system makes of it; told to the other processes when settled
+            written = concurrent.futures.Future()
+            written.set_exception(error)
+        self._saving = step, written
+
+    def _write(self, finish: Callable[[], None]) -> None:
+        """In the background: waits for the checkpoint, then removes those that are no longer kept."""
+        finish()
+        if not self._primary:
+            return
+        try:
+            for step in self._superfluous():
+                storage.remove(self._run, step)
+        except OSError as error:
+            logging.warning("old checkpoints of %s cannot be removed: %s", self._run, error)
+
+    def _superfluous(self) -> list[int]:
+        steps = storage.steps_of(self._run)
+        best = sorted((s for s in steps if np.isfinite(self._losses.get(s, np.inf))), key=self._losses.__getitem__)
+        kept = {*steps[-self._keep :], *best[: self._keep_best]}
+        return [s for s in steps if s not in kept and not (self._keep_every and s % self._keep_every == 0)]
+
+    def _settle(self) -> None:
+        """Waits for the save in flight, and agrees with the other processes on how it went."""
+        if self._saving is None:
+            return
+        (step, written), self._saving = self._saving, None
+        error = written.exception()
+        reasons = [reason for reason in _tell_all("" if error is None else _reason(error)) if reason]
+        if reasons:
+            if self._primary:
+                self._attempt_removal()
+            self._fail(step, reasons[0])
+
+    def _fail(self, step: int, reason: str) -> None:
+        self._failure = SaveFailed(storage.checkpoint_path(self._run, step), step, reason)
+        logging.error("%s", self._failure)
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, int, dict] | None, str]:
+        """The state of a checkpoint, or why it is damaged, as all processes see it."""
+        path, items, record, reason = storage.checkpoint_path(self._run, step), None, {}, ""
+        try:
+            record = storage.read_record(path)
+            items = storage.load(path, record, _items(abstract))
+        except storage.Damaged as error:
+            reason = str(error)
+        reason = next(filter(None, _tell_all(reason)), "")
+        if reason:
+            return None, reason
+        try:
+            storage.verify(items, record["digests"])
+        except storage.Damaged as error:
+            reason = str(error)
+        reason = next(filter(None, _tell_all(reason)), "")
+        if reason:
+            return None, reason
+        count = jax.device_put(np.int32(step), abstract.step.sharding)
+        state = TrainState(count, items["params"], items["optimizer"], items["guard"])
+        return (state, step, record["metadata"]), ""
+
+    def _set_aside(self, step: int) -> None:
+        self._losses.pop(step, None)
+        if self._primary:
+            try:
+                storage.set_aside(self._run, step)
+            except OSError as error:
+                logging.warning("damaged checkpoint %d of %s cannot be set aside: %s", step, self._run, error)
+
+    def _verdict(self, step: int) -> str:
+        """Whether checkpoint `step` is there already, or why nothing can be written; empty: go on."""
+        folder = self._run / storage.FOLDER
+        try:
+            if step in storage.steps_of(self._run):
+                return _THERE
+            if self._losses and not folder.is_dir():  # never to be made anew, below the mount point of a lost mount
+                raise FileNotFoundError(errno.ENOENT, "", str(folder))
+            folder.mkdir(exist_ok=True)
+            storage.remove_leftovers(self._run)
+            probe = folder / f".probe-{os.getpid()}"
+            try:
+                probe.write_bytes(b"\0" * 4096)
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return _reason(error)
+        return ""
+
+    def _newest(self, damaged: Mapping[int, str]) -> str:
+        """The newest step not known as damaged, empty where there is none, or why that cannot be told."""
+        try:
+            steps = storage.steps_of(self._run)
+        except OSError as error:
+            return _reason(error)
+        return str(max((step for step in steps if step not in damaged), default=""))
+
+    def _attempt_removal(self) -> None:
+        try:
+            storage.remove_leftovers(self._run)
+        except OSError as error:
+            logging.warning("leftovers in %s cannot be removed: %s", self._run / storage.FOLDER, error)
+
+    def _agreed(self, mine: str) -> str:
+        """What process 0 says."""
+        return _tell_all(mine)[0]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    return {"params": state.params, "optimizer": state.opt_state, "guard": state.guard}
+
+
+def _stored_loss(run: Path, step: int) -> float:
+    try:
+        return storage.read_record(storage.checkpoint_path(run, step))["metrics"].get("loss", np.inf)
+    except storage.Damaged:
+        return np.inf
+
+
+def _tell_all(text: str) -> list[str]:
+    """What every process says, in order of processes; to be called by all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+    with jax.transfer_guard("allow"):
+        rows = multihost_utils.process_allgather(padded)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong and what to do about it."""
+    text = str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    for code, (what, remedy) in _TROUBLE.items():
+        if code == number or os.strerror(code) in text:
+            return f"{what}; {remedy}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
