@@ -35,13 +35,14 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
 def _write(history: RunHistory, output: str | Path | None) -> Path:
     path = Path(output) if output else history.folder / NAME
     temporary = path.with_name(f".{path.name}.partial")
+    html = page.render(history, facts(history)).encode(errors="replace")  # names of files may hold what is no text
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Keys and paths of files may hold bytes that are no text.
-        temporary.write_text(page.render(history, facts(history)), encoding="utf-8", errors="replace")
+        temporary.write_bytes(html)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror or error}): name another --output") from error
     return path
 

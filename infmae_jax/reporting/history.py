@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class RunHistory:
         try:
             images, batch_size = self.config["data_set"]["images"], self.config["data"]["batch_size"]
             return in_steps(self.config["duration"], batch_size=batch_size, num_examples=images)
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError, InputError):
+        except (KeyError, TypeError, AttributeError, ArithmeticError, InputError):
             return None
 
     @functools.cached_property
@@ -127,10 +127,10 @@ class RunHistory:
                 break
             if event["event"] in _ENDINGS:
                 return _ended(event)
-        if self.last_sign is None:
-            return Status("new", "nothing logged yet")
         if not self.events and self.total_steps is not None and self.step >= self.total_steps:
             return Status("finished", "by its last logged step; there are no events")
+        if self.last_sign is None:
+            return Status("silent", "nothing says when") if self.rows else Status("new", "nothing logged yet")
         gaps = np.diff([row["time"] for row in self.rows if "time" in row])
         usual = statistics.median(gaps) if len(gaps) else 0.0
         silent = self.now - self.last_sign
@@ -141,10 +141,10 @@ class RunHistory:
     @functools.cached_property
     def seconds_left(self) -> float | None:
         """Of a running run, from the rate of its recent steps."""
-        rate, batch_size = self.recent("images_per_second"), self.config.get("data", {}).get("batch_size")
-        if self.status.word != "running" or not rate or self.total_steps is None or not batch_size:
+        rate = self.recent("images_per_second")
+        if self.status.word != "running" or not rate or self.total_steps is None:
             return None
-        return max(0, self.total_steps - self.step) * batch_size / rate
+        return max(0, self.total_steps - self.step) * self.config["data"]["batch_size"] / rate
 
 
 def read_history(run: str | Path) -> RunHistory:
@@ -158,21 +158,28 @@ def read_history(run: str | Path) -> RunHistory:
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{run} is not a run folder: it has none of {', '.join(names)}; give the --workdir of a run")
     problems: list[str] = []
-    rows: dict[int, dict[str, Any]] = {}
-    for row in read_metrics(folder):
-        if math.isfinite(_number(row["step"])):
-            rows[int(row["step"])] = row
-    events = [e for e in read_events(folder) if math.isfinite(_number(e["time"]) + _number(e["step"]))]
+    rows = {row["step"]: row for row in _plausible(read_metrics(folder), ("step",))}
     return RunHistory(
         folder=folder,
         config=_read_object(folder / CONFIG_NAME, problems),
         record=_read_object(folder / RECORD_NAME, problems),
         rows=[rows[step] for step in sorted(rows)],
-        events=[{**event, "event": str(event["event"])} for event in events],
+        events=[{**event, "event": str(event["event"])} for event in _plausible(read_events(folder), ("step", "time"))],
         pictures=sorted((folder / PICTURES).glob("step_*.png")),
         problems=problems,
         now=time.time(),
     )
+
+
+def _plausible(entries: Iterable[Mapping[str, Any]], needed: Sequence[str]) -> list[dict[str, Any]]:
+    """Entries with finite numbers for `needed`; of the other keys that are reckoned with, those that are numbers."""
+    numbers = {"step", "time", "to_step", "last_row_time"}
+    found = []
+    for entry in entries:
+        kept = {k: v for k, v in entry.items() if k not in numbers or math.isfinite(_number(v))}
+        if kept.keys() >= set(needed):
+            found.append(kept)
+    return found
 
 
 def duration_text(seconds: float) -> str:
@@ -195,7 +202,10 @@ def _ended(event: Mapping[str, Any]) -> Status:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:

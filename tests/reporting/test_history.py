@@ -1,0 +1,40 @@
+"""What became of a run, told from its folder."""
+
+import pytest
+
+from infmae_jax.reporting.history import read_history
+from tests.reporting.run_folders import NOW, event, make_run, metrics_row
+
+
+@pytest.mark.parametrize(
+    "events, age, word, detail",
+    [
+        ([event(-90, "start", 0)], 60, "running", "ago"),
+        ([event(-90, "start", 0)], 7200, "silent", "no sign of life for 2.0 h: killed, or it hangs"),
+        ([event(-90, "start", 0), event(-50, "preempted", 9, code=75)], 60, "preempted", "at step 9"),
+        ([event(-90, "start", 0), event(-50, "preempted", 9, code=130)], 60, "interrupted", "at step 9"),
+        ([event(-90, "preempted", 9), event(-50, "resume", 9)], 60, "running", ""),
+        ([event(-90, "start", 0), event(-50, "stopped", 9, reason="numbers diverged")], 60, "stopped", "diverged"),
+        ([event(-90, "start", 0), event(-50, "finished", 100)], 9e9, "finished", ""),
+        ([], 60, "running", ""),
+        ([], 7200, "silent", ""),
+    ],
+)
+def test_status(tmp_path, events, age, word, detail):
+    shift = NOW - age - max([e["time"] for e in events], default=NOW - 591)
+    rows = [metrics_row(s) for s in range(10)]
+    rows = [{**row, "time": NOW - age - 10 + row["step"]} for row in rows]
+    run = make_run(tmp_path / "run", rows, [{**e, "time": e["time"] + shift} for e in events])
+    status = read_history(run).status
+    assert status.word == word and detail in status.detail
+
+
+def test_runs_from_before_there_were_events(tmp_path):
+    rows = [{k: v for k, v in metrics_row(s).items() if k != "time"} for s in range(100)]
+    history = read_history(make_run(tmp_path / "run", rows))
+    assert history.status.word == "finished" and history.step == history.total_steps == 100
+
+
+def test_time_left_follows_the_rate(tmp_path):
+    history = read_history(make_run(tmp_path / "run", [metrics_row(s, time=NOW) for s in range(25)]))
+    assert history.seconds_left == pytest.approx(75 * 64 / 40)  # 75 steps of 64 images at 40 a second
