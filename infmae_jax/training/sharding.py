@@ -1,8 +1,15 @@
-"""Where arrays live: the device mesh, the rule table for parameters, and the layout of batches."""
+"""Where arrays live: the device mesh, the rule table for parameters, and the layout of batches.
+
+Models know nothing of this. XLA would place their intermediate results by itself, from the parameters' layout alone, and
+then moves activations where moving weights is cheaper; so the training step says which layout the weights have while
+the loss is computed (`gathered`), and the batch decides all the rest.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,43 +19,97 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from data_pipelines.errors import InputError
 from infmae_jax.training.config import MeshConfig
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")  # from the slowest network to the fastest
+BATCH_AXES = ("data", "fsdp")
 
-# Each parameter is matched by exactly one rule (a test holds this). A rule names the dimension, counted from the end,
-# that is cut over the `fsdp` axis; None keeps the parameter whole on every device.
-PARAMETER_RULES: tuple[tuple[str, int | None], ...] = (
-    (r"/(conv1|conv2|fc1|qkv|embed|pred)/kernel$", -1),
-    (r"/(attn/proj|fc2)/kernel$", -2),
-    (r"/(patch_embed\d?(/proj)?|stage\d_output_decode)/kernel$", -1),
-    (r"/dwconv/kernel$", -1),
-    (r"/(mask_token|cls_token)$", None),
-    (r"/(bias|scale)$", None),
+# Each parameter is matched by exactly one rule (a test holds this). A rule names the dimension that is cut, counted from
+# the end, and the axes it is cut over; () keeps the parameter whole. MLPs are cut by hidden unit over `tensor`, so that
+# nothing is exchanged between their two layers. Attention is not: the qkv kernel holds q, k and v side by side, and no
+# contiguous cut of its columns is a cut by head, so that activations would be gathered.
+PARAMETER_RULES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    (r"/fc1/kernel$", -1, ("tensor", "fsdp")),
+    (r"/fc1/bias$", -1, ("tensor",)),
+    (r"/fc2/kernel$", -2, ("tensor", "fsdp")),
+    (r"/(conv1|conv2|qkv|embed|pred)/kernel$", -1, ("fsdp",)),
+    (r"/attn/proj/kernel$", -2, ("fsdp",)),
+    (r"/(patch_embed\d?(/proj)?|stage\d_output_decode)/kernel$", -1, ("fsdp",)),
+    (r"/dwconv/kernel$", -1, ("fsdp",)),
+    (r"/(mask_token|cls_token)$", -1, ()),
+    (r"(?<!/fc1)/(bias|scale)$", -1, ()),
 )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh over all devices with the axes `data` and `fsdp`.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh with the axes `data`, `fsdp` and `tensor` over all devices (or those given).
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices.
+      InputError: the sizes do not fit the devices, their slices or their processes.
     """
-    devices = devices if devices is not None else jax.devices()
-    sizes = [config.data, config.fsdp]
+    array = arrange(config, jax.devices() if devices is None else devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array (data, fsdp, tensor), each slice of the mesh one block of neighbours along `data`.
+
+    Raises:
+      InputError: as `make_mesh`.
+    """
+    sizes = _axis_sizes(config, len(devices))
+    shape = (sizes[0] // config.slices, *sizes[1:])
+    array = np.concatenate([_within_slice(group, shape) for group in _slices(devices, config.slices)])
+    spanned = next((group for group in array.reshape(-1, sizes[2]) if len({d.process_index for d in group}) > 1), None)
+    if spanned is not None:
+        raise InputError(
+            f"mesh.tensor={sizes[2]} spans several processes, each of which reads its own images: "
+            "use at most the devices of one process"
+        )
+    return array
+
+
+def _axis_sizes(config: MeshConfig, devices: int) -> list[int]:
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise InputError(f"mesh.data={config.data}, mesh.fsdp={config.fsdp}: positive sizes, at most one -1")
+        raise InputError(f"{given}: positive sizes, at most one -1")
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // -int(np.prod(sizes))
-    if int(np.prod(sizes)) != len(devices):
-        raise InputError(f"mesh.data={config.data}, mesh.fsdp={config.fsdp} do not multiply to {len(devices)} devices")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        sizes[sizes.index(-1)] = devices // -math.prod(sizes)
+    if math.prod(sizes) != devices:
+        raise InputError(f"{given} do not multiply to {devices} devices")
+    if config.slices < 1 or sizes[0] % config.slices:
+        raise InputError(
+            f"mesh.slices={config.slices} does not divide mesh.data={sizes[0]}, the only axis that may span slices"
+        )
+    return sizes
 
 
-def parameter_rule(path: str) -> int | None:
-    """The dimension of a parameter (path with slashes) cut over `fsdp`; KeyError when not exactly one rule matches."""
-    matches = [dim for pattern, dim in PARAMETER_RULES if re.search(pattern, "/" + path)]
+def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
+    """Equal groups of devices: the slices that the platform reports, or neighbouring processes where it reports none."""
+    reported = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and len(reported) != count:
+        raise InputError(f"mesh.slices={count}, but the devices form {len(reported)}: set mesh.slices={len(reported)}")
+    if len(reported) == count:
+        groups = [[d for d in devices if getattr(d, "slice_index", 0) == index] for index in reported]
+    else:
+        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
+        groups = np.array(ordered, object).reshape(count, -1).tolist()
+    if len({len(group) for group in groups}) > 1:
+        raise InputError(f"mesh.slices={count}: the slices have {', '.join(str(len(g)) for g in groups)} devices")
+    return groups
+
+
+def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    if devices[0].platform == "tpu":  # JAX knows how the chips are wired
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
+    return np.array(devices, object).reshape(shape)
+
+
+def parameter_rule(path: str) -> tuple[int, tuple[str, ...]]:
+    """Dimension and axes of a parameter (path with slashes); KeyError when not exactly one rule matches."""
+    matches = [rule for pattern, *rule in PARAMETER_RULES if re.search(pattern, "/" + path)]
     if len(matches) != 1:
         raise KeyError(f"parameter {path} matches {len(matches)} sharding rules, not one")
-    return matches[0]
+    return tuple(matches[0])
 
 
 def path_text(path: tuple[Any, ...]) -> str:
@@ -60,26 +121,51 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """NamedSharding for every leaf of a training state (arrays or shapes).
 
     Parameters follow the rule table, and optimizer moments the parameter whose path theirs ends in; scalars are
-    replicated, and so is a dimension that the `fsdp` axis does not divide.
-    """
-    fsdp = mesh.shape["fsdp"]
+    replicated. A dimension that the `fsdp` axis does not divide is not cut over it.
 
-    def sharding(path, leaf):
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
-        dim = parameter_rule(path_text(path))
-        if dim is None or leaf.shape[dim] % fsdp or fsdp == 1:
-            return NamedSharding(mesh, PartitionSpec())
-        spec = [None] * leaf.ndim
-        spec[dim] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
+    Raises:
+      InputError: the `tensor` axis does not divide a dimension that is to be cut over it.
+    """
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec: list[Any] = [None] * leaf.ndim
+        if leaf.ndim:
+            dim, axes = parameter_rule(path_text(path))
+            spec[dim] = _dividing(mesh, axes, leaf.shape[dim], path_text(path)) or None
+        return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
+def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int, path: str) -> tuple[str, ...]:
+    cut = []
+    for axis in (axis for axis in axes if mesh.shape[axis] > 1):
+        if size % mesh.shape[axis] == 0:
+            size //= mesh.shape[axis]
+            cut.append(axis)
+        elif axis == "tensor":
+            raise InputError(f"mesh.tensor={mesh.shape[axis]} does not divide the {size} units of {path}")
+    return tuple(cut)
+
+
+def gathered(shardings: Any) -> Any:
+    """The layout in which a loss reads parameters: whole along `fsdp`, still cut over `tensor`."""
+
+    def whole(sharding: NamedSharding) -> NamedSharding:
+        spec = ("tensor" if axes is not None and "tensor" in axes else None for axes in sharding.spec)
+        return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(whole, shardings)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Batches are cut along their first axis over all devices."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Batches are cut along their first axis over `data` and `fsdp`; devices along `tensor` share a part."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """How many parts a batch is cut into; its size must be a multiple."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
