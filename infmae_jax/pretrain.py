@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.commands import EXIT_INTERRUPTED, run_command
+from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax import embedded, pictures
-from infmae_jax.training import loop
-from infmae_jax.training.config import PretrainConfig, from_config
+from infmae_jax.training import distributed, loop
+from infmae_jax.training.config import PretrainConfig, from_config, to_config
+from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.metrics import METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
@@ -30,14 +32,25 @@ def _define_flags() -> None:
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    clock = Goodput()
     config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+    several = config.distributed.method != "none"
+    if several and config.embedded.images and not config.data.shards:
+        raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
     config = embedded.with_shards(config, workdir)
-    result = loop.train(PretrainTask(config), config, workdir)
+    task = PretrainTask(config)
+    with distributed.joined(config.distributed, to_config(config), task.data_record) as group:
+        result = loop.train(task, config, workdir, group, clock)
+        primary = jax.process_index() == 0
     if result.interrupted:
-        print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
-        return EXIT_INTERRUPTED
-    pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
-    print(_summary(config, workdir, result.step))
+        if primary:
+            print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
+        return result.stop_code
+    if primary:
+        pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
+        print(_summary(config, workdir, result.step))
     return 0
 
 

@@ -74,7 +74,8 @@ class DistributedConfig:
       coordinator: host:port of process 0, reachable from all hosts.
       num_processes, process_id: of the job; this process, from 0.
       timeout_seconds: how long to wait for all hosts at the start.
-      heartbeat_seconds: a host silent for so long counts as lost, and the others end.
+      heartbeat_seconds: a process silent for so long counts as lost, and the others end.
+      stall_seconds: without a step of any process for so long, the job ends and names who is behind; 0 is never.
       notice_url: a URL that answers TRUE when this machine is about to be taken away; empty: only signals count.
     """
 
@@ -84,6 +85,7 @@ class DistributedConfig:
     process_id: int = 0
     timeout_seconds: int = 300
     heartbeat_seconds: int = 100
+    stall_seconds: int = 900
     notice_url: str = ""
 
 
@@ -223,6 +225,15 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
         raise
     except ValueError as error:
         raise InputError(f"config {path.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def flat(settings: Mapping[str, Any], path: str = "") -> dict[str, str]:
+    """A nested config as dotted keys and text values."""
+    found: dict[str, str] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, (Mapping, ConfigDict))
+        found |= flat(value, f"{path}{key}.") if nested else {f"{path}{key}": str(value)}
+    return found
 
 
 def _fields(cls: type) -> dict[str, Any]:

@@ -4,148 +4,144 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import checkpoint, sharding
-from infmae_jax.training.config import PretrainConfig, differences, to_config
+from infmae_jax.training import sharding, workdir
+from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
+from infmae_jax.training.config import PretrainConfig
+from infmae_jax.training.distributed import Alone
 from infmae_jax.training.duration import in_steps
-from infmae_jax.training.metrics import MetricsWriter, progress_bar
+from infmae_jax.training.goodput import Goodput
+from infmae_jax.training.liaison import Liaison
+from infmae_jax.training.lock import workdir_lock
+from infmae_jax.training.metrics import EventLog
+from infmae_jax.training.monitor import Monitor, Signs, make_layer_norms
 from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
+from infmae_jax.training.profiling import Profile
 from infmae_jax.training.record import write_record
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step
+from infmae_jax.training.step import make_train_step, stop_flags
+from infmae_jax.training.stopping import StopRequest
+from infmae_jax.training.task import Task
 
 
-class Task(Protocol):
-    """What the loop needs to know of a job."""
-
-    batch_size: int  # images a step, over all hosts
-    num_examples: int  # images an epoch
-    batch_spec: dict[str, tuple[tuple[int, ...], Any]]  # shape and dtype of each array of a global batch
-    data_record: dict[str, Any]  # what the step-0 record says of the data
-
-    def init(self, key: jax.Array) -> Any:
-        """Random parameters."""
-
-    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Mean loss of a batch, and further scalar metrics."""
-
-    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """This host's batches from `start_step` on, without end; has `close()` and `substituted`, the number of
-        samples so far that stand in for damaged records."""
-
-    def picture(self, params: Any, path: Path | None) -> np.ndarray | None:
-        """Computes what the model does on fixed images; where `path` is given, draws it there (PNG) and returns the
-        pixels, (H,W,3) uint8."""
-
-
-class NonFiniteLoss(InputError):
-    """The loss became NaN or infinite."""
+class NumbersDiverged(InputError):
+    """Losses or gradients stay non-finite (or spike) whatever the data order."""
 
     exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """State after the last step made, which step that left us before, and whether a signal ended the run early."""
+    """State after the last step made, which step that left us before, and the exit code of who ended the run early."""
 
     state: TrainState
     step: int
     total_steps: int
+    stop_code: int
 
     @property
     def interrupted(self) -> bool:
         return self.step < self.total_steps
 
 
-class StopRequest:
-    """SIGINT and SIGTERM ask the loop to save and end; a second SIGINT ends the process at once."""
+def train(
+    task: Task, config: PretrainConfig, run: str | Path, group: Liaison | Alone = Alone(), clock: Goodput | None = None
+) -> Result:
+    """Trains until `config.duration`, resuming from the latest whole checkpoint of the folder `run` if there is one.
 
-    def __init__(self):
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *unused) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def train(task: Task, config: PretrainConfig, workdir: str | Path) -> Result:
-    """Trains until `config.duration`, resuming from the latest checkpoint of `workdir` if there is one.
+    Args:
+      group: the other processes of the job, see `distributed.joined`.
+      clock: counts where the time goes, from its creation on.
 
     Raises:
-      InputError: the config does not fit the devices, the data or the run found in `workdir`.
-      NonFiniteLoss: the loss is NaN or infinite; nothing is saved after it.
+      InputError: the config does not fit the devices, the data or the run found in the folder.
+      NumbersDiverged: see there; the last checkpoint is from before.
+      SaveFailed: a checkpoint could not be written and `config.on_save_failure` is "stop".
     """
     with contextlib.ExitStack() as stack:
-        return _train(task, config, Path(workdir), stack)
+        return _train(task, config, Path(run), group, clock or Goodput(), stack)
 
 
-def _train(task: Task, config: PretrainConfig, workdir: Path, stack: contextlib.ExitStack) -> Result:
+def _train(
+    task: Task,
+    config: PretrainConfig,
+    run: Path,
+    group: Liaison | Alone,
+    clock: Goodput,
+    stack: contextlib.ExitStack,
+) -> Result:
     primary = jax.process_index() == 0
 
     # ---- Devices and mesh -------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
-    if task.batch_size % (mesh.size * config.optimizer.accumulate):
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if task.batch_size % (parts * config.optimizer.accumulate):
         raise InputError(
-            f"data.batch_size={task.batch_size} is not divisible by {mesh.size} devices x "
+            f"data.batch_size={task.batch_size} is not divisible by {parts} devices x "
             f"optimizer.accumulate={config.optimizer.accumulate}"
         )
 
     # ---- Durations --------------------------------------------------------------------------------------------------
     epoch = {"batch_size": task.batch_size, "num_examples": task.num_examples}
     total = in_steps(config.duration, **epoch)
-    warmup, log_every, checkpoint_every, picture_every = (
+    warmup, log_every, checkpoint_every, picture_every, keep_every, spike_warmup, norms_every = (
         in_steps(duration, total_steps=total, **epoch)
-        for duration in (config.optimizer.warmup, config.log_every, config.checkpoint_every, config.picture_every)
-    )
+        for duration in (
+            config.optimizer.warmup, config.log_every, config.checkpoint_every, config.picture_every,
+            config.keep_every, config.guards.spike_warmup, config.observe.layer_norms_every,
+        )
+    )  # fmt: skip
 
     # ---- Model and optimizer ----------------------------------------------------------------------------------------
     schedule = warmup_half_cosine(peak_learning_rate(config.optimizer, task.batch_size), warmup, total)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = make_optimizer(config.optimizer)
+    key = jax.random.key(config.seed)
 
     def create(key: jax.Array) -> TrainState:
         return TrainState.create(task.init(key), optimizer)
 
-    key = jax.random.key(config.seed)
     shapes = jax.eval_shape(create, key)
     shardings = sharding.state_shardings(shapes, mesh)
     abstract = jax.tree.map(lambda s, n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=n), shapes, shardings)
 
+    # ---- The run folder ---------------------------------------------------------------------------------------------
+    profile = stack.enter_context(contextlib.closing(Profile(run, config.observe.profile_steps)))
+    initial = workdir.initial_params(config, shardings.params) if config.init_from else None
+    if primary:
+        stack.enter_context(workdir_lock(run))
+    events = stack.enter_context(contextlib.closing(EventLog(run, active=primary)))
+    checkpointer = stack.enter_context(
+        Checkpointer(
+            run, config.keep_checkpoints, config.keep_best, keep_every,
+            on_damage=lambda step, reason: events.write("checkpoint_damaged", step, checkpoint=step, reason=reason),
+        )
+    )  # fmt: skip
+    latest = checkpointer.latest_step() or 0
+    workdir.claim(run, config, task.data_record, resuming=latest > 0, primary=primary)
+
     # ---- Restore or start -------------------------------------------------------------------------------------------
-    initial = initial_params(config, shardings.params) if config.init_from else None
-    checkpointer = stack.enter_context(checkpoint.Checkpointer(workdir, config.keep_checkpoints))
-    first = checkpointer.latest_step() or 0
-    claim_workdir(workdir, config, task.data_record, resuming=first > 0, primary=primary)
-    if first:
-        logging.info("resuming %s at step %d of %d", workdir, first, total)
-        state = checkpointer.restore(abstract, first)
-    else:
-        state = jax.jit(create, out_shardings=shardings)(key)
-        state = state.replace(params=initial) if initial is not None else state
+    def restored() -> tuple[TrainState, int, int]:
+        """State, step and data order of the newest whole checkpoint, or those that a run starts with."""
+        with clock.spend("restoring"):
+            if (found := checkpointer.restore(abstract)) is not None:
+                state, step, metadata = found
+                return state, step, metadata["data_order"]
+            state = jax.jit(create, out_shardings=shardings)(key)
+            return (state.replace(params=initial) if initial is not None else state), 0, 0
+
+    group.progress(latest, "restoring")
+    state, done, order = restored()
+    first = done
+    if done:
+        logging.info("resuming %s at step %d of %d", run, done, total)
 
     # ---- Step -------------------------------------------------------------------------------------------------------
     batch_spec = {
@@ -153,135 +149,106 @@ def _train(task: Task, config: PretrainConfig, workdir: Path, stack: contextlib.
         for name, (shape, dtype) in task.batch_spec.items()
     }
     train_step = make_train_step(
-        task.loss, optimizer, schedule, mesh, shardings, config.seed, config.optimizer.accumulate
-    )
-    compiled = train_step.lower(abstract, batch_spec).compile()
+        task.loss, optimizer, schedule, mesh, shardings, config.seed, config.optimizer.accumulate,
+        config.guards.spike_factor, spike_warmup,
+    )  # fmt: skip
+    flags = stop_flags(mesh)
+    group.progress(done, "compiling")
+    with clock.spend("compiling"):
+        compiled = train_step.lower(abstract, batch_spec, flags[0]).compile()
+    layer_norms = make_layer_norms(task, sharding.path_text) if norms_every else None
     if primary and not first:
-        write_record(workdir, abstract, mesh, compiled, task.batch_size, task.data_record)
+        write_record(run, abstract, mesh, compiled, task.batch_size, task.data_record)
 
     # ---- Data and reports -------------------------------------------------------------------------------------------
-    batches = stack.enter_context(contextlib.closing(task.batches(first)))
-    writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, first, active=primary)))
-    bar = stack.enter_context(progress_bar("train", first, total, active=primary))
-    window = Window(task.batch_size)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    flops = compiled.cost_analysis().get("flops", 0.0) * mesh.size  # XLA counts the program of one device
+    monitor = stack.enter_context(
+        contextlib.closing(Monitor(run, task, config, clock, events, flops, first, total, primary))
+    )
+    events.write(
+        "resume" if done else "start", done, processes=jax.process_count(), devices=mesh.size,
+        last_row_time=monitor.last_row_time,
+    )  # fmt: skip
+    batches = task.batches(done, order)
+    stack.callback(lambda: batches.close())  # whichever they are by then
+    monitor.restart(batches, done, order)
 
-    def report() -> None:
-        """Reads and logs the metrics of an earlier step, while the device is busy with a later one."""
-        nonlocal pending
-        if pending is None:
+    def save(step: int, last: bool = False) -> None:
+        """Saves, unless updates are being skipped just now: what comes back from a rollback should be sound."""
+        if monitor.settle().in_a_row and not last:
             return
-        at, values = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-        pending = None
-        if not math.isfinite(values["loss"]):
-            raise NonFiniteLoss(
-                f"loss is {values['loss']} at step {at}; checkpoints up to step {checkpointer.latest_step() or 0} of "
-                f"{workdir} are intact: lower optimizer.base_learning_rate or set optimizer.clip_norm"
-            )
-        rates = window.close()
-        damaged = {"substituted_samples": batches.substituted}
-        writer.write({"step": at, "epoch": at * task.batch_size / task.num_examples, **values, **rates, **damaged})
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rates['images_per_second']:.1f} images/s", refresh=False)
-
-    def save(step: int) -> None:
-        report()
-        if not jax.device_get(all_finite(state.params)):
-            raise NonFiniteLoss(
-                f"parameters are not finite before step {step}, which is not saved; checkpoints of {workdir} up to "
-                f"step {checkpointer.latest_step() or 0} are intact: lower optimizer.base_learning_rate"
-            )
-        checkpointer.save(state, step)
+        group.progress(step, "saving")
+        try:
+            with clock.spend("saving"):
+                since = time.perf_counter()
+                checkpointer.save(state, step, {"loss": monitor.mean_loss()}, {"data_order": order})
+                if last:
+                    checkpointer.wait()
+            events.write("save", step, seconds_blocked=time.perf_counter() - since)
+        except SaveFailed as error:
+            events.write("save_failed", step, reason=str(error))
+            if config.on_save_failure == "stop":
+                raise
+            logging.warning("%s; training goes on", error)
 
     def draw(step: int) -> None:
         """Every host computes the picture, one writes it."""
-        path = workdir / "pictures" / f"step_{step:08d}.png" if primary else None
+        path = run / "pictures" / f"step_{step:08d}.png" if primary else None
+        group.progress(step, "drawing")
+        with clock.spend("picture"), jax.transfer_guard("allow"):
+            monitor.picture(task.picture(state.params, path), step)
+
+    def roll_back(rollbacks: int) -> tuple[TrainState, int, int]:
+        """The last checkpoint, and a data order that was not tried yet."""
+        if rollbacks > config.guards.max_rollbacks:
+            events.write("stopped", done, reason="numbers diverged")
+            raise NumbersDiverged(
+                f"{config.guards.rollback_after} updates in a row were skipped at step {done}, after "
+                f"{rollbacks - 1} rollbacks; {run}/events.jsonl names the records: lower "
+                "optimizer.base_learning_rate, set optimizer.clip_norm, or use model.dtype=float32"
+            )
         with jax.transfer_guard("allow"):
-            image = task.picture(state.params, path)
-        if image is not None:
-            writer.picture("reconstruction", image, step)
+            checkpointer.wait()
+            state, step, before = restored()
+        state = state.replace(guard=state.guard.replace(in_a_row=jnp.zeros_like(state.guard.in_a_row)))
+        return state, step, max(before, order) + 1
 
     # ---- Loop -------------------------------------------------------------------------------------------------------
     # Order, never to be changed: save, then take the next batch, then step. Checkpoint s is the state before batch s.
-    done = first
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(StopRequest(config.distributed.notice_url))
     stack.enter_context(jax.transfer_guard("disallow"))
-    window.start()
-    while done < total and not stop.requested:
+    signs, rollbacks, metrics = Signs(), 0, None
+    while done < total and not signs.stop:
         if checkpoint_every and done % checkpoint_every == 0 and done > first:
             save(done)
         if picture_every and done % picture_every == 0:
             draw(done)
-        with window.waiting():
+        group.progress(done)
+        with clock.spend("data_wait"):
             batch = sharding.place_batch(next(batches), mesh)
-        state, metrics = compiled(state, batch)
-        report()
-        window.steps += 1
-        if log_every and (done % log_every == 0 or done == total - 1):
-            pending = (done, metrics)
+        with clock.spend("stepping"), profile.step(done, metrics):
+            log = bool(log_every) and (done % log_every == 0 or done == total - 1)
+            norms = layer_norms(state.params, batch, key) if layer_norms and done % norms_every == 0 else {}
+            state, metrics = compiled(state, batch, flags[stop.code])
+        signs = monitor.step(done, metrics | norms, log or bool(norms))
         done += 1
-        bar.update()
-    report()
-    if done > first:
-        save(done)
+        if done == total:
+            signs = monitor.settle()
+        if signs.in_a_row >= config.guards.rollback_after:
+            rollbacks += 1
+            failed = done
+            state, done, order = roll_back(rollbacks)
+            events.write("rollback", failed, to_step=done, data_order=order)
+            monitor.rewind(done)
+            batches.close()
+            batches = task.batches(done, order)
+            monitor.restart(batches, done, order)
+            first = min(first, done)
+    profile.close()
+    signs = Signs(stop=signs.stop or monitor.settle().stop)
+    if done > first or not latest:
+        save(done, last=True)
     if done == total:
         draw(done)
-    return Result(state, done, total)
-
-
-@jax.jit
-def all_finite(tree: Any) -> jax.Array:
-    """() bool: no NaN or infinity in any leaf."""
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
-
-
-class Window:
-    """Counts steps and seconds between two logged steps."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self.start()
-
-    def start(self) -> None:
-        self.steps, self._waited, self._since = 0, 0.0, time.perf_counter()
-
-    def waiting(self) -> Window:
-        return self
-
-    def __enter__(self) -> None:
-        self._waiting_since = time.perf_counter()
-
-    def __exit__(self, *unused) -> None:
-        self._waited += time.perf_counter() - self._waiting_since
-
-    def close(self) -> dict[str, float]:
-        """Rates since the last call: images_per_second and data_wait_seconds (time spent waiting for batches)."""
-        elapsed = max(time.perf_counter() - self._since, 1e-9)
-        rates = {"images_per_second": self.steps * self._batch_size / elapsed, "data_wait_seconds": self._waited}
-        self.start()
-        return rates
-
-
-def claim_workdir(
-    workdir: Path, config: PretrainConfig, data_record: dict[str, Any], resuming: bool, primary: bool
-) -> None:
-    """Writes the resolved config and data set; of a run that is resumed, checks that they are still the same."""
-    mine = {**to_config(config).to_dict(), "data_set": data_record}
-    if resuming:
-        changed = differences(checkpoint.read_config(workdir), mine)
-        if changed:
-            raise InputError(
-                f"{workdir} holds a run with another config, which cannot be resumed: {'; '.join(changed)}. "
-                "Use the same values, or another --workdir"
-            )
-    elif primary:
-        checkpoint.write_config(workdir, mine)
-
-
-def initial_params(config: PretrainConfig, shardings: Any) -> Any:
-    """Weights of the run `config.init_from`, which must have the same architecture."""
-    restored = checkpoint.restore_params(config.init_from)
-    changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), "model.")
-    changed = [line for line in changed if not line.startswith(("model.dtype", "model.remat", "model.depthwise"))]
-    if changed:
-        raise InputError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
-    return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), restored.params, shardings)
+    events.write("finished" if done == total else "preempted", done, code=signs.stop)
+    return Result(state, done, total, signs.stop)

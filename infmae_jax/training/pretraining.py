@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from infmae_jax.models.infmae import InfMAE
 from infmae_jax.training.config import PretrainConfig
 
 _PICTURE_ROWS = 6
+_ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
 
 
 class PretrainTask:
-    """See `loop.Task`. A batch is image (B,H,W,1) uint8 and ids_keep (B,K) int32; masks come from the host."""
+    """See `task.Task`. A batch is image (B,H,W,1) uint8 and ids_keep (B,K) int32; masks come from the host."""
 
     def __init__(self, config: PretrainConfig):
         """Opens the shards; InputError when they are missing or the sizes do not fit the model."""
@@ -52,8 +53,16 @@ class PretrainTask:
         out = self.model.apply({"params": params}, patches.normalize(batch["image"]), batch["ids_keep"])
         return out.loss, {}
 
-    def batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.train_batches(self.config.data, start_step, jax.process_index(), jax.process_count())
+    def batches(self, start_step: int, order: int) -> pipeline.TrainBatches:
+        return pipeline.train_batches(self._ordered(order), start_step, jax.process_index(), jax.process_count())
+
+    def record_keys(self, step: int, order: int) -> list[str]:
+        return pipeline.record_keys(self._ordered(order), step)
+
+    def _ordered(self, order: int) -> pipeline.PipelineConfig:
+        """The data config with another seed for every order but the first."""
+        data = self.config.data
+        return dataclasses.replace(data, seed=(data.seed + order * _ORDER_STRIDE) % 2**32) if order else data
 
     def picture(self, params: Any, path: Path | None) -> np.ndarray | None:
         batch = self._picture_batch

@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data_pipelines.commands import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from infmae_jax.training import sharding
-from infmae_jax.training.state import TrainState
+from infmae_jax.training.state import GuardState, TrainState
 
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+_SLOWEST_MEAN = 0.01  # weight of a new loss in the running mean, once there are many
 
 
 def make_train_step(
@@ -25,16 +28,26 @@ def make_train_step(
     shardings: TrainState,
     seed: int,
     accumulate: int = 1,
+    spike_factor: float = 0.0,
+    spike_warmup: int = 0,
 ) -> jax.stages.Wrapped:
-    """Builds the jitted step: (state, batch) -> (state, metrics), the old state's buffers donated.
+    """Builds the jitted step: (state, batch, stop) -> (state, metrics), the old state's buffers donated.
+
+    An update with a non-finite loss or gradient norm, or with a loss spike, is not made: parameters and optimizer
+    state stay bit for bit as they were, and the step counts all the same.
 
     Args:
       loss: (params, batch, key) -> (scalar, metrics), a mean over the samples of its batch.
+      optimizer: gives the direction to go; its step length is the schedule's, a function of the step.
       shardings: of the state, as from `sharding.state_shardings`.
       seed: the key of step s is fold_in(key(seed), s), so that randomness is a function of the step.
       accumulate: micro-batches whose gradients are averaged, for batches that do not fit at once.
+      spike_factor: a loss above this multiple of the running mean is a spike; 0 is off.
+      spike_warmup: accepted updates before the running mean counts.
 
-    Metrics are replicated float32 scalars: loss, learning_rate, grad_norm (before clipping) and those of `loss`.
+    `stop` is (devices,) int32, this host's part of which is the exit code of a stop request, 0 without one. Metrics
+    are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of `loss`, float32; skipped
+    (this update), skipped_updates, in_a_row and stop (the highest code of any host), int32.
     """
 
     def gradients(params, batch, key):
@@ -55,18 +68,64 @@ def make_train_step(
         total = jax.lax.fori_loop(1, accumulate, micro, first)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def accepted(guard: GuardState, step: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+        fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if spike_factor:
+            spike = (loss > spike_factor * guard.loss_mean) & (step - guard.skipped >= spike_warmup)
+            fine &= ~spike
+        return fine
+
+    def step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, metrics = accumulated(state.params, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics |= {"learning_rate": schedule(state.step), "grad_norm": optax.global_norm(grads)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        grad_norm, rate = optax.global_norm(grads), schedule(state.step)
+        ok = accepted(state.guard, state.step, metrics["loss"], grad_norm)
+        directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: (p - rate * d).astype(p.dtype), state.params, directions)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        guard = _remember(state.guard, state.step, metrics["loss"], ok)
+        metrics |= {
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "skipped": 1 - ok.astype(jnp.int32),
+            "skipped_updates": guard.skipped,
+            "in_a_row": guard.in_a_row,
+            "stop": stop.max(),
+        }
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
 
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         step,
-        in_shardings=(shardings, sharding.batch_sharding(mesh)),
+        in_shardings=(shardings, sharding.batch_sharding(mesh), stop_sharding(mesh)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+    )
+
+
+def stop_sharding(mesh: Mesh) -> NamedSharding:
+    """Of the stop codes: one a device."""
+    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def stop_flags(mesh: Mesh) -> dict[int, jax.Array]:
+    """The step's `stop` argument for each exit code that may be asked for, 0 included."""
+
+    def filled(code: int) -> jax.Array:
+        return jax.make_array_from_callback(
+            (mesh.size,), stop_sharding(mesh), lambda index: np.full((mesh.size,), code, np.int32)[index]
+        )
+
+    return {code: filled(code) for code in (0, EXIT_PREEMPTED, EXIT_INTERRUPTED)}
+
+
+def _remember(guard: GuardState, step: jax.Array, loss: jax.Array, ok: jax.Array) -> GuardState:
+    """The guards' memory after an update that was made (`ok`) or skipped."""
+    weight = jnp.maximum(1.0 / (step - guard.skipped + 1), _SLOWEST_MEAN)  # a plain mean at first
+    return GuardState(
+        skipped=guard.skipped + 1 - ok.astype(jnp.int32),
+        in_a_row=jnp.where(ok, 0, guard.in_a_row + 1),
+        loss_mean=jnp.where(ok, guard.loss_mean + weight * (loss - guard.loss_mean), guard.loss_mean),
     )

@@ -2,60 +2,30 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
 from infmae_jax.training.checkpoint import restore_params
+from tests.training.jobs import Job, assert_same_run, rows_of
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
 
 
 def start(run, shards, *flags):
-    command = [
-        sys.executable, "-m", "infmae_jax.pretrain", f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke",
-        f"--workdir={run}", f"--config.data.shards={shards}", f"--config.duration={STEPS} steps",
-        "--config.checkpoint_every=7 steps", "--config.picture_every=0 steps",
+    return Job(
+        run, shards, f"--config.duration={STEPS} steps", "--config.checkpoint_every=7 steps",
         "--config.optimizer.base_learning_rate=0.1", *flags,
-    ]  # fmt: skip
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def rows_of(run):
-    path = Path(run) / "metrics.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def wait_for_row(process, run, step):
-    deadline = time.monotonic() + 240
-    while not any(row["step"] >= step for row in rows_of(run)):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, "the run did not get there"
-        time.sleep(0.02)
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
     run = tmp_path_factory.mktemp("undisturbed")
-    process = start(run, shards)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    with start(run, shards) as job:
+        job.succeeded()
     return run
-
-
-def assert_same_run(run, other):
-    keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-    assert [[row[k] for k in keys] for row in rows_of(run)] == [[row[k] for k in keys] for row in rows_of(other)]
-    ours, theirs = (restore_params(folder).params for folder in (run, other))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def test_losses_fall_and_are_all_there(undisturbed):
@@ -63,31 +33,42 @@ def test_losses_fall_and_are_all_there(undisturbed):
     assert len(losses) == STEPS and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_interrupted_run_continues_bit_for_bit(undisturbed, shards, tmp_path, number, code):
-    process = start(tmp_path, shards)
-    wait_for_row(process, tmp_path, 10)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
-    if process.returncode != 0:  # 0: it was faster than the signal
-        assert process.returncode == code, errors
+    with start(tmp_path, shards) as job:
+        job.wait_for_row(10)
+        job.processes[0].send_signal(number)
+        returned, output, errors = job.ended()[0]
+    if returned != 0:  # 0: it was faster than the signal
+        assert returned == code, errors
         assert "Traceback" not in errors
-        if code == 130:
+        if code != -9:
             assert "run the same command to go on" in output
-    process = start(tmp_path, shards)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    with start(tmp_path, shards) as job:
+        job.succeeded()
     assert_same_run(tmp_path, undisturbed)
 
 
 def test_changed_config_cannot_resume_and_says_why(undisturbed, shards):
-    before = {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
-    process = start(undisturbed, shards, "--config.optimizer.weight_decay=0.1")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2
+    def content():
+        return {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    before = content()
+    with start(undisturbed, shards, "--config.optimizer.weight_decay=0.1") as job:
+        code, _, errors = job.ended()[0]
+    assert code == 2
     lines = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "optimizer.weight_decay was 0.05, is 0.1" in lines[0] and "--workdir" in lines[0]
-    assert {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()} == before
+    assert content() == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(shards, tmp_path):
+    with start(tmp_path, shards, "--config.duration=4000 steps") as first:
+        assert first.wait_for_row(1)
+        with start(tmp_path, shards) as second:
+            code, _, errors = second.ended()[0]
+        assert code == 2 and f"pid {first.processes[0].pid}" in errors and "Traceback" not in errors
+        assert first.running
 
 
 def test_encoder_alone_can_be_restored(undisturbed):

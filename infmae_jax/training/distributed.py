@@ -1,0 +1,156 @@
+"""Several processes as one job: found, checked, watched. Nothing here runs when `distributed.method` is "none"."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from data_pipelines.commands import EXIT_INTERRUPTED
+from data_pipelines.errors import InputError
+from infmae_jax.training import liaison
+from infmae_jax.training.config import DistributedConfig, flat
+from infmae_jax.training.record import package_versions
+
+# How JAX calls the ways in which it finds out about a job.
+_DETECTION = {"tpu": ("gketpu", "gcetpu"), "slurm": ("slurm",), "open_mpi": ("ompi",)}
+METHODS = ("none", *_DETECTION, "addresses")
+_LOCAL_KEYS = ("distributed.", "data.shards", "data.workers", "data.threads", "data.cache", "compilation_cache")
+
+
+class Alone:
+    """The liaison of a job of one process."""
+
+    def progress(self, step: int, activity: str = liaison.LOOPING) -> None:
+        """Nobody listens."""
+
+
+@contextlib.contextmanager
+def joined(
+    config: DistributedConfig, settings: ConfigDict, data: Mapping[str, Any]
+) -> Iterator[liaison.Liaison | Alone]:
+    """Joins this process to its job, before anything uses a device.
+
+    All processes must agree on config (paths and speed keys left out), source code, package versions and data set;
+    afterwards on the number of devices. When this process fails, the others are told and end with the same exit code;
+    when another one dies, hangs or fails, this one ends.
+
+    Args:
+      config: how to find the others.
+      settings: the whole resolved config.
+      data: what identifies the data set.
+
+    Raises:
+      InputError: a wrong setting, or processes that do not agree.
+      liaison.ProcessesMissing: not all arrived within `config.timeout_seconds`.
+    """
+    if config.method == "none":
+        yield Alone()
+        return
+    address, count, index, local_devices = _place(config)
+    facts = _facts(settings, data)
+    group = liaison.meet(
+        (address[0], address[1] + 1), index, count, facts, config.timeout_seconds, config.heartbeat_seconds,
+        config.stall_seconds,
+    )  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            f"{address[0]}:{address[1]}",
+            count,
+            index,
+            local_devices,
+            initialization_timeout=config.timeout_seconds,
+            # The liaison is to speak first: JAX ends a process without saying why.
+            heartbeat_timeout_seconds=2 * config.heartbeat_seconds,
+        )
+        _check_devices()
+        yield group
+    except BaseException as error:
+        code, message = _verdict(error)
+        group.fail(code, message)
+        if not isinstance(error, SystemExit):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        # JAX's own goodbye would wait for processes that have ended.
+        os._exit(code)
+    group.close()
+    jax.distributed.shutdown()
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, InputError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "interrupted"
+    traceback.print_exception(error)
+    return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _place(config: DistributedConfig) -> tuple[tuple[str, int], int, int, list[int] | None]:
+    """(host, port) of the coordinator, number of processes, this one's index, its devices (None: all it sees)."""
+    if config.method not in METHODS:
+        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
+    if config.method == "addresses":
+        coordinator, count, index, devices = config.coordinator, config.num_processes, config.process_id, None
+    else:
+        coordinator, count, index, devices = _detected(config)
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+        raise InputError(f"distributed.coordinator={coordinator!r} must be HOST:PORT of process 0")
+    if not 0 <= index < count:
+        raise InputError(
+            f"distributed.process_id={index} must be from 0 to num_processes - 1, num_processes is {count}"
+        )
+    return (host, int(port)), count, index, devices
+
+
+def _detected(config: DistributedConfig) -> tuple[str, int, int, list[int] | None]:
+    """What JAX finds out from the platform's environment; the address is needed before JAX itself connects."""
+    from jax._src.clusters import ClusterEnv  # the only place that knows, with no public name
+
+    logging.getLogger("jax._src.clusters").setLevel(logging.CRITICAL)  # our own message says it all
+    for method in _DETECTION[config.method]:
+        with contextlib.suppress(RuntimeError, KeyError, ValueError):
+            found = ClusterEnv.auto_detect_unset_distributed_params(
+                config.coordinator or None, None, None, None, method, config.timeout_seconds
+            )
+            if None not in found[:3]:
+                return found
+    raise InputError(
+        f"distributed.method={config.method} finds no such job around this process; start it with that launcher, or "
+        "use distributed.method=addresses"
+    )
+
+
+def _facts(settings: ConfigDict, data: Mapping[str, Any]) -> dict[str, str]:
+    """What all processes must agree on."""
+    facts = {f"package {name}": version for name, version in package_versions().items()}
+    facts |= {f"config {key}": value for key, value in flat(settings).items() if not key.startswith(_LOCAL_KEYS)}
+    return facts | {"source code": source_digest(), "data set": str(dict(data))}
+
+
+def source_digest() -> str:
+    """SHA-256 over this project's Python files: which code runs, whatever its version is called."""
+    root = Path(__file__).resolve().parents[2]
+    digest = hashlib.sha256()
+    for package in ("data_pipelines", "infmae_jax"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_devices() -> None:
+    counts = [0] * jax.process_count()
+    for device in jax.devices():
+        counts[device.process_index] += 1
+    if len(set(counts)) > 1:
+        listing = ", ".join(f"process {i} has {n}" for i, n in enumerate(counts))
+        raise InputError(f"processes see different numbers of devices: {listing}; give each the same number")

@@ -1,0 +1,178 @@
+"""Reads a run's metrics one step late, and tells people and the loop what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from infmae_jax.training import hardware
+from infmae_jax.training.config import PretrainConfig, flat, to_config
+from infmae_jax.training.goodput import Goodput
+from infmae_jax.training.metrics import EventLog, MetricsWriter, progress_bar
+from infmae_jax.training.task import HostBatches, Task
+
+_NOT_LOGGED = ("skipped", "in_a_row", "stop")
+_KEYS_NAMED = 4  # record keys in a message; the event has all
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs:
+    """What a step's metrics ask of the loop: the same on all hosts, as metrics are.
+
+    Attributes:
+      stop: exit code of a stop request that reached the step, 0 without one.
+      in_a_row: updates skipped in a row, that of the step included.
+    """
+
+    stop: int = 0
+    in_a_row: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    step: int
+    metrics: dict[str, jax.Array]
+    log: bool
+
+
+class Monitor:
+    """Metrics, events and the progress line of a run. Close it."""
+
+    def __init__(
+        self,
+        workdir: Path,
+        task: Task,
+        config: PretrainConfig,
+        clock: Goodput,
+        events: EventLog,
+        flops_per_step: float,
+        first: int,
+        total: int,
+        primary: bool,
+    ):
+        self._task, self._clock, self._events, self._primary = task, clock, events, primary
+        self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
+        self._bar = progress_bar("train", first, total, active=primary)
+        self.last_row_time = self._writer.last_row_time  # of an earlier process, for the `resume` event
+        self._utilisation = functools.partial(
+            hardware.mfu,
+            flops_per_step,
+            device_kind=jax.local_devices()[0].device_kind,
+            devices=jax.device_count(),
+            dtype=config.model.dtype,
+        )
+        self._pending: _Pending | None = None
+        self._losses: list[float] = []
+        self._order = 0
+        self.batches: HostBatches
+        self._start_window()
+
+    def restart(self, batches: HostBatches, step: int, order: int) -> None:
+        """From now on steps are counted from `step` and come from `batches`."""
+        self.batches, self._order = batches, order
+        self._pending, self._losses = None, []
+        self._bar.n = step
+        self._start_window()
+
+    def rewind(self, step: int) -> None:
+        """Forgets the logged rows of `step` and later ones: they will be made again."""
+        self._writer.rewind(step)
+
+    def _start_window(self) -> None:
+        self._steps, self._since, self._waited = 0, time.perf_counter(), self._clock.seconds()["data_wait"]
+
+    def step(self, step: int, metrics: dict[str, jax.Array], log: bool) -> Signs:
+        """Takes the metrics of a step that was just dispatched; reads those of the one before, which is done or soon
+        will be, so that the device is never without work."""
+        before, self._pending = self._pending, _Pending(step, metrics, log)
+        self._bar.update()
+        return self._read(before) if before else Signs()
+
+    def settle(self) -> Signs:
+        """Reads what is left to read."""
+        before, self._pending = self._pending, None
+        return self._read(before) if before else Signs()
+
+    def mean_loss(self) -> float:
+        """Of the accepted updates since the last call (infinite without any)."""
+        losses, self._losses = self._losses, []
+        return math.fsum(losses) / len(losses) if losses else math.inf
+
+    def picture(self, image: Any, step: int) -> None:
+        """image: (H,W,3) uint8 or None."""
+        if image is not None:
+            self._writer.picture("reconstruction", image, step)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._writer.close()
+
+    def _read(self, seen: _Pending) -> Signs:
+        with self._clock.spend("stepping"):
+            values = {name: value.item() for name, value in jax.device_get(seen.metrics).items()}
+        self._steps += 1
+        if values["skipped"]:
+            self._tell_skipped(seen.step, values)
+        else:
+            self._losses.append(values["loss"])
+        if seen.log and not values["skipped"]:
+            self._log(seen.step, {k: v for k, v in values.items() if k not in _NOT_LOGGED})
+        return Signs(values["stop"], values["in_a_row"])
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        seconds_per_step = max(time.perf_counter() - self._since, 1e-9) / self._steps
+        row = {"step": step, "epoch": step * self._task.batch_size / self._task.num_examples, **values}
+        row |= {
+            "images_per_second": self._task.batch_size / seconds_per_step,
+            "data_wait_seconds": self._clock.seconds()["data_wait"] - self._waited,
+            "substituted_samples": self.batches.substituted,
+            "goodput": self._clock.goodput,
+            "host_memory_gib": hardware.host_memory_gib(),
+            "device_memory_gib": hardware.device_memory_gib(),
+            "mfu": self._utilisation(seconds_per_step=seconds_per_step),
+        }
+        self._writer.write({name: value for name, value in row.items() if value is not None})
+        text = f"loss {values['loss']:.4f}, {row['images_per_second']:.1f} images/s"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._start_window()
+
+    def _tell_skipped(self, step: int, values: dict[str, float]) -> None:
+        if not self._primary:
+            return
+        finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+        part = "loss" if not math.isfinite(values["loss"]) else "gradient"
+        reason = "spike" if finite else f"non-finite {part}"
+        keys = self._task.record_keys(step, self._order)
+        self._events.write(
+            "skip", step, reason=reason, loss=values["loss"], grad_norm=values["grad_norm"], records=keys
+        )
+        named = ", ".join(keys[:_KEYS_NAMED]) + (f" and {len(keys) - _KEYS_NAMED} more" * (len(keys) > _KEYS_NAMED))
+        logging.warning(
+            "step %d: %s (loss %g, gradient norm %g), update skipped; records: %s",
+            step, reason, values["loss"], values["grad_norm"], named,
+        )  # fmt: skip
+
+
+LayerNorms = Callable[[Any, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
+
+
+def make_layer_norms(task: Task, path_text: Callable[[Any], str]) -> LayerNorms:
+    """A jitted function (params, batch, key) -> norm of every parameter and of its gradient, by metric name."""
+
+    def norms(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
+        grads = jax.grad(lambda p: task.loss(p, batch, key)[0])(params)
+        return {
+            f"{kind}/{path_text(path)}": jax.numpy.linalg.norm(leaf.reshape(-1))
+            for kind, tree in (("param_norm", params), ("grad_norm", grads))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    return jax.jit(norms)

@@ -1,0 +1,70 @@
+"""One process of a job that trains several small runs, one after the other: python -m tests.training.host_process JSON.
+
+JSON: {"shards": …, "distributed": {…}, "runs": [{"run": folder, "mesh": {…}, "steps": n, "until": n or null,
+"devices": n or null}, …]}. `until` ends a run early, as a signal would; `devices` uses the first n only.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+
+import jax
+
+from configs import common
+from data_pipelines.pipeline import PipelineConfig
+from infmae_jax.models.infmae import variant
+from infmae_jax.training import distributed, loop, sharding
+from infmae_jax.training.config import DistributedConfig, MeshConfig, PretrainConfig, from_config, to_config
+from infmae_jax.training.pretraining import PretrainTask
+
+
+class EndingEarly(PretrainTask):
+    """Asks for the end, as a preemption does, when the batch of step `until` is taken."""
+
+    def __init__(self, config, until):
+        super().__init__(config)
+        self._until = until
+
+    def batches(self, start_step, order):
+        inner, until = super().batches(start_step, order), self._until
+
+        class Batches:
+            step = start_step
+            substituted = 0
+            close = staticmethod(inner.close)
+
+            def __next__(self):
+                if self.step == until:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                self.step += 1
+                return next(inner)
+
+        return Batches()
+
+
+def make_config(shards, mesh, steps):
+    smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(shards,))), "smoke")
+    return dataclasses.replace(
+        from_config(PretrainConfig, smoke),
+        duration=f"{steps} steps", checkpoint_every="0 steps", picture_every="0 steps", mesh=MeshConfig(**mesh),
+    )  # fmt: skip
+
+
+def main(shards, runs, distributed_config):
+    configs = [make_config(shards, run["mesh"], run["steps"]) for run in runs]
+    config = dataclasses.replace(configs[0], distributed=DistributedConfig(**distributed_config))
+    with distributed.joined(config.distributed, to_config(config), {"fingerprint": "same"}) as group:
+        whole = sharding.make_mesh
+        for run, config in zip(runs, configs, strict=True):
+            chosen = jax.devices()[: run["devices"]] if run.get("devices") else None
+            sharding.make_mesh = lambda mesh, chosen=chosen: whole(mesh, chosen)
+            task = PretrainTask(config) if run.get("until") is None else EndingEarly(config, run["until"])
+            result = loop.train(task, config, run["run"], group)
+            assert result.interrupted == (run.get("until") is not None)
+
+
+if __name__ == "__main__":
+    task = json.loads(sys.argv[1])
+    main(task["shards"], task["runs"], task["distributed"])

@@ -1,0 +1,127 @@
+"""Real training jobs for tests: started as users start them, watched through their run folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import psutil
+
+from infmae_jax.training.checkpoint import restore_params
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
+# What must be the same bit for bit, whatever happened in between.
+COMPARED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+
+
+def free_port() -> int:
+    """A port of this machine that is free, and the next one too."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as server, contextlib.suppress(OSError, OverflowError):
+            port = server.getsockname()[1]
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
+class Job:
+    """The processes of one training job; use it as a context manager, which leaves none behind."""
+
+    def __init__(self, run, shards, *flags, processes=1, devices=1, **popen):
+        self.run = Path(run)
+        port = free_port()
+        self.processes = []
+        for index in range(processes):
+            hosts = [] if processes == 1 else [
+                "--config.distributed.method=addresses", f"--config.distributed.coordinator=127.0.0.1:{port}",
+                f"--config.distributed.num_processes={processes}", f"--config.distributed.process_id={index}",
+            ]  # fmt: skip
+            command = [
+                sys.executable, "-m", "infmae_jax.pretrain", SMOKE, f"--workdir={run}",
+                f"--config.data.shards={shards}", "--config.picture_every=0 steps", *hosts, *flags,
+            ]  # fmt: skip
+            environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+            self.processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+                    start_new_session=True, **popen,
+                )
+            )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
+    def ended(self, timeout=240):
+        """(exit code, standard output, standard error) of every process; the first of them in `code`, `errors`."""
+        deadline = time.monotonic() + timeout
+        results = []
+        for process in self.processes:
+            output, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            results.append((process.returncode, output, errors))
+        return results
+
+    def succeeded(self, timeout=240):
+        for code, _, errors in self.ended(timeout):
+            assert code == 0, errors
+
+    @property
+    def running(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def wait_for_row(self, step, timeout=240):
+        """Until the run has logged this step; False when a process ended before."""
+        deadline = time.monotonic() + timeout
+        while not any(row["step"] >= step for row in rows_of(self.run)):
+            if not self.running:
+                return False
+            assert time.monotonic() < deadline, "the run did not get there"
+            time.sleep(0.02)
+        return True
+
+    def relatives(self) -> list[psutil.Process]:
+        """Living processes that the job's processes started, and they themselves."""
+        sessions = {process.pid for process in self.processes}
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def assert_no_orphans(self, timeout=15):
+        deadline = time.monotonic() + timeout
+        while left := self.relatives():
+            assert time.monotonic() < deadline, f"still running: {left}"
+            time.sleep(0.1)
+
+
+def rows_of(run):
+    """Whole lines of metrics.jsonl."""
+    path = Path(run) / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def compared(run):
+    return [[row[key] for key in COMPARED] for row in rows_of(run)]
+
+
+def assert_same_run(run, other):
+    """The whole loss sequence and the final parameters are equal bit for bit."""
+    assert compared(run) == compared(other)
+    ours, theirs = (restore_params(folder).params for folder in (run, other))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)

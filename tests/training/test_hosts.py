@@ -1,0 +1,134 @@
+"""The same losses on one process and on several, on any mesh, and after moving from one topology to another."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.training.jobs import ROOT, SMOKE, Job, free_port, rows_of
+
+STEPS = 20
+MESHES = {"data": {"data": -1}, "fsdp": {"data": 1, "fsdp": -1}, "mixed": {"data": -1, "fsdp": 2}}
+
+
+def train(shards, runs, processes, devices):
+    """Trains `runs` in a job of real processes with so many virtual devices each."""
+    port = free_port()
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    started = []
+    for index in range(processes):
+        method = {
+            "method": "addresses", "coordinator": f"127.0.0.1:{port}", "num_processes": processes, "process_id": index,
+        }  # fmt: skip
+        task = {"shards": str(shards), "runs": runs, "distributed": method if processes > 1 else {}}
+        command = [sys.executable, "-m", "tests.training.host_process", json.dumps(task)]
+        started.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
+
+
+def losses(run):
+    return np.array([row["loss"] for row in rows_of(run)])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, processes):
+    devices = 2
+    for name, count, each in (("one", 1, processes * devices), ("several", processes, devices)):
+        runs = [
+            {"run": str(tmp_path / f"{name}-{mesh}"), "mesh": sizes, "steps": STEPS} for mesh, sizes in MESHES.items()
+        ]
+        train(shards, runs, count, each)
+    for mesh in MESHES:
+        one, several = (losses(tmp_path / f"{name}-{mesh}") for name in ("one", "several"))
+        assert len(one) == STEPS
+        np.testing.assert_allclose(several, one, rtol=1e-6)
+        np.testing.assert_allclose(one, losses(tmp_path / "one-data"), rtol=1e-6)
+
+
+def test_a_run_moves_between_topologies(shards, tmp_path):
+    """Saved on 8 devices with sharded parameters; goes on with 4, 2, 1 of them, and on two processes."""
+    import shutil
+
+    half, sizes = STEPS // 2, {"data": 1, "fsdp": -1}
+    whole, first = str(tmp_path / "whole"), tmp_path / "first"
+    runs = [{"run": whole, "mesh": sizes, "steps": STEPS}]
+    runs += [{"run": str(first), "mesh": sizes, "steps": STEPS, "until": half}]
+    train(shards, runs, 1, 8)
+    places = {name: tmp_path / name for name in ("4", "2", "1", "two processes")}
+    for place in places.values():
+        shutil.copytree(first, place)
+    train(shards, [
+        {"run": str(places[n]), "mesh": {"data": -1, "fsdp": min(2, int(n))}, "steps": STEPS, "devices": int(n)}
+        for n in ("4", "2", "1")
+    ], 1, 8)  # fmt: skip
+    train(shards, [{"run": str(places["two processes"]), "mesh": {"data": 2, "fsdp": 2}, "steps": STEPS}], 2, 2)
+    for place in places.values():
+        np.testing.assert_allclose(losses(place), losses(whole), rtol=1e-6)
+
+
+def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
+    flags = ("--config.duration=3000 steps", "--config.checkpoint_every=5 steps", "--config.data.workers=1")
+    with Job(tmp_path, shards, *flags, processes=2) as job:
+        assert job.wait_for_row(7)
+        job.processes[1].send_signal(signal.SIGKILL)
+        code, _, errors = job.ended(60)[0]
+        assert code == 76, errors
+        assert "process 1 (" in errors and "ended without a word" in errors and "Traceback" not in errors
+        job.assert_no_orphans()
+    with Job(tmp_path, shards, *flags, processes=2) as job:
+        assert job.wait_for_row(12)
+        job.processes[0].send_signal(signal.SIGTERM)  # the platform takes one host: both save and end
+        for code, _, errors in job.ended(60):
+            assert code == 75, errors
+        job.assert_no_orphans()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events]
+    assert names[0] == "start" and "resume" in names and names[-1] == "preempted"
+    resumed = next(event for event in events if event["event"] == "resume")
+    assert resumed["step"] >= 5
+
+
+def test_a_missing_host_is_named_within_the_timeout(shards, tmp_path):
+    port = free_port()
+    command = [
+        sys.executable, "-m", "infmae_jax.pretrain", SMOKE, f"--workdir={tmp_path / 'run'}",
+        f"--config.data.shards={shards}", "--config.distributed.method=addresses",
+        f"--config.distributed.coordinator=127.0.0.1:{port}", "--config.distributed.num_processes=2",
+        "--config.distributed.process_id=0", "--config.distributed.timeout_seconds=2",
+    ]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 76
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "process 1 of 2 did not arrive" in lines[0] and "within 2 s" in lines[0]
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_hosts_with_different_configs_are_told_apart(shards, tmp_path):
+    port, processes = free_port(), []
+    for index in range(2):
+        command = [
+            sys.executable, "-m", "infmae_jax.pretrain", SMOKE, f"--workdir={tmp_path / 'run'}",
+            f"--config.data.shards={shards}", "--config.distributed.method=addresses", f"--config.seed={index}",
+            f"--config.distributed.coordinator=127.0.0.1:{port}", "--config.distributed.num_processes=2",
+            f"--config.distributed.process_id={index}",
+        ]  # fmt: skip
+        processes.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert "config seed is '1' there and '0' here" in errors and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
