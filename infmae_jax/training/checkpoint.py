@@ -82,6 +82,8 @@ class Checkpointer:
         self._run = Path(run).absolute()
         self._keep, self._keep_best, self._keep_every = max(keep, 1), keep_best, keep_every
         self._on_damage = on_damage or (lambda step, reason: None)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(storage.quiet())
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._failure: SaveFailed | None = None
@@ -179,6 +181,7 @@ class Checkpointer:
                     logging.error("checkpoint %d could not be saved: %s", step, _reason(written.exception()))
         finally:
             self._writer.shutdown()
+            self._quiet.close()
 
     def _steps(self) -> set[int]:
         with contextlib.suppress(OSError):
@@ -334,11 +337,9 @@ def _tell_all(text: str) -> list[str]:
 
 def _reason(error: BaseException) -> str:
     """One line of what went wrong and what to do about it."""
-    text = str(error)
     number = error.errno if isinstance(error, OSError) else None
+    line = storage.first_line(error)
     for code, (what, remedy) in _TROUBLE.items():
-        if code == number or os.strerror(code) in text:
+        if code == number or os.strerror(code) in line:
             return f"{what}; {remedy}"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
+    return line

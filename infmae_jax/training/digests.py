@@ -94,6 +94,12 @@ def layout(array: Any) -> str:
     return f"{np.dtype(array.dtype)}[{','.join(map(str, array.shape))}]"
 
 
+def empty_array(digest: str) -> np.ndarray:
+    """An uninitialised array of the layout that a digest tells."""
+    dtype, shape = digest.split(" ")[0].rstrip("]").split("[")
+    return np.empty([int(size) for size in shape.split(",") if size], jnp.dtype(dtype))
+
+
 def _text(array: Any, totals: np.ndarray) -> str:
     one, two = (int(total) % 2**32 for total in totals[:2])
     return f"{layout(array)} {one:08x}{two:08x}"

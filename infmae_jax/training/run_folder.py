@@ -73,7 +73,8 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
         raise InputError(f"{run} has no checkpoints yet: let the run reach its first checkpoint")
     if not steps or (step is not None and step not in steps):
         raise InputError(f"{run} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
-    step, params = _newest_whole(run, steps[::-1] if step is None else [step], subtree)
+    with storage.quiet():
+        step, params = _newest_whole(run, steps[::-1] if step is None else [step], subtree)
     _check_shapes(params, model, run)
     data = config.get("data", {})
     mask = from_config(MaskConfig, data.get("mask", {}), "data.mask.")
@@ -116,10 +117,9 @@ def _newest_whole(run: str | Path, steps: list[int], subtree: str | None) -> tup
         path = storage.checkpoint_path(run, step)
         try:
             record = storage.read_record(path)
-            stored = storage.stored_layout(path, "params")
-            wanted = {key: stored[key] for key in stored if subtree in (None, key)}
-            host = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)}
-            items = storage.load(path, record, host)
+            arrays = storage.empty_arrays(record, "params")
+            wanted = {key: tree for key, tree in arrays.items() if subtree in (None, key)}
+            items = storage.load(path, record, {"params": wanted})
             storage.verify(items, record["digests"])
             return step, items["params"]
         except storage.Damaged as error:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging as standard_logging
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +32,7 @@ from infmae_jax.training.sharding import path_text
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _LEAVING = ".removed"
+_LONGEST_REASON = 240
 
 
 class Damaged(Exception):
@@ -112,10 +115,17 @@ def load(path: Path, record: Mapping[str, Any], abstract: Mapping[str, Any]) -> 
         return ocp.load_checkpointables(path, dict(abstract))
 
 
-def stored_layout(path: Path, item: str) -> Any:
-    """An item's tree, its leaves with shape and dtype; Damaged where that cannot be read."""
-    with _told_as_damage():
-        return ocp.checkpointables_metadata(path).metadata[item]
+def empty_arrays(record: Mapping[str, Any], item: str) -> dict[str, Any]:
+    """NumPy arrays in nested dicts, of the shapes and dtypes of a stored item, to be given to `load`."""
+    tree: dict[str, Any] = {}
+    for path, digest in record["digests"].items():
+        name, *parents, last = path.split("/")
+        if name == item:
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = digests.empty_array(digest)
+    return tree
 
 
 def verify(items: Mapping[str, Any], expected: Mapping[str, str]) -> None:
@@ -167,16 +177,43 @@ def _check_layout(path: Path, expected: Mapping[str, str], abstract: Mapping[str
             raise InputError(f"{path} is of another model or optimizer: {name} is {have} there, here {want}")
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong at first, before Orbax wrapped it in errors of its own."""
+    cause = _root(error)
+    lines = [line.strip() for line in str(cause).split("[tensorstore_spec")[0].splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0][:_LONGEST_REASON] if lines else 'no message'}"
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps back the tracebacks that Orbax logs of errors which it also raises."""
+    logger = logging.get_absl_logger()
+    logger.addFilter(_is_ours)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_ours)
+
+
+def _is_ours(record: standard_logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 @contextlib.contextmanager
 def _told_as_damage() -> Iterator[None]:
     """Whatever reading raises means damage, but for running out of memory."""
     try:
         yield
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise Damaged(f"it cannot be read ({lines[0] if lines else type(error).__name__})") from error
+        if isinstance(_root(error), (MemoryError, jax.errors.JaxRuntimeError)):
+            raise
+        raise Damaged(f"it cannot be read ({first_line(error)})") from error
 
 
 def _saving_context() -> ocp.Context:
