@@ -25,6 +25,7 @@ class Checkout:
 
     Attributes:
       root: the checkout.
+      python: its environment's Python, a stub too.
       environment: what its scripts see; change it freely.
     """
 
@@ -37,7 +38,8 @@ class Checkout:
         self.environment = {
             "PATH": f"{self._bin}:{os.environ['PATH']}", "HOME": str(folder), "CALLS": str(self._calls),
         }  # fmt: skip
-        self.stub("python", path=self.root / ".venv" / "bin" / "python")
+        self.python = self.root / ".venv" / "bin" / "python"
+        self.stub("python", path=self.python)
         self.stub("install.sh", path=self.root / "launch" / "install.sh")
 
     def stub(self, name: str, body: str = "", path: Path | None = None) -> None:

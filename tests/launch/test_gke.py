@@ -79,7 +79,8 @@ def validate(manifest):
     """Raises unless the JobSet, and the Jobs in it, are valid; unknown fields are errors."""
     jsonschema.validate(manifest, JOB_SET)
     for replicated in manifest["spec"]["replicatedJobs"]:
-        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}, **replicated["template"]}
+        job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}}
+        job |= replicated["template"]
         kubernetes_validate.validate(job, KUBERNETES, strict=True)
 
 
@@ -179,7 +180,7 @@ _characters = st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs")
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(_characters, max_size=12), max_size=4))
+@given(words=st.lists(st.text(_characters, max_size=12), max_size=4))
 def test_arguments_survive_shell_yaml_and_kubernetes(words, checkout):
     words = [*TRAINING, *words, 'a "b" \\c', "$(HOSTNAME) $$ ${NAME} $", "&", "- x: {y}"]
     _, _, container = parts(manifest_of(checkout, TPU, words))

@@ -80,9 +80,7 @@ def slurm(checkout):
     """The checkout with srun and scontrol; the training ends with the code that CODES has for its task."""
     checkout.stub("srun", SRUN)
     checkout.stub("scontrol")
-    checkout.stub(
-        "python", 'read -ra codes <<<"$CODES"; exit "${codes[SLURM_PROCID]}"', checkout.root / ".venv" / "bin" / "python"
-    )
+    checkout.stub("python", 'read -ra codes <<<"$CODES"; exit "${codes[SLURM_PROCID]}"', checkout.python)
     checkout.environment |= {"SLURM_JOB_ID": "42", "TASKS": "2"}
     return checkout
 
@@ -135,7 +133,7 @@ def test_slurm_sigterm(cancelled, slurm):
     slurm.stub(
         "python",
         "trap 'echo saved >>saves; exit 75' TERM; echo >>ready; while :; do sleep 0.05; done",
-        slurm.root / ".venv" / "bin" / "python",
+        slurm.python,
     )
     process = slurm.start("launch/slurm_job.sh", "--", *TRAINING)
     ready, deadline = slurm.root / "ready", time.monotonic() + 30

@@ -63,8 +63,9 @@ def test_rules():
 
 
 def test_what_gets_in():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    inside = {path for path in tracked if path and in_image(path)}
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = listing.splitlines()
+    inside = {path for path in tracked if in_image(path)}
     assert inside >= {
         path for path in tracked if path.startswith(("infmae_jax/", "data_pipelines/", "configs/", "launch/"))
     }

@@ -1,4 +1,4 @@
-"""Every script of launch/: syntax, lint, --help, refusals; the README's commands are commands that these scripts take."""
+"""Every script of launch/: syntax, lint, --help, refusals; the README's commands are ones that the scripts take."""
 
 import re
 import shlex
