@@ -24,7 +24,7 @@ if [ -z "$image" ] && [ -n "$folders" ]; then fail "--folders is for containers:
 if [ -z "$image" ]; then
   step env "INFMAE_EXTRAS=${INFMAE_EXTRAS:-cuda}" "$launch/install.sh"
   last_step "$launch/restart.sh" "--times=$times" -- \
-    "$launch/../.venv/bin/python" -m infmae_jax.pretrain "${arguments[@]}"
+    "$(dirname "$launch")/.venv/bin/python" -m infmae_jax.pretrain "${arguments[@]}"
   exit 0
 fi
 
