@@ -202,7 +202,9 @@ class Checkpointer:
         record = storage.make_record(step, found.digests, metrics, metadata)
         self._losses[step] = metrics.get("loss", np.inf)
         try:
-            written = self._writer.submit(self._write, storage.start_save(self._run, step, items, record))
+            with jax.transfer_guard("allow"):
+                finish = storage.start_save(self._run, step, items, record)
+            written = self._writer.submit(self._write, finish)
         except Exception as error:  # whatever the file system makes of it; told to the other processes when settled
             written = concurrent.futures.Future()
             written.set_exception(error)
@@ -235,7 +237,8 @@ class Checkpointer:
         if reasons:
             if self._primary:
                 self._attempt_removal()
-            self._fail(step, reasons[0])
+            # A process that failed by itself knows more than those that only waited for it.
+            self._fail(step, min(reasons, key=lambda reason: "barrier" in reason.lower()))
 
     def _fail(self, step: int, reason: str) -> None:
         self._failure = SaveFailed(storage.checkpoint_path(self._run, step), step, reason)
@@ -337,9 +340,9 @@ def _tell_all(text: str) -> list[str]:
 
 def _reason(error: BaseException) -> str:
     """One line of what went wrong and what to do about it."""
-    number = error.errno if isinstance(error, OSError) else None
-    line = storage.first_line(error)
+    cause = storage.root_cause(error)
+    number = cause.errno if isinstance(cause, OSError) else None
     for code, (what, remedy) in _TROUBLE.items():
-        if code == number or os.strerror(code) in line:
+        if code == number or os.strerror(code) in str(cause):
             return f"{what}; {remedy}"
-    return line
+    return storage.first_line(error)

@@ -178,13 +178,14 @@ def _check_layout(path: Path, expected: Mapping[str, str], abstract: Mapping[str
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong at first, before Orbax wrapped it in errors of its own."""
-    cause = _root(error)
+    """What went wrong at first, in one line."""
+    cause = root_cause(error)
     lines = [line.strip() for line in str(cause).split("[tensorstore_spec")[0].splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0][:_LONGEST_REASON] if lines else 'no message'}"
 
 
-def _root(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
+    """The error that Orbax wrapped in others of its own."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return error
@@ -211,7 +212,7 @@ def _told_as_damage() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(_root(error), (MemoryError, jax.errors.JaxRuntimeError)):
+        if isinstance(root_cause(error), (MemoryError, jax.errors.JaxRuntimeError)):
             raise
         raise Damaged(f"it cannot be read ({first_line(error)})") from error
 
@@ -220,6 +221,9 @@ def _saving_context() -> ocp.Context:
     context = ocp.Context()
     # Digests are of the first copy of an array, so that it is the one to be written, all of it.
     context.array.saving.use_replica_parallel = False
+    # Named processes meet through the coordinator. Orbax would otherwise let devices meet, from its own thread, in the
+    # midst of the training step's collectives.
+    context.multiprocessing.active_processes = set(range(ocp.multihost.process_count()))
     return context
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
+from infmae_jax.training.checkpoint import Checkpointer
 from infmae_jax.training.state import TrainState
 
 OPTIMIZER = optax.adam(1e-3)
@@ -63,56 +63,38 @@ def content(state: TrainState) -> str:
 
 
 def main() -> None:
-    """Prints one JSON line.
-
-    save: saves checkpoints 1, 2, ... `--last` of states with these seeds, one after the other, with `--pace` printed
-      lines "saving S" and "saved S" before and after each; at checkpoint `--limit-from` files become limited to 100 kB.
-    restore: restores the newest.
-    """
+    """Saves checkpoints 1 and 2 of the run `--save`, of states with these seeds, printing "saving S" before each; then
+    restores the newest checkpoint of each run and prints a JSON line of what it found."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("command", choices=("save", "restore"))
-    parser.add_argument("run")
-    parser.add_argument("--last", type=int, default=2)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--devices", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--index", type=int, default=0)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--limit-from", type=int, default=0)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--save", default="")
+    for name, default in {"width": 64, "devices": 2, "processes": 1, "index": 0, "port": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", args.devices)
     if args.processes > 1:
         jax.distributed.initialize(f"localhost:{args.port}", args.processes, args.index)
     mesh = make_mesh(jax.device_count())
-    damage: list[tuple[int, str]] = []
-    with Checkpointer(args.run, keep=3, on_damage=lambda step, reason: damage.append((step, reason))) as checkpointer:
-        if args.command == "save":
-            failures = save(checkpointer, mesh, args)
-            report = {"failures": failures, "latest": checkpointer.latest_step()}
-        else:
-            restored = checkpointer.restore(abstract_state(mesh, args.width))
-            report = {"damage": damage, "step": None}
-            if restored is not None:
-                state, step, metadata = restored
-                report |= {"step": step, "metadata": metadata, "content": content(state), "count": int(state.step)}
-    print(json.dumps(report), flush=True)
+    if args.save:
+        save(args.save, mesh, args.width)
+    for run in args.runs:
+        print(json.dumps(restore(run, mesh, args.width)), flush=True)
 
 
-def save(checkpointer: Checkpointer, mesh: Mesh, args: argparse.Namespace) -> list[str]:
-    failures = []
-    for step in range(1, args.last + 1):
-        if args.limit_from == step:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-        state = make_state(mesh, step, args.width)
-        jax.block_until_ready(state)
-        print("saving", step, flush=True)
-        try:
+def save(run: str, mesh: Mesh, width: int) -> None:
+    with Checkpointer(run) as checkpointer:
+        for step in (1, 2):
+            state = make_state(mesh, step, width)
+            print("saving", step, flush=True)
             checkpointer.save(state, step, {"loss": 1.0 / step}, {"data_order": step})
-            checkpointer.wait()
-        except SaveFailed as error:
-            failures.append(str(error))
-        print("saved", step, flush=True)
-    return failures
+
+
+def restore(run: str, mesh: Mesh, width: int) -> dict[str, Any]:
+    damage: list[tuple[int, str]] = []
+    with Checkpointer(run, on_damage=lambda step, reason: damage.append((step, reason))) as checkpointer:
+        state, step, metadata = checkpointer.restore(abstract_state(mesh, width))
+    found = {"step": step, "count": int(state.step), "metadata": metadata, "content": content(state)}
+    return {"damage": damage, **found}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,389 @@
+"""Checkpoints are whole or ignored, whatever happens to the process, the disk or the files."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.errors import InputError
+from data_pipelines.masking import MaskConfig
+from infmae_jax.models.infmae import variant
+from infmae_jax.training import digests, storage
+from infmae_jax.training.checkpoint import Checkpointer, NonFiniteState, SaveFailed
+from infmae_jax.training.run_folder import abstract_params, restore_params, write_run
+from tests.training.checkpoint_process import abstract_state, content, make_mesh, make_state
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDE = 4096  # kernels of 400 kB
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(2)
+
+
+@pytest.fixture(scope="module")
+def states(mesh):
+    return {step: make_state(mesh, step) for step in range(1, 4)}
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """A run with checkpoints 1 and 2, to be copied."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    run.mkdir()
+    with Checkpointer(run) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(states[step], step, {"loss": 1.0 / step}, {"data_order": step})
+    return run
+
+
+def start(*runs, **options):
+    """One process of `checkpoint_process`."""
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "tests.training.checkpoint_process", *map(str, runs), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def two_processes(*runs, **options):
+    """The JSON lines that each of two processes prints, as parsed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [start(*runs, processes=2, port=port, index=index, **options) for index in (0, 1)]
+    found = []
+    for process in processes:
+        output, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+        found.append([json.loads(line) for line in output.splitlines() if line.startswith("{")])
+    return found
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(path, bit=None):
+    data = bytearray(path.read_bytes())
+    bit = 4 * len(data) if bit is None else bit % (8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def cut_in_half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# ---- Save and restore -----------------------------------------------------------------------------------------------
+
+
+def test_state_comes_back_on_fewer_devices(saved, states):
+    for count in (4, 2, 1):
+        with Checkpointer(saved) as checkpointer:
+            state, step, metadata = checkpointer.restore(abstract_state(make_mesh(count)))
+        assert (step, int(state.step), metadata) == (2, 2, {"data_order": 2})
+        assert content(state) == content(states[2])
+        assert len(state.params["encoder"]["kernel"].sharding.device_set) == count
+
+
+def test_new_run_has_nothing_to_restore(mesh, tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore(abstract_state(mesh)) is None
+        assert checkpointer.latest_step() is None and checkpointer.best_step() is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_may_be_reused_at_once(mesh, tmp_path):
+    """Donated buffers are overwritten while the checkpoint is being written."""
+    state = make_state(mesh, 5, WIDE)
+    expected = content(state)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
+    with Checkpointer(tmp_path) as checkpointer, jax.transfer_guard("disallow"):
+        checkpointer.save(state, 5)
+        for _ in range(3):
+            state = overwrite(state)
+        jax.block_until_ready(state)
+        with jax.transfer_guard("allow"):
+            restored, _, _ = checkpointer.restore(abstract_state(mesh, WIDE))
+    assert content(restored) == expected
+
+
+def test_checkpoint_that_is_there_is_not_saved_again(saved, states, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    with Checkpointer(run) as checkpointer:
+        checkpointer.save(states[3], 2, {}, {"data_order": 9})
+        checkpointer.wait()
+        assert checkpointer.restore(abstract_state(make_mesh(1)))[2] == {"data_order": 2}
+
+
+def test_latest_best_and_every_kth_are_kept_across_restarts(states, tmp_path):
+    losses = {10: 0.9, 20: 0.3, 30: 0.5, 40: 0.8, 50: 0.4, 60: 0.7}
+    for step, loss in losses.items():
+        with Checkpointer(tmp_path, keep=2, keep_best=2, keep_every=30) as checkpointer:  # a process each
+            checkpointer.save(states[1], step, {"loss": loss})
+    assert checkpoints(tmp_path) == ["20", "30", "50", "60"]
+    with Checkpointer(tmp_path, keep=1, keep_best=1) as checkpointer:
+        assert (checkpointer.latest_step(), checkpointer.best_step()) == (60, 20)
+        checkpointer.save(states[1], 70)  # of unknown loss
+    assert checkpoints(tmp_path) == ["20", "70"]
+
+
+@pytest.mark.parametrize("leaf", ["params", "opt_state"])
+def test_state_that_is_not_finite_is_refused(states, tmp_path, leaf):
+    bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 2 else x, getattr(states[1], leaf))
+    with Checkpointer(tmp_path) as checkpointer:
+        with pytest.raises(NonFiniteState, match="kernel is not finite before step 4") as caught:
+            checkpointer.save(states[1].replace(**{leaf: bad}), 4)
+        assert caught.value.exit_code == 3 and checkpointer.latest_step() is None
+        checkpointer.save(states[1], 5)
+    assert checkpoints(tmp_path) == ["5"]
+
+
+# ---- Damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_any_damage_to_any_file_is_found_or_does_no_harm(saved, states, mesh, tmp_path):
+    """Of the files of the newest checkpoint, one has a bit flipped, the next is cut, emptied, removed, and so on."""
+    rng = np.random.default_rng(0)
+    harms = {
+        "flip": lambda path: flip_a_bit(path, int(rng.integers(1 << 40))),
+        "cut": cut_in_half,
+        "empty": lambda path: os.truncate(path, 0),
+        "remove": Path.unlink,
+    }
+    abstract, expected = abstract_state(mesh), {step: content(states[step]) for step in (1, 2)}
+    files = sorted(p.relative_to(saved) for p in (saved / "checkpoints" / "2").rglob("*") if p.is_file())
+    steps = []
+    for number, file in enumerate(file for file in files if (saved / file).stat().st_size):
+        name = list(harms)[number % len(harms)]
+        run = shutil.copytree(saved, tmp_path / "run")
+        harms[name](run / file)
+        damage = {}
+        with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
+            state, step, metadata = checkpointer.restore(abstract)
+        assert content(state) == expected[step] and metadata == {"data_order": step}, (file, name)
+        assert (set(damage), checkpoints(run)) == (({2}, ["1"]) if step == 1 else (set(), ["1", "2"])), (file, name)
+        assert (run / "damaged" / "2-0").is_dir() == (step == 1)
+        steps.append(step)
+        shutil.rmtree(run)
+    assert {1, 2} == set(steps)
+
+
+def test_flipped_array_is_named_and_the_run_goes_on(saved, states, mesh, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    for again in range(2):
+        flip_a_bit(largest_file(run / "checkpoints" / "2" / "params"))
+        damage = {}
+        with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
+            assert checkpointer.restore(abstract_state(mesh))[1] == 1
+            assert "kernel" in damage[2] and "differ from what was saved" in damage[2]
+            checkpointer.save(states[2], 2)
+        assert checkpoints(run) == ["1", "2"]
+        assert sorted(path.name for path in (run / "damaged").iterdir()) == [f"2-{n}" for n in range(again + 1)]
+
+
+def test_never_starts_over_silently(saved, mesh, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    flip_a_bit(largest_file(run / "checkpoints" / "1" / "params"))
+    cut_in_half(largest_file(run / "checkpoints" / "2" / "params"))
+    with Checkpointer(run) as checkpointer:
+        with pytest.raises(InputError, match="no checkpoint in .* is whole .2: it cannot be read.*1: params/") as caught:
+            checkpointer.restore(abstract_state(mesh))
+    assert "\n" not in str(caught.value)
+    assert checkpoints(run) == ["1", "2"] and not (run / "damaged").exists()
+
+
+def test_another_model_is_not_taken_for_damage(saved, mesh, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    with Checkpointer(run) as checkpointer, pytest.raises(InputError, match=r"kernel is float32\[64,24\] there, here"):
+        checkpointer.restore(abstract_state(mesh, 128))
+    assert checkpoints(run) == ["1", "2"] and not (run / "damaged").exists()
+
+
+# ---- Several processes ----------------------------------------------------------------------------------------------
+
+
+def test_other_processes_and_devices_see_the_same(saved, states, tmp_path):
+    """Two processes of 4 devices save, and restore that, what one process with 2 devices saved, and damaged copies."""
+    runs = [saved, tmp_path / "eight"]
+    runs[1].mkdir()
+    for harm in (flip_a_bit, cut_in_half, Path.unlink):
+        runs.append(shutil.copytree(saved, tmp_path / harm.__name__))
+        harm(largest_file(runs[-1] / "checkpoints" / "2" / "params"))
+
+    results = two_processes(*runs, save=runs[1], devices=4)
+    assert results[0] == results[1]  # damage, even in a part that one process alone reads, is seen by both alike
+    assert [found["step"] for found in results[0]] == [2, 2, 1, 1, 1]
+    for run, found in zip(runs, results[0], strict=True):
+        step = found["step"]
+        assert found["content"] == content(states[step])
+        assert (found["metadata"], found["count"]) == ({"data_order": step}, step)
+        assert [damaged for damaged, _ in found["damage"]] == [2] * (step == 1)
+        assert checkpoints(run) == (["1", "2"] if step == 2 else ["1"])
+    for count in (4, 2, 1):
+        with Checkpointer(runs[1]) as checkpointer:
+            state, step, _ = checkpointer.restore(abstract_state(make_mesh(count)))
+        assert (step, content(state)) == (2, content(states[2]))
+
+
+# ---- Processes and disks that fail ----------------------------------------------------------------------------------
+
+
+def test_process_killed_inside_a_save_loses_only_that_save(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    process = start(save=run, width=10 * WIDE)
+    deadline = time.monotonic() + 120
+    unfinished = run / "checkpoints" / "2.orbax-checkpoint-tmp" / "params"
+    while not unfinished.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert checkpoints(run) == ["1", "2.orbax-checkpoint-tmp"]
+
+    mesh, found = make_mesh(1), []
+    with Checkpointer(run, on_damage=lambda *damage: found.append(damage)) as checkpointer:
+        assert checkpoints(run) == ["1"]
+        state, step, _ = checkpointer.restore(abstract_state(mesh, 10 * WIDE))
+        assert step == 1 and content(state) == content(make_state(mesh, 1, 10 * WIDE))
+        checkpointer.save(make_state(mesh, 2, 10 * WIDE), 2)
+    assert checkpoints(run) == ["1", "2"] and not found
+
+
+def test_removal_cut_short_leaves_no_checkpoint_behind(saved, mesh, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    (run / "checkpoints" / "1").rename(run / "checkpoints" / "1.removed")
+    with Checkpointer(run) as checkpointer:
+        assert checkpointer.restore(abstract_state(mesh))[1] == 2
+    assert checkpoints(run) == ["2"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount; the tests with limited file sizes cover failing writes")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_full_and_read_only_disks(mesh, small_disk):
+    run = small_disk / "run"
+    run.mkdir()
+    with Checkpointer(run, keep=2) as checkpointer:
+        checkpointer.save(make_state(mesh, 1, WIDE), 1)
+        checkpointer.wait()
+        filler = small_disk / "filler"
+        for step, free in ((2, 200_000), (3, 0)):  # full while writing, and from the start
+            filler.write_bytes(b"")
+            filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - free))
+            with pytest.raises(SaveFailed, match=f"checkpoints/{step} could not be saved: the disk is full; make room"):
+                checkpointer.save(make_state(mesh, step, WIDE), step)
+                checkpointer.wait()
+            assert checkpoints(run) == ["1"] and checkpointer.latest_step() == 1
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        with pytest.raises(SaveFailed, match="the file system is read-only; make it writable"):
+            checkpointer.save(make_state(mesh, 4, WIDE), 4)
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+        checkpointer.save(make_state(mesh, 5, WIDE), 5)
+        state, step, _ = checkpointer.restore(abstract_state(mesh, WIDE))
+        assert step == 5 and content(state) == content(make_state(mesh, 5, WIDE))
+    assert checkpoints(run) == ["1", "5"]
+
+
+def test_vanished_folder_is_not_made_anew(saved, states, tmp_path):
+    run = shutil.copytree(saved, tmp_path / "run")
+    with Checkpointer(run) as checkpointer:
+        run.rename(tmp_path / "elsewhere")
+        for parent in (tmp_path, run):  # the mount point gone, or empty
+            parent.mkdir(exist_ok=True)
+            with pytest.raises(SaveFailed, match="the folder is gone; bring it back, or mount it again"):
+                checkpointer.save(states[3], 3)
+            assert not (run / "checkpoints").exists()
+        run.rmdir()
+        (tmp_path / "elsewhere").rename(run)
+        checkpointer.save(states[3], 3)
+    assert checkpoints(run) == ["1", "2", "3"]
+
+
+def test_failed_save_is_reported_by_the_next_one_which_is_made_all_the_same(mesh, states, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpointer(tmp_path) as checkpointer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            checkpointer.save(make_state(mesh, 3, WIDE), 3)
+            with pytest.raises(SaveFailed, match="checkpoints/3 could not be saved: the file would be") as caught:
+                checkpointer.save(states[1], 4)  # small enough
+            assert "\n" not in str(caught.value) and caught.value.step == 3 and caught.value.exit_code == 2
+            checkpointer.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints(tmp_path) == ["4"]
+
+
+def test_failure_of_the_last_save_is_raised_at_the_end_but_hides_no_other_error(mesh, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SaveFailed, match="checkpoints/1 "), Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(make_state(mesh, 1, WIDE), 1)
+        with pytest.raises(ZeroDivisionError), Checkpointer(tmp_path) as checkpointer:
+            checkpointer.save(make_state(mesh, 1, WIDE), 1)
+            raise ZeroDivisionError
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ---- Weights for use ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights():
+    rng = np.random.default_rng(0)
+    model = variant("tiny")
+    return model, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), abstract_params(model))
+
+
+def test_weights_are_verified_whole_or_in_part(weights, tmp_path):
+    model, params = weights
+    write_run(tmp_path, model, MaskConfig(), (64, 64), params, {"made": "by a test"})
+    jax.tree.map(np.testing.assert_array_equal, restore_params(tmp_path).params, params)
+    encoder = restore_params(tmp_path, subtree="encoder").params
+    jax.tree.map(np.testing.assert_array_equal, encoder, {"encoder": params["encoder"]})
+    flip_a_bit(largest_file(tmp_path / "checkpoints" / "0" / "params"))
+    with pytest.raises(InputError, match=r"has only damaged checkpoints: 0 \(params/.* differ from what was saved\)"):
+        restore_params(tmp_path)
+
+
+def test_weights_of_the_checkpoint_before_a_damaged_one(weights, tmp_path, caplog):
+    model, params = weights
+    write_run(tmp_path, model, MaskConfig(), (64, 64), params, {})
+    later = {"params": jax.tree.map(lambda leaf: leaf + 1, params)}
+    storage.start_save(tmp_path, 7, later, storage.make_record(7, digests.host_digests(later), {}, {}))()
+    assert restore_params(tmp_path).step == 7
+    flip_a_bit(largest_file(tmp_path / "checkpoints" / "7" / "params"))
+    restored = restore_params(tmp_path)
+    assert restored.step == 0 and "checkpoints/7 is damaged: params/" in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, restored.params, params)
+    with pytest.raises(InputError, match=r"only damaged checkpoints: 7 \("):
+        restore_params(tmp_path, step=7)
+    assert checkpoints(tmp_path) == ["0", "7"]
