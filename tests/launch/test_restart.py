@@ -90,6 +90,7 @@ def test_a_signal_is_passed_on_and_the_save_waited_for(sent, code, checkout):
     lines = lines_of(checkout)
     assert [line for line in lines if line.startswith("run")] == lines[:1]  # not started again
     assert lines[-1] == f"saved {sent.name[3:]}"
+    assert process.stderr.read() == ""  # nor meant to be
     with pytest.raises(ProcessLookupError):
         os.kill(int(lines[0].split()[1]), 0)
 
