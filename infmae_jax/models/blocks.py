@@ -91,26 +91,30 @@ class Layout:
 class NonOverlappingConv(nn.Module):
     """Convolution with kernel = stride = `patch`: (..., r*patch, s*patch, C) -> (..., r, s, features).
 
-    Written as a matrix product, because nothing crosses the border of a kernel position.
+    Written as a matrix product, because nothing crosses the border of a kernel position. `channels` is C of the kernel;
+    x of one channel stands for C equal ones: summing the kernel over them is the same as repeating x.
     """
 
     features: int
     patch: int
+    channels: int
     dtype: str
     kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         *lead, rows, columns, channels = x.shape
-        p, fan_in = self.patch, self.patch**2 * channels
+        p, fan_in = self.patch, self.patch**2 * self.channels
         param_dtype = float_dtype(self.dtype)
         init = self.kernel_init or fan_in_uniform(fan_in)
-        kernel = self.param("kernel", init, (p, p, channels, self.features), param_dtype)
+        kernel = self.param("kernel", init, (p, p, self.channels, self.features), param_dtype)
         bias = self.param("bias", fan_in_uniform(fan_in), (self.features,), param_dtype)
+        if channels < self.channels:
+            kernel = kernel.sum(axis=2, keepdims=True)
         x = x.reshape(*lead, rows // p, p, columns // p, p, channels)
-        x = jnp.swapaxes(x, -4, -3).reshape(*lead, rows // p, columns // p, fan_in)
+        x = jnp.swapaxes(x, -4, -3).reshape(*lead, rows // p, columns // p, -1)
         dtype = jnp.dtype(self.dtype)
-        out = x.astype(dtype) @ kernel.reshape(fan_in, self.features).astype(dtype)
+        out = x.astype(dtype) @ kernel.reshape(-1, self.features).astype(dtype)
         return _add_bias(out, bias)
 
 
@@ -119,12 +123,14 @@ class PatchEmbed(nn.Module):
 
     features: int
     patch: int
+    channels: int
     dtype: str
     kernel_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = NonOverlappingConv(self.features, self.patch, self.dtype, self.kernel_init, name="proj")(x)
+        conv = NonOverlappingConv(self.features, self.patch, self.channels, self.dtype, self.kernel_init, name="proj")
+        x = conv(x)
         return nn.gelu(layer_norm(self.dtype, CONV_EPS, "norm")(x), approximate=False)
 
 
@@ -216,32 +222,51 @@ class ConvBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with qkv bias; logits and softmax at least in float32."""
+    """Multi-head self-attention with qkv bias; logits and softmax at least in float32.
+
+    `method`: "xla", or "cudnn", the fused kernel of NVIDIA GPUs. That one trains on even numbers of tokens only; odd
+    ones (the 49 visible of 196) go to XLA.
+    """
 
     heads: int
     dtype: str
+    method: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
+        """(B,N,D) -> (B,N-first,D): what the tokens from `first` on read from all tokens."""
         batch, n, width = x.shape
         qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, n, 3, self.heads, width // self.heads), 2, 0)
-        scale = (width // self.heads) ** -0.5
+        if self.method == "cudnn" and n % 2 == 0:
+            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
+        else:
+            out = self._attend(q[:, first:], k, v)
+        return linear(width, width, self.dtype, name="proj")(out.reshape(batch, n - first, width))
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """(B,N,heads,D/heads) each -> the same shape as q."""
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=float_dtype(self.dtype))
-        weights = jax.nn.softmax(logits * scale, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, n, width)
-        return linear(width, width, self.dtype, name="proj")(out)
+        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+        # Heads first, then moved: XLA writes products with the heads in the middle three times slower on a CPU.
+        return jnp.swapaxes(jnp.einsum("bhqk,bkhd->bhqd", weights, v), 1, 2)
+
+
+ATTENTION_METHODS = ("xla", "cudnn")
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: (B,N,D) -> (B,N,D)."""
+    """Pre-norm transformer block."""
 
     heads: int
     mlp_ratio: int
     dtype: str
+    attention: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, TOKEN_EPS, "norm1")(x))
+    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
+        """(B,N,D) -> (B,N-first,D): the tokens from `first` on, which attend to all."""
+        y = layer_norm(self.dtype, TOKEN_EPS, "norm1")(x)
+        x = x[:, first:] + Attention(self.heads, self.dtype, self.attention, name="attn")(y, first)
         y = layer_norm(self.dtype, TOKEN_EPS, "norm2")(x)
         return x + Mlp(x.shape[-1] * self.mlp_ratio, self.dtype, name="mlp")(y)

@@ -1,4 +1,4 @@
-"""The light transformer decoder: latent of visible tokens to the pixels of every patch."""
+"""The light transformer decoder: latent of visible tokens to the pixels of other patches."""
 
 from __future__ import annotations
 
@@ -15,32 +15,48 @@ if TYPE_CHECKING:
 
 
 class Decoder(nn.Module):
-    """Puts visible tokens back in place, a learned mask token everywhere else, and predicts each patch's pixels."""
+    """Joins visible tokens and learned mask tokens, and predicts the pixels of patches.
+
+    A transformer does not mind the order of its tokens once they carry their positions, so visible tokens stay in front
+    and masked ones follow: nothing is scattered, and predicting masked patches alone is a slice.
+    """
 
     config: InfMAEConfig
 
     def setup(self):
         c = self.config
         width, param_dtype = c.decoder_width, blocks.float_dtype(c.dtype)
-        block = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
+        block = nn.remat(blocks.TransformerBlock, static_argnums=(2,)) if c.remat else blocks.TransformerBlock
         self.embed = blocks.linear(width, c.widths[-1], c.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width), param_dtype)
-        self.blocks = [block(c.decoder_heads, c.mlp_ratio, c.dtype) for _ in range(c.decoder_depth)]
+        self.blocks = [block(c.decoder_heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.decoder_depth)]
         self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
         self.pred = blocks.linear(patches.PATCH**2 * c.in_channels, width, c.dtype)
 
-    def __call__(self, latent: jax.Array, ids_keep: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """(B,[1+]K,D), (B,K) int32 -> (B,N,P) predicted (normalised) pixels.
+    def __call__(
+        self, latent: jax.Array, ids_keep: jax.Array, ids_masked: jax.Array, grid: tuple[int, int]
+    ) -> jax.Array:
+        """Tokens before the last block, for `predict`.
 
-        Tokens before the K visible ones (MAE's class token) take part in attention and have no position embedding.
+        Args:
+          latent: (B,[1+]K,D). A token before the K visible ones (MAE's class token) takes part in attention and has no
+            position embedding.
+          ids_keep, ids_masked: (B,K) and (B,N-K) int32, together all tokens.
+          grid: token rows and columns.
+
+        Returns:
+          (B,[1+]N,width): the tokens of `latent`, then the masked ones.
         """
         tokens = self.embed(latent)
         prefix, visible = jnp.split(tokens, [latent.shape[1] - ids_keep.shape[1]], axis=1)
-        batch, n, width = tokens.shape[0], grid[0] * grid[1], tokens.shape[-1]
-        background = jnp.broadcast_to(self.mask_token.astype(tokens.dtype), (batch, n, width))
-        tokens = patches.place_tokens(visible, ids_keep, background)
-        tokens = tokens + jnp.asarray(patches.position_embedding(grid, width), tokens.dtype)[None]
-        tokens = jnp.concatenate([prefix, tokens], axis=1)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.pred(self.norm(tokens)[:, prefix.shape[1] :])
+        width, dtype = tokens.shape[-1], tokens.dtype
+        positions = jnp.asarray(patches.position_embedding(grid, width), dtype)
+        masked = self.mask_token.astype(dtype) + positions[ids_masked]
+        tokens = jnp.concatenate([prefix, visible + positions[ids_keep], masked], axis=1)
+        for block in self.blocks[:-1]:
+            tokens = block(tokens, 0)
+        return tokens
+
+    def predict(self, tokens: jax.Array, first: int) -> jax.Array:
+        """(B,[1+]N,width) from `__call__` -> (B,[1+]N-first,P): (normalised) pixels of the tokens from `first` on."""
+        return self.pred(self.norm(self.blocks[-1](tokens, first)))

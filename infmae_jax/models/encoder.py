@@ -29,29 +29,29 @@ class HybridEncoder(nn.Module):
         block = nn.remat(blocks.ConvBlock) if c.remat else blocks.ConvBlock
         transformer = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
         width1, width2, width3 = c.widths
-        self.patch_embed1 = blocks.PatchEmbed(width1, 4, c.dtype)
-        self.patch_embed2 = blocks.PatchEmbed(width2, 2, c.dtype)
-        self.patch_embed3 = blocks.PatchEmbed(width3, 2, c.dtype, blocks.flattened_xavier_uniform)
+        self.patch_embed1 = blocks.PatchEmbed(width1, 4, c.in_channels, c.dtype)
+        self.patch_embed2 = blocks.PatchEmbed(width2, 2, width1, c.dtype)
+        self.patch_embed3 = blocks.PatchEmbed(width3, 2, width2, c.dtype, blocks.flattened_xavier_uniform)
         self.patch_embed4 = blocks.linear(width3, width3, c.dtype)
         self.blocks1 = [block(width1, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[0])]
         self.blocks2 = [block(width2, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[1])]
-        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype) for _ in range(c.depths[2])]
+        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.depths[2])]
         if c.fuse_stages:
-            self.stage1_output_decode = blocks.NonOverlappingConv(width3, 4, c.dtype)
-            self.stage2_output_decode = blocks.NonOverlappingConv(width3, 2, c.dtype)
+            self.stage1_output_decode = blocks.NonOverlappingConv(width3, 4, width1, c.dtype)
+            self.stage2_output_decode = blocks.NonOverlappingConv(width3, 2, width2, c.dtype)
         self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
 
     def __call__(self, images: jax.Array, ids_keep: jax.Array) -> jax.Array:
         """Latent of the visible tokens.
 
         Args:
-          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel is repeated.
+          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel stands for C equal ones.
           ids_keep: (B,K) int32, the visible tokens.
 
         Returns:
           (B,K,D) in the compute dtype, after the final norm, in the order of `ids_keep`.
         """
-        images = patches.match_channels(images, self.config.in_channels)
+        patches.check_channels(images, self.config.in_channels)
         grid = patches.token_grid(*images.shape[1:3])
         layout = blocks.Layout(grid, ids_keep, packed=self.config.visible_only)
         cells = layout.gather(images)
@@ -61,7 +61,7 @@ class HybridEncoder(nn.Module):
         """Feature maps of whole images.
 
         Args:
-          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel is repeated.
+          images: (B,H,W,C) float32, normalised, sides divisible by 16; one channel stands for C equal ones.
           fuse_stages: add the embedded stages 1 and 2 to the tokens, as pretraining does. The published transfer path
             leaves them out.
 
@@ -69,7 +69,7 @@ class HybridEncoder(nn.Module):
           stage1 (B,H/4,W/4,C1), stage2 (B,H/8,W/8,C2), stage3 (B,h,w,D) before the final norm, and pooled (B,D): the
           mean over tokens after the final norm.
         """
-        images = patches.match_channels(images, self.config.in_channels)
+        patches.check_channels(images, self.config.in_channels)
         grid = patches.token_grid(*images.shape[1:3])
         stage1, stage2, tokens = self._stages(images, blocks.Layout(grid), fuse_stages)
         stage3 = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])

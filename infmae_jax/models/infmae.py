@@ -35,8 +35,11 @@ class InfMAEConfig:
         float32.
       visible_only: compute the convolution stages on visible patches alone; False computes masked patches too, as
         published. Same values and gradients.
+      predict_masked_only: the loss decodes masked patches alone; False decodes visible ones too, as published. Same
+        values and gradients.
       remat: recompute block activations in the backward pass to save memory.
       depthwise: how the 5 x 5 depthwise convolutions are computed, see `blocks.DepthwiseConv`.
+      attention: "xla", or "cudnn" in bfloat16 on NVIDIA GPUs, see `blocks.Attention`.
     """
 
     encoder: str = "hybrid"
@@ -52,8 +55,10 @@ class InfMAEConfig:
     norm_pix_loss: bool = False
     dtype: str = "float32"
     visible_only: bool = True
+    predict_masked_only: bool = True
     remat: bool = False
     depthwise: str = "shift"
+    attention: str = "xla"
 
     def __post_init__(self):
         for field, allowed in (
@@ -61,12 +66,21 @@ class InfMAEConfig:
             ("in_channels", (1, 3)),
             ("dtype", ("float32", "bfloat16", "float64")),
             ("depthwise", blocks.DEPTHWISE_METHODS),
+            ("attention", blocks.ATTENTION_METHODS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"model.{field}={getattr(self, field)!r} is not one of {', '.join(map(str, allowed))}")
         for width, heads in ((self.widths[-1], self.heads), (self.decoder_width, self.decoder_heads)):
             if width % heads or width % 4:
                 raise ValueError(f"model width {width} must be divisible by 4 and by its {heads} attention heads")
+            if self.attention == "cudnn" and (width // heads % 8 or width // heads > 128):
+                raise ValueError(
+                    f"model.attention=cudnn takes heads of 8, 16, ... 128 features, not {width} / {heads}; use xla"
+                )
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"model.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
+        if self.decoder_depth < 1:
+            raise ValueError(f"model.decoder_depth={self.decoder_depth} must be at least 1")
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -87,7 +101,10 @@ def variant(name: str, **overrides: Any) -> InfMAEConfig:
 
 @flax.struct.dataclass
 class InfMAEOutput:
-    """loss () float32; pred (B,N,P); latent (B,K,D), with MAE's class token first (B,1+K,D); mask (B,N), 1 = masked."""
+    """loss () float32; pred (B,N,P); latent (B,K,D), with MAE's class token first (B,1+K,D); mask (B,N), 1 = masked.
+
+    `pred` covers visible patches too. Under `jax.jit`, XLA leaves out what is not read.
+    """
 
     loss: jax.Array
     pred: jax.Array
@@ -108,16 +125,29 @@ class InfMAE(nn.Module):
         """Reconstructs masked patches.
 
         Args:
-          images: (B,H,W,C) float32, normalised (`patches.normalize`), sides divisible by 16.
+          images: (B,H,W,C) float32, normalised (`patches.normalize`), sides divisible by 16; one channel stands for C
+            equal ones.
           ids_keep: (B,K) int32, the visible tokens of each sample; no repeats.
         """
-        images = patches.match_channels(images, self.config.in_channels)
+        c = self.config
+        patches.check_channels(images, c.in_channels)
         grid = patches.token_grid(*images.shape[1:3])
         latent = self.encoder(images, ids_keep)
-        pred = self.decoder(latent, ids_keep, grid).astype(blocks.float_dtype(self.config.dtype))
+        ids_masked = patches.masked_ids(ids_keep, grid[0] * grid[1])
+        tokens = self.decoder(latent, ids_keep, ids_masked, grid)
+        in_order = jnp.argsort(jnp.concatenate([ids_keep, ids_masked], axis=1), axis=1)
+        pred = patches.take_tokens(self._predict(tokens, latent.shape[1] - ids_keep.shape[1]), in_order)
         mask = patches.token_mask(ids_keep, grid[0] * grid[1])
-        loss = masked_loss(pred, patches.patchify(images), mask, self.config.norm_pix_loss)
+        target = patches.patchify(images)
+        if c.predict_masked_only:
+            masked = self._predict(tokens, latent.shape[1])
+            loss = patch_errors(masked, patches.take_tokens(target, ids_masked), c.norm_pix_loss).mean()
+        else:
+            loss = masked_loss(pred, target, mask, c.norm_pix_loss)
         return InfMAEOutput(loss=loss, pred=pred, latent=latent, mask=mask)
+
+    def _predict(self, tokens: jax.Array, first: int) -> jax.Array:
+        return self.decoder.predict(tokens, first).astype(blocks.float_dtype(self.config.dtype))
 
     def features(self, images: jax.Array, **options: bool) -> dict[str, jax.Array]:
         """Feature maps of whole images, see the encoder's `features`. Needs only the encoder's parameters."""
@@ -125,9 +155,24 @@ class InfMAE(nn.Module):
 
 
 def masked_loss(pred: jax.Array, target: jax.Array, mask: jax.Array, norm_pix: bool) -> jax.Array:
-    """Mean squared error over masked patches: (B,N,P), (B,N,P), (B,N) -> ()."""
+    """Mean squared error over masked patches: (B,N,P), (B,N,P) or one channel of it, (B,N) -> ()."""
+    return (patch_errors(pred, target, norm_pix) * mask).sum() / mask.sum()
+
+
+def patch_errors(pred: jax.Array, target: jax.Array, norm_pix: bool) -> jax.Array:
+    """Mean squared error of each patch.
+
+    Args:
+      pred: (...,P).
+      target: (...,P), or (...,P/C) when all C channels of the image are equal.
+      norm_pix: compare with the target normalised per patch: unbiased variance over all P values, eps 1e-6.
+
+    Returns:
+      (...).
+    """
+    size = pred.shape[-1]
     if norm_pix:
-        mean = target.mean(axis=-1, keepdims=True)
-        target = (target - mean) / jnp.sqrt(target.var(axis=-1, keepdims=True, ddof=1) + 1e-6)
-    error = jnp.square(pred - target).mean(axis=-1)
-    return (error * mask).sum() / mask.sum()
+        variance = target.var(axis=-1, keepdims=True) * (size / (size - 1))
+        target = (target - target.mean(axis=-1, keepdims=True)) / jnp.sqrt(variance + 1e-6)
+    pred = pred.reshape(*target.shape, size // target.shape[-1])
+    return jnp.square(pred - target[..., None]).mean(axis=(-2, -1))

@@ -23,13 +23,10 @@ def token_grid(height: int, width: int, patch: int = PATCH) -> tuple[int, int]:
     return height // patch, width // patch
 
 
-def match_channels(images: jax.Array, channels: int) -> jax.Array:
-    """(B,H,W,C) -> (B,H,W,channels): one channel is repeated; any other mismatch is a ValueError."""
-    if images.shape[-1] == channels:
-        return images
-    if images.shape[-1] == 1:
-        return jnp.repeat(images, channels, axis=-1)
-    raise ValueError(f"images have {images.shape[-1]} channels, the model takes {channels} (or 1, repeated)")
+def check_channels(images: jax.Array, channels: int) -> None:
+    """ValueError unless images (B,H,W,C) have `channels` channels or one, which stands for as many equal ones."""
+    if images.shape[-1] not in (1, channels):
+        raise ValueError(f"images have {images.shape[-1]} channels, the model takes {channels} (or 1, repeated)")
 
 
 def grid_to_tokens(cells: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -75,6 +72,12 @@ def token_mask(ids_keep: jax.Array, num_tokens: int) -> jax.Array:
     """(B,K) -> (B,N) float32: 0 where a token is visible, 1 where it is masked."""
     ones = jnp.ones((ids_keep.shape[0], num_tokens), jnp.float32)
     return place_tokens(jnp.zeros(ids_keep.shape, jnp.float32), ids_keep, ones)
+
+
+def masked_ids(ids_keep: jax.Array, num_tokens: int) -> jax.Array:
+    """(B,K) -> (B,N-K) int32: the tokens that are not listed, in ascending order."""
+    in_order = jnp.argsort(token_mask(ids_keep, num_tokens), axis=1, stable=True)
+    return in_order[:, ids_keep.shape[1] :].astype(ids_keep.dtype)
 
 
 def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:

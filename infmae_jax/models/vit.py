@@ -23,11 +23,13 @@ class ViTEncoder(nn.Module):
         c = self.config
         width = c.widths[-1]
         block = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
-        self.patch_embed = blocks.NonOverlappingConv(width, patches.PATCH, c.dtype, blocks.flattened_xavier_uniform)
+        self.patch_embed = blocks.NonOverlappingConv(
+            width, patches.PATCH, c.in_channels, c.dtype, blocks.flattened_xavier_uniform
+        )
         self.cls_token = self.param(
             "cls_token", nn.initializers.normal(0.02), (1, 1, width), blocks.float_dtype(c.dtype)
         )
-        self.blocks = [block(c.heads, c.mlp_ratio, c.dtype) for _ in range(c.depths[-1])]
+        self.blocks = [block(c.heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.depths[-1])]
         self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
 
     def __call__(self, images: jax.Array, ids_keep: jax.Array) -> jax.Array:
@@ -43,7 +45,7 @@ class ViTEncoder(nn.Module):
         return {"stage3": stage3, "tokens": tokens, "pooled": tokens[:, 1:].mean(axis=1)}
 
     def _tokens(self, images: jax.Array, ids_keep: jax.Array | None) -> jax.Array:
-        images = patches.match_channels(images, self.config.in_channels)
+        patches.check_channels(images, self.config.in_channels)
         layout = blocks.Layout(patches.token_grid(*images.shape[1:3]), ids_keep, packed=ids_keep is not None)
         tokens = layout.tokens(self.patch_embed(layout.gather(images)))
         positions = jnp.asarray(patches.position_embedding(layout.grid, tokens.shape[-1]), tokens.dtype)

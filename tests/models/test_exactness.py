@@ -48,6 +48,7 @@ def evaluate(config, params, images, ids_keep):
 @pytest.mark.parametrize("change, norm_pix", [
     ({"visible_only": False}, False), ({"visible_only": False}, True), ({"depthwise": "conv"}, False),
     ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
+    ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
 ])  # fmt: skip
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
     images, ids_keep = random_batch()
@@ -62,6 +63,21 @@ def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, 
     for (path, grad), other_grad in zip(flat, other_flat, strict=True):
         np.testing.assert_allclose(grad, other_grad, rtol=0, atol=1e-10, err_msg=jax.tree_util.keystr(path))
         assert np.abs(grad).max() > 0, f"{jax.tree_util.keystr(path)} has no gradient: the comparison shows nothing"
+
+
+@pytest.mark.parametrize("change", [
+    {}, {"norm_pix_loss": True}, {"predict_masked_only": False, "norm_pix_loss": True}, {"visible_only": False},
+    {"encoder": "vit"},
+])  # fmt: skip
+def test_one_channel_computes_what_three_equal_ones_do(float64, change):
+    images, ids_keep = random_batch()
+    config = dataclasses.replace(SMALL, **change)
+    params = perturbed_params(config, images, ids_keep)
+    one, one_grads = evaluate(config, params, images[..., :1], ids_keep)
+    three, three_grads = evaluate(config, params, np.repeat(images[..., :1], 3, axis=-1), ids_keep)
+    for name in ("latent", "loss", "pred"):
+        np.testing.assert_allclose(getattr(one, name), getattr(three, name), rtol=0, atol=1e-10, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10), one_grads, three_grads)
 
 
 @pytest.mark.parametrize("visible_only", [True, False])

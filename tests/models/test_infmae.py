@@ -49,7 +49,7 @@ def test_sizes_and_channels(encoder, size, in_channels):
     assert out.loss.shape == () and np.isfinite(out.loss)
     if in_channels == 3:
         repeated = apply({"params": params}, np.repeat(images, 3, axis=-1), ids_keep)
-        np.testing.assert_array_equal(out.pred, repeated.pred)
+        np.testing.assert_allclose(out.pred, repeated.pred, atol=1e-5)
     with pytest.raises(ValueError, match="channels"):
         jax.eval_shape(model.apply, {"params": params}, np.zeros((2, *size, 2), np.float32), ids_keep)
 
@@ -97,9 +97,14 @@ def test_position_embedding_encodes_columns_first():
         np.testing.assert_allclose(table[token], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "change, message", [(dict(encoder="cnn"), "encoder='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8")]
-)
+@pytest.mark.parametrize("change, message", [
+    (dict(encoder="cnn"), "encoder='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8"),
+    (dict(attention="flash"), "attention='flash' is not one of xla, cudnn"),
+    (dict(attention="cudnn"), "cudnn computes in bfloat16, not float32; use xla"),
+    (dict(attention="cudnn", dtype="bfloat16", heads=4), "heads of 8, 16, ... 128 features, not 768 / 4"),
+    (dict(attention="cudnn", dtype="bfloat16", decoder_width=384, decoder_heads=32), "384 / 32"),
+    (dict(decoder_depth=0), "decoder_depth=0"),
+])  # fmt: skip
 def test_impossible_architectures_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         InfMAEConfig(**change)
