@@ -82,10 +82,10 @@ def _train(
 
     # ---- Devices and mesh -------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = sharding.batch_parts(mesh)
     if task.batch_size % (parts * config.optimizer.accumulate):
         raise InputError(
-            f"data.batch_size={task.batch_size} is not divisible by {parts} devices x "
+            f"data.batch_size={task.batch_size} is not divisible by {parts} parts (devices along mesh.data, mesh.fsdp) x "
             f"optimizer.accumulate={config.optimizer.accumulate}"
         )
 

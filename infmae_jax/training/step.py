@@ -50,9 +50,14 @@ def make_train_step(
     (this update), skipped_updates, in_a_row and stop (the highest code of any host), int32.
     """
 
+    whole = sharding.gathered(shardings.params)
+
     def gradients(params, batch, key):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return grads, {"loss": value, **metrics}
+        def loss_of(params):
+            return loss(jax.lax.with_sharding_constraint(params, whole), batch, key)
+
+        (value, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), {"loss": value, **metrics}
 
     def accumulated(params, batch, key):
         if accumulate == 1:

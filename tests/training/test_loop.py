@@ -44,7 +44,7 @@ def test_nan_stops_the_run_names_the_step_and_is_never_saved(config, tmp_path):
 
 def test_batch_must_fit_the_devices(config, tmp_path):
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=6))
-    with pytest.raises(InputError, match="batch_size=6 is not divisible by 4 devices"):
+    with pytest.raises(InputError, match="batch_size=6 is not divisible by 4 parts"):
         loop.train(PretrainTask(config), config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
