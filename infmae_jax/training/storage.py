@@ -1,7 +1,7 @@
 """Checkpoints on disk: the one place that knows Orbax.
 
-RUN/checkpoints/S   the state before batch S: items `params`, `optimizer`, `guard` (a conversion has `params` alone), and
-                    a record: metrics, metadata and a digest of every array (Orbax itself keeps no checksum of arrays)
+RUN/checkpoints/S   the state before batch S: items `params`, `optimizer`, `guard` (a conversion has `params` alone),
+                    and a record: metrics, metadata and a digest of every array (Orbax keeps no checksum of arrays)
 RUN/damaged/S-n     a checkpoint S that was found damaged, set aside
 
 A checkpoint appears by the rename of a finished folder and goes by a rename before its removal, so that a folder with a
@@ -51,9 +51,7 @@ def steps_of(run: str | Path) -> list[int]:
         return []
 
 
-def start_save(
-    run: str | Path, step: int, items: Mapping[str, Any], record: Mapping[str, Any]
-) -> Callable[[], None]:
+def start_save(run: str | Path, step: int, items: Mapping[str, Any], record: Mapping[str, Any]) -> Callable[[], None]:
     """Starts to write a checkpoint into the folder RUN/checkpoints; to be called by all processes.
 
     Args:

@@ -67,7 +67,8 @@ def test_layout_over_devices_does_not_matter(dtype):
     expected = digests.host_digests(tree)
     for devices, mesh_shape, spec in LAYOUTS:
         place = functools.partial(on_mesh, devices=devices, mesh_shape=mesh_shape)
-        found = digests.fingerprint({"kernel": place(tree["kernel"], spec=spec), "scale": place(tree["scale"], spec=())})
+        placed = {"kernel": place(tree["kernel"], spec=spec), "scale": place(tree["scale"], spec=())}
+        found = digests.fingerprint(placed)
         assert found.digests == expected and not found.unequal and not digests.differing(found, expected)
 
 
