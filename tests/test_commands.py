@@ -1,5 +1,6 @@
 """Mistakes of the user end in one line, a non-zero exit code, and nothing half-written."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,29 @@ def test_pretrain(flags, message, tmp_path):
     assert not workdir.exists()
 
 
-def test_bench_without_a_subject_says_what_there_is():
-    result = run("infmae_jax.bench")
-    assert result.returncode == 2 and "bench flops|data" in result.stderr
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "bench flops|step|kernels|features|data|end_to_end|memory|growth|overhead|scaling|all"),
+        (["speed"], "bench flops|step"),
+        (["flops", "step"], "bench flops|step"),
+        (["step", "--batch_sizes=many"], "--batch_sizes=many"),
+        (["step", "--dtypes=float8"], "float8"),
+        (["step", "--quick", "--variants=giant"], "'giant'"),
+        (["growth", "--config.model.with=3"], "with"),
+        (["data", "--shards=nowhere"], "nowhere"),
+    ],
+)
+def test_bench(flags, message):
+    result = run("infmae_jax.bench", *flags)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr and not result.stdout
+
+
+def test_bench_prints_a_table_and_json():
+    result = run("infmae_jax.bench", "flops", "--quick")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["subject"] == "flops" and report["versions"]["jax"] and report["device"].endswith("cpu")
+    for row in report["rows"]:
+        assert row["stage"] in result.stderr

@@ -310,7 +310,15 @@ def make_train_step(
     return step
 
 
-def synchronize() -> None:
-    """Waits until the accelerator, if there is one, has done everything asked of it."""
-    if device().type == "cuda":
-        torch.cuda.synchronize()
+def feature_call(model: TorchInfMAE, images: np.ndarray) -> Callable[[int], np.ndarray]:
+    """Computes dense features of (B,H,W,1) uint8 images so many times; returns pooled, (B,D) float32."""
+    inputs, _ = batch(images, np.zeros((1, 1), np.int32), model.config.in_channels)
+
+    @torch.inference_mode()
+    def call(times: int) -> np.ndarray:
+        for _ in range(times):
+            with autocast(model.config.dtype):
+                out = model.features(inputs)
+        return out["pooled"].float().cpu().numpy()  # which waits for the device
+
+    return call

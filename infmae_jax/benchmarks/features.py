@@ -1,0 +1,66 @@
+"""Dense features of whole images, as for transfer: images a second, against PyTorch in the same run on request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from infmae_jax.benchmarks import timing
+from infmae_jax.benchmarks.report import report
+from infmae_jax.benchmarks.training import synthetic_batch
+from infmae_jax.models import patches
+from infmae_jax.models.infmae import InfMAE
+from infmae_jax.training.config import PretrainConfig
+
+# Of pooled features of two frameworks, relative to their largest value.
+_SAME_FEATURES = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def features(config: PretrainConfig, batch: int, rounds: int, against_torch: bool) -> dict[str, Any]:
+    """Stages 1 to 3 and pooled features of uint8 images.
+
+    Raises:
+      InputError: PyTorch is asked for and not installed.
+      ArithmeticError: its features differ by more than rounding.
+    """
+    images = synthetic_batch(config, batch)["image"]
+    module = InfMAE(config.model)
+    params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
+    params = {"encoder": params["encoder"]} if not against_torch else params
+
+    @jax.jit
+    def forward(params, images):
+        return module.apply({"params": params}, patches.normalize(images), method="features")
+
+    on_device = jax.device_put(images)
+
+    def ours(times: int) -> np.ndarray:
+        for _ in range(times):
+            out = forward(params, on_device)
+        return np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
+
+    calls: dict[str, timing.Call] = {"ours": ours}
+    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.dtype}
+    if against_torch:
+        from infmae_jax.benchmarks import torch_model
+
+        model = torch_model.from_params(config.model, jax.device_get(params), config.data.image_size)
+        calls["PyTorch eager"] = torch_model.feature_call(model, images)
+        _check_same(ours(1), calls["PyTorch eager"](1), config.model.dtype)
+        settings |= {"torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads()}
+    seconds = timing.take_turns(calls, rounds)
+    rows = [
+        {"name": name, **timing.rate_row(seconds[name], batch)}
+        | ({"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])} if name != "ours" else {})
+        for name in calls
+    ]
+    return report("features", settings | {"rounds": rounds}, rows)
+
+
+def _check_same(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> None:
+    difference = np.abs(ours - theirs).max() / np.abs(ours).max()
+    if not difference <= _SAME_FEATURES[dtype]:
+        raise ArithmeticError(f"PyTorch's pooled features differ by {difference:.2g} of their largest value")

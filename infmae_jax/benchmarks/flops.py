@@ -1,0 +1,167 @@
+"""Floating-point operations of a training step, stage by stage: XLA's count beside one made by hand.
+
+A multiply-add is two operations. The hand count has convolutions, linear layers and attention only, as the
+architecture has them; XLA's also has norms, activations, softmax and loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from infmae_jax.benchmarks.report import Row, report
+from infmae_jax.models import patches
+from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+
+_KERNEL = 5 * 5  # of a depthwise convolution
+_PIXELS = patches.PATCH**2
+STAGES = ("stage 1 blocks", "stage 2 blocks", "stage 3 blocks", "embeddings, fusion", "decoder")
+
+
+VISIBLE_ONLY, PUBLISHED = "visible only", "as published"
+
+
+def as_published(model: InfMAEConfig) -> InfMAEConfig:
+    """The same model computed as published: every patch, masked or not."""
+    return dataclasses.replace(model, visible_only=False, predict_masked_only=False)
+
+
+def on_visible(model: InfMAEConfig) -> InfMAEConfig:
+    """The same model without what neither its loss nor its gradients depend on: the default."""
+    return dataclasses.replace(model, visible_only=True, predict_masked_only=True)
+
+
+def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visible_only: bool) -> dict[str, float]:
+    """GFLOP an image of the forward pass by stage (`STAGES`), counted from the architecture.
+
+    Args:
+      keep: visible tokens K.
+      visible_only: the useful operations: convolution stages on visible patches of a one-channel image, the last
+        decoder block and the prediction for masked ones. Otherwise those of the published way: every patch, three equal
+        channels.
+    """
+    h, w = patches.token_grid(*image_size)
+    tokens = h * w
+    computed, channels, predicted = (keep, 1, tokens - keep) if visible_only else (tokens, model.in_channels, tokens)
+    width1, width2, width3 = model.widths
+    inner, ratio = model.decoder_width, model.mlp_ratio
+
+    def decoder(length: int) -> int:
+        """Blocks over so many tokens; what the last one makes of tokens that are not predicted is not needed."""
+        whole = (model.decoder_depth - 1) * _transformer_block(length, length, inner, ratio)
+        return whole + _transformer_block(length, predicted if visible_only else length, inner, ratio)
+
+    prediction = predicted * _PIXELS * model.in_channels * inner
+    if model.encoder == "vit":
+        # The class token is in every block; masked patches are dropped before the embedding is of use.
+        multiplies = {
+            STAGES[2]: model.depths[-1] * _transformer_block(keep + 1, keep + 1, width3, ratio),
+            STAGES[3]: computed * _PIXELS * channels * width3,
+            STAGES[4]: (keep + 1) * width3 * inner + decoder(tokens + 1) + prediction,
+        }
+    else:
+        cells1, cells2 = 16 * computed, 4 * computed
+        embeddings = (
+            cells1 * 16 * channels * width1 + cells2 * 4 * width1 * width2 + computed * 4 * width2 * width3
+            + computed * width3**2
+        )  # fmt: skip
+        fusion = model.fuse_stages * computed * (16 * width1 + 4 * width2) * width3
+        multiplies = {
+            STAGES[0]: model.depths[0] * _conv_block(cells1, width1, ratio),
+            STAGES[1]: model.depths[1] * _conv_block(cells2, width2, ratio),
+            STAGES[2]: model.depths[2] * _transformer_block(keep, keep, width3, ratio),
+            STAGES[3]: embeddings + fusion,
+            STAGES[4]: keep * width3 * inner + decoder(tokens) + prediction,
+        }
+    return {stage: 2 * count / 1e9 for stage, count in multiplies.items()}
+
+
+def useful_gflop(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> float:
+    """GFLOP an image that a training step cannot do without, for the model FLOPs utilisation: three times the forward
+    pass on visible patches (the gradients of inputs and of weights each cost as much as the layer itself)."""
+    return 3 * sum(hand_count(model, image_size, keep, visible_only=True).values())
+
+
+def _conv_block(cells: int, width: int, ratio: int) -> int:
+    return cells * (2 * width**2 + _KERNEL * width + 2 * ratio * width**2)
+
+
+def _transformer_block(tokens: int, queries: int, width: int, ratio: int) -> int:
+    """Keys and values of all tokens, everything else for the queries alone."""
+    return tokens * 2 * width**2 + queries * (2 + 2 * ratio) * width**2 + 2 * queries * tokens * width
+
+
+def xla_count(
+    model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled: bool = True, encoder_only: bool = False
+) -> dict[str, float]:
+    """GFLOP an image, "forward" and "forward + backward", by XLA's cost analysis of the program.
+
+    Args:
+      compiled: of the compiled program, or before optimisation (which is fast).
+      encoder_only: of the latent, not of the loss.
+    """
+    module, batch = InfMAE(model), 2
+    images = jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.uint8)
+    ids_keep = jax.ShapeDtypeStruct((batch, keep), jnp.int32)
+
+    def scalar(params, images, ids_keep):
+        images = patches.normalize(images)
+        if encoder_only:
+            return module.apply({"params": params}, images, ids_keep, method=lambda m, *x: m.encoder(*x)).sum()
+        return module.apply({"params": params}, images, ids_keep).loss
+
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_size, 1)), jnp.zeros((1, keep), int))
+    counts = {}
+    for name, function in (("forward", scalar), ("forward + backward", jax.value_and_grad(scalar))):
+        program = jax.jit(function).lower(params["params"], images, ids_keep)
+        counts[name] = (program.compile() if compiled else program).cost_analysis()["flops"] / batch / 1e9
+    return counts
+
+
+def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> dict[str, dict[str, float]]:
+    """XLA's count by stage, before optimisation, from programs that differ by one block or by the decoder."""
+
+    def count(depths: tuple[int, int, int], encoder_only: bool = True) -> dict[str, float]:
+        shallow = dataclasses.replace(model, depths=depths)
+        return xla_count(shallow, image_size, keep, compiled=False, encoder_only=encoder_only)
+
+    def difference(more: dict[str, float], less: dict[str, float]) -> dict[str, float]:
+        return {what: more[what] - less[what] for what in more}
+
+    encoder = count((1, 1, 1))
+    deeper = ((2, 1, 1), (1, 2, 1), (1, 1, 2)) if model.encoder == "hybrid" else (None, None, (1, 1, 2))
+    stages, rest = {}, encoder
+    for stage, depth, depths in zip(STAGES, model.depths, deeper, strict=False):
+        if depths:
+            block = difference(count(depths), encoder)
+            rest = difference(rest, block)
+            stages[stage] = {what: depth * gflop for what, gflop in block.items()}
+    decoder = difference(count((1, 1, 1), encoder_only=False), encoder)
+    return stages | {STAGES[3]: rest, STAGES[4]: decoder}
+
+
+def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> dict[str, Any]:
+    """GFLOP an image, on visible patches alone and as published (every masked patch computed too)."""
+    # Float32 keeps conversions, which XLA counts as operations, out of the figures.
+    model = dataclasses.replace(model, dtype="float32")
+    rows: list[Row] = []
+    ways = {VISIBLE_ONLY: on_visible(model), PUBLISHED: as_published(model)}
+    for way, config in ways.items():
+        by_hand = hand_count(config, image_size, keep, config.visible_only)
+        for stage, counts in xla_stages(config, image_size, keep).items():
+            rows.append({"way": way, "stage": stage, "by_hand": by_hand[stage], **_columns(counts)})
+        total = xla_count(config, image_size, keep)
+        rows.append({"way": way, "stage": "all, compiled", "by_hand": sum(by_hand.values()), **_columns(total)})
+    notes = [
+        "GFLOP an image; by_hand and xla_forward: forward pass. Stages: XLA's count before optimisation; all: of the "
+        "compiled program. XLA counts one of five turns of the loop in the depthwise kernels' gradient."
+    ]
+    settings = {"image_size": list(image_size), "visible_tokens": keep, "encoder": model.encoder}
+    return report("flops", settings, rows, notes)
+
+
+def _columns(counts: dict[str, float]) -> Row:
+    return {"xla_forward": counts["forward"], "xla_forward_backward": counts["forward + backward"]}

@@ -1,0 +1,99 @@
+"""What saving and observing cost: the same short run bare, with checkpoints, observed, and with both, in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infmae_jax.benchmarks import shards, timing
+from infmae_jax.benchmarks.end_to_end import short_run
+from infmae_jax.benchmarks.report import report
+from infmae_jax.training import loop
+from infmae_jax.training.config import PretrainConfig
+from infmae_jax.training.metrics import read_events
+from infmae_jax.training.pretraining import PretrainTask
+
+_WARM = 2  # steps that do not count: the first ones allocate
+
+
+class _TimedTask(PretrainTask):
+    """Notes when the loop takes each batch; it takes the next one only when the step before the last has ended."""
+
+    def batches(self, start_step: int, order: int) -> Any:
+        self.taken: list[float] = []
+        return _TimedBatches(super().batches(start_step, order), self.taken)
+
+
+class _TimedBatches:
+    def __init__(self, batches: Any, taken: list[float]):
+        self._batches, self._taken = batches, taken
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self._taken.append(time.perf_counter())
+        return next(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_every: int) -> dict[str, Any]:
+    """Milliseconds a step in each form and what it adds to the bare one, paired by round.
+
+    Args:
+      steps: of a run, between the third and the last; a checkpoint is saved after each third of them.
+      log_every: steps between logged ones where a run is observed: metrics.jsonl, TensorBoard, Prometheus file.
+    """
+    seconds: dict[str, list[float]] = {}
+    blocked = []
+    with shards.scratch(config, max(4 * batch, 64)) as (with_shards, folder):
+        forms = _forms(short_run(with_shards, batch, steps + _WARM + 1), steps, log_every, folder)
+        for number in range(rounds + 1):
+            for name in list(forms) if number % 2 == 0 else reversed(forms):
+                run = folder / "run"
+                task = _TimedTask(forms[name])
+                loop.train(task, forms[name], run)
+                if number:  # the first round compiles
+                    seconds.setdefault(name, []).append((task.taken[-1] - task.taken[_WARM]) / steps)
+                    blocked += [event["seconds_blocked"] for event in read_events(run) if event["event"] == "save"][:-1]
+                shutil.rmtree(run)
+    rows = []
+    for name in forms:
+        low, median, high = timing.spread(np.asarray(seconds[name]) * 1e3)
+        added = _added(seconds[name], seconds["bare"]) if name != "bare" else {}
+        rows.append({"form": name, "step_ms": median, "low": low, "high": high, **added})
+    notes = [
+        f"a save blocks the loop for {np.median(blocked):.3g} s (median of {len(blocked)}); added_percent: step time "
+        "over that of the bare run of the same round"
+    ]
+    settings = {
+        "batch": batch, "steps": steps, "save_every": max(1, steps // 3), "log_every": log_every, "rounds": rounds,
+        "image_size": list(config.data.image_size), "shards": shards.origin(config),
+    }  # fmt: skip
+    return report("overhead", settings, rows, notes)
+
+
+def _added(seconds: list[float], bare: list[float]) -> dict[str, float]:
+    low, median, high = timing.spread(100 * (np.divide(seconds, bare) - 1))
+    return {"added_percent": median, "added_low": low, "added_high": high}
+
+
+def _forms(bare: PretrainConfig, steps: int, log_every: int, folder: Path) -> dict[str, PretrainConfig]:
+    observe = dataclasses.replace(bare.observe, prometheus_file=str(folder / "metrics.prom"))
+    saving = {"checkpoint_every": f"{max(1, steps // 3)} steps"}
+    observing = {"log_every": f"{log_every} steps", "observe": observe}
+    bare = dataclasses.replace(bare, log_every="0 steps")
+    return {
+        "bare": bare,
+        "checkpoints": dataclasses.replace(bare, **saving),
+        "observed": dataclasses.replace(bare, **observing),
+        "both": dataclasses.replace(bare, **saving, **observing),
+    }

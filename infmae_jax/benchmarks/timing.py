@@ -1,0 +1,57 @@
+"""Seconds of things that are to be compared: measured in turns, so that whatever else the machine does hits all alike.
+
+Ratios are those of the same round; medians and first and last decile of the rounds are reported. The first round does
+not count: it compiles, fills caches and finds out how many calls make a slice that a clock can resolve.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+Call = Callable[[int], None]  # does the work so many times and returns when the device has finished it
+
+
+def take_turns(calls: Mapping[str, Call], rounds: int, slice_seconds: float = 0.5) -> dict[str, np.ndarray]:
+    """Seconds of one call of each contender in each round, (rounds,) float64.
+
+    Args:
+      calls: contenders by name. Every other round takes them in reverse, so that none always follows the same one.
+      rounds: that count.
+      slice_seconds: how long a contender works in a round, at least; one call if that takes longer.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call(1)
+        repeats[name] = max(1, round(slice_seconds / max(_seconds(call, 1), 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in list(calls) if number % 2 == 0 else reversed(calls):
+            seconds[name].append(_seconds(calls[name], repeats[name]) / repeats[name])
+    return {name: np.asarray(values) for name, values in seconds.items()}
+
+
+def _seconds(call: Call, times: int) -> float:
+    start = time.perf_counter()
+    call(times)
+    return time.perf_counter() - start
+
+
+def spread(values: np.ndarray) -> tuple[float, float, float]:
+    """First decile, median and last decile."""
+    low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
+    return float(low), float(median), float(high)
+
+
+def rate_row(seconds: np.ndarray, items: int) -> dict[str, float]:
+    """images_per_second with its low and high, and step_ms (median), of calls that each do `items` images."""
+    low, median, high = spread(items / seconds)
+    return {"images_per_second": median, "low": low, "high": high, "step_ms": float(np.median(seconds)) * 1e3}
+
+
+def ratio(baseline: np.ndarray, seconds: np.ndarray) -> str:
+    """How many times faster than the baseline, over the rounds: "median (low-high)"."""
+    low, median, high = spread(baseline / seconds)
+    return f"{median:.3g} ({low:.3g}-{high:.3g})"

@@ -1,0 +1,13 @@
+import dataclasses
+
+import pytest
+
+from configs.pretrain import inf30_base
+from infmae_jax.training.config import PretrainConfig, from_config
+
+
+@pytest.fixture(scope="session")
+def smoke() -> PretrainConfig:
+    """The published recipe at a size that compiles in seconds, in float32."""
+    config = from_config(PretrainConfig, inf30_base.get_config("smoke"))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))

@@ -1,0 +1,44 @@
+"""Operations: the count by hand against XLA's, against the published figures and against a count by enumeration."""
+
+import dataclasses
+
+import pytest
+
+from infmae_jax.benchmarks import flops
+from infmae_jax.models.infmae import variant
+
+SIZE, KEEP = (224, 224), 49
+SHALLOW = variant("base", depths=(2, 1, 2))
+
+
+@pytest.mark.parametrize("visible_only, published_gflop", [(False, 27.5), (True, 15.0)])
+def test_base_against_the_figures_of_the_plain_reimplementation(visible_only, published_gflop):
+    """Those have norms, activations and softmax, and predict visible patches too (2 % of 15.0)."""
+    by_hand = sum(flops.hand_count(variant("base"), SIZE, KEEP, visible_only).values())
+    assert 0.94 * published_gflop < by_hand < 0.98 * published_gflop
+
+
+@pytest.mark.parametrize("model", [
+    flops.on_visible(SHALLOW), flops.as_published(SHALLOW), dataclasses.replace(SHALLOW, encoder="vit")
+], ids=["visible only", "as published", "vit"])  # fmt: skip
+def test_every_stage_by_hand_is_a_little_less_than_xlas_count(model):
+    by_hand = flops.hand_count(model, SIZE, KEEP, model.visible_only)
+    by_xla = flops.xla_stages(model, SIZE, KEEP)
+    assert by_hand.keys() == by_xla.keys()
+    for stage, gflop in by_hand.items():
+        assert 0.9 * by_xla[stage]["forward"] < gflop <= by_xla[stage]["forward"], stage
+        # The first layer needs no gradient of its input.
+        assert 1.9 < by_xla[stage]["forward + backward"] / by_xla[stage]["forward"] < 3.01, stage
+    whole = flops.xla_count(model, SIZE, KEEP, compiled=False)
+    for what, gflop in whole.items():
+        assert sum(counts[what] for counts in by_xla.values()) == pytest.approx(gflop, rel=1e-3)
+
+
+def test_masked_patches_cost_nothing():
+    model = variant("small")
+    visible, published = (flops.hand_count(model, SIZE, KEEP, way) for way in (True, False))
+    for stage in flops.STAGES[:2]:
+        assert published[stage] == pytest.approx(196 / 49 * visible[stage])
+    assert published[flops.STAGES[2]] == visible[flops.STAGES[2]]
+    everything = flops.hand_count(dataclasses.replace(model, in_channels=1), SIZE, 196, True)
+    assert everything[flops.STAGES[0]] == published[flops.STAGES[0]]
