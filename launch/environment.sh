@@ -32,7 +32,8 @@ prepare_environment() {
     "$python" -m venv "$infmae_venv"
   fi
   echo "installing infmae-jax${extras:+[$extras]} (a few minutes the first time)" >&2
-  "$infmae_venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$infmae_root${extras:+[$extras]}" || {
+  "$infmae_venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    -e "$infmae_root${extras:+[$extras]}" || {
     echo "error: installation failed; look at the messages above, then run the same command again" >&2
     return 2
   }
