@@ -19,8 +19,10 @@ from data_pipelines.errors import InputError
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.goodput import LostTime, lost_time
 from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
+from infmae_jax.training.record import RECORD_NAME
+from infmae_jax.training.run_folder import CONFIG_NAME
 
-CONFIG_NAME, RECORD_NAME, PICTURES = "config.json", "record.json", "pictures"
+PICTURES = "pictures"
 _ENDINGS = ("finished", "preempted", "interrupted", "stopped")
 _STARTS = ("start", "resume")
 _INTERRUPTED = 130  # exit code that a `preempted` event carries after Ctrl-C

@@ -49,7 +49,7 @@ class EventLog:
         self._guard = _Guard(EVENTS_NAME)
 
     def write(self, event: str, step: int, **details: Any) -> None:
-        """One line: the time, the step that would be made next, the event's name, and what is known of it."""
+        """One line: the time, the step that it happened at, the event's name, and what is known of it."""
         if self._file is not None:
             with self._guard:
                 row = {"time": time.time(), "step": int(step), "event": event, **details}

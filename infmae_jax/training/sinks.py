@@ -153,13 +153,16 @@ class Prometheus:
     """A text file for the textfile collector of node_exporter: the latest values, as infmae_<key>{run="..."}.
 
     A key with slashes, param_norm/encoder/..., becomes infmae_param_norm{layer="encoder/..."}. `infmae_time` is when
-    the file was written, in unix seconds, by which a run that stands still is found.
+    the row was logged, in unix seconds, by which a run that stands still is found. Replacing a file can wait for the
+    disk, and nobody scrapes more often: rows within `interval` seconds of the last one wait for the next, or the end.
     """
 
     name, errors = "observe.prometheus_file", (OSError,)
 
-    def __init__(self, path: str, run: str):
-        self._path, self._run = Path(path), run
+    def __init__(self, path: str, run: str, interval: float = 5.0):
+        self._path, self._run, self._interval = Path(path), run, interval
+        self._latest: Mapping[str, float] | None = None
+        self._next_time = 0.0
         if self._path.suffix != ".prom":
             raise InputError(f"observe.prometheus_file={path} does not end in .prom: node_exporter would not read it")
         if not os.access(self._path.parent, os.W_OK | os.X_OK):
@@ -169,19 +172,10 @@ class Prometheus:
             )
 
     def write(self, row: Mapping[str, float]) -> None:
-        from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
-
-        registry = CollectorRegistry()
-        gauges: dict[str, Gauge] = {}
-        for key, value in row.items():
-            family, _, layer = key.partition("/")
-            labels = {"run": self._run, **({"layer": layer} if layer else {})}
-            name = f"infmae_{re.sub('[^a-zA-Z0-9_]', '_', family)}"
-            if name not in gauges:
-                text = f"{family.replace('_', ' ')} at the last logged step"
-                gauges[name] = Gauge(name, text, list(labels), registry=registry)
-            gauges[name].labels(**labels).set(value)
-        write_to_textfile(str(self._path), registry)
+        self._latest = row
+        if row["time"] >= self._next_time:
+            self._next_time = row["time"] + self._interval
+            self._replace()
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         pass
@@ -190,7 +184,23 @@ class Prometheus:
         pass
 
     def close(self) -> None:
-        pass
+        if self._latest is not None:
+            self._replace()
+
+    def _replace(self) -> None:
+        from prometheus_client import CollectorRegistry, Gauge, write_to_textfile
+
+        registry = CollectorRegistry()
+        gauges: dict[str, Gauge] = {}
+        for key, value in self._latest.items():
+            family, _, layer = key.partition("/")
+            labels = {"run": self._run, **({"layer": layer} if layer else {})}
+            name = f"infmae_{re.sub('[^a-zA-Z0-9_]', '_', family)}"
+            if name not in gauges:
+                text = f"{family.replace('_', ' ')} at the last logged step"
+                gauges[name] = Gauge(name, text, list(labels), registry=registry)
+            gauges[name].labels(**labels).set(value)
+        write_to_textfile(str(self._path), registry)
 
 
 class WeightsAndBiases:

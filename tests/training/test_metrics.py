@@ -288,6 +288,7 @@ def test_prometheus_file_holds_the_latest_values(tmp_path):
     run = tmp_path / 'a "run"'
     with contextlib.closing(MetricsWriter(run, 0, observe=ObserveConfig(prometheus_file=str(path)))) as writer:
         writer.write(row(0))
+        assert 'step{run="a \\"run\\""} 0.0' in path.read_text()  # the first row is there at once
         writer.write({**row(7), "mfu": float("nan"), "param_norm/encoder/a": 1.5, "param_norm/encoder/b": 2.5})
     text = path.read_text()
     assert "# TYPE infmae_loss gauge" in text and "# HELP infmae_loss " in text
