@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import threading
+import itertools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 
 from data_pipelines.decode import decode_record_pixels
+from data_pipelines.image_cache import CachedImage, FreshImage, open_caches
 from data_pipelines.intensity import to_uint8
-from data_pipelines.records import CorruptRecord, Record, decode_record, open_source, source_units
+from data_pipelines.records import CorruptRecord, Record, decode_record, open_source, read_manifest, source_units
 
 T = TypeVar("T")
 
@@ -45,34 +47,16 @@ class Intensity:
         return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
 
 
-@dataclasses.dataclass(frozen=True)
-class _DecodedRecord(Record):
-    """A record whose payload has been replaced by its pixels: (H, W) uint8."""
-
-    pixels: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 0), np.uint8))
-
-
 class ExampleSource:
     """The images of one or more shard sets, in manifest order. Safe to pickle and to read from several threads."""
 
-    def __init__(self, folders: tuple[str, ...], intensity: Intensity, cache_bytes: int = 0):
-        """Sets in local `folders`; decoded images are kept until they take `cache_bytes`, each process its own."""
+    def __init__(self, folders: tuple[str, ...], intensity: Intensity, cache: str = ""):
+        """Sets in local `folders`; decoded images are kept in the folder `cache` (see `data_pipelines.image_cache`)."""
         self._source = open_source(folders)
         self._intensity = intensity
-        self._cache_bytes = cache_bytes
-        self._start_cache()
-
-    def _start_cache(self) -> None:
-        self._kept: dict[int, Record] = {}
-        self._room = self._cache_bytes
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_source", "_intensity", "_cache_bytes")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._start_cache()
+        manifests = [read_manifest(folder) for folder in folders]
+        self._starts = [0, *itertools.accumulate(manifest.count for manifest in manifests)]
+        self._caches = open_caches(cache, manifests, repr(intensity)) if cache else []
 
     def __len__(self) -> int:
         return len(self._source)
@@ -83,23 +67,18 @@ class ExampleSource:
         Raises:
           CorruptRecord: the record is damaged.
         """
-        kept = self._kept.get(index)
-        if kept is not None:
-            return kept
-        record = decode_record(self._source[index])
-        return self._keep(index, record) if self._room > 0 else record
+        return decode_record(self._source[index])
 
-    def _keep(self, index: int, record: Record) -> Record:
-        pixels = self.image(record)
-        facts = {field.name: getattr(record, field.name) for field in dataclasses.fields(Record)}
-        decoded = _DecodedRecord(**(facts | {"payload": b""}), pixels=pixels)
-        with self._lock:
-            if index not in self._kept and pixels.nbytes <= self._room:
-                self._kept[index] = decoded
-                self._room -= pixels.nbytes
-            elif pixels.nbytes > self._room:
-                self._room = 0  # full: stop trying, lest every further record be copied for nothing
-        return decoded
+    def _open(self, index: int) -> Record | CachedImage | FreshImage:
+        if not self._caches:
+            return self.record(index)
+        number = bisect.bisect_right(self._starts, index) - 1
+        cache, place = self._caches[number], index - self._starts[number]
+        image = cache.find(place)
+        if image is None:
+            image = FreshImage(self.image(self.record(index)))
+            cache.store(place, image.pixels)
+        return image
 
     def image(self, record: Record, half: bool = False) -> np.ndarray:
         """Decodes a record.
@@ -114,17 +93,16 @@ class ExampleSource:
         Raises:
           CorruptRecord: the payload is damaged.
         """
-        if isinstance(record, _DecodedRecord):
-            return record.pixels
         pixels = _half_pixels(record) if half and record.encoding == "jpeg" else decode_record_pixels(record)
         return self._intensity.apply(pixels, record)
 
-    def read(self, index: int, make: Callable[[Record], T]) -> tuple[T, int]:
+    def read(self, index: int, make: Callable[..., T]) -> tuple[T, int]:
         """Makes something of record `index`; when it is damaged, of the next good one: a function of the shards alone.
 
         Args:
           index: which record.
-          make: decodes the record it is given; called again with the next one when it raises `CorruptRecord`.
+          make: decodes the `Record` it is given (with a cache: takes a `CachedImage` or `FreshImage`, which has neither
+            key nor payload); called again with the next one when it raises `CorruptRecord`.
 
         Returns:
           What `make` returned, and -1, or `index` when this comes from a substitute.
@@ -135,7 +113,7 @@ class ExampleSource:
         errors: list[CorruptRecord] = []
         for candidate in range(index, index + min(MAX_SUBSTITUTES + 1, len(self))):
             try:
-                return make(self.record(candidate % len(self))), index if errors else -1
+                return make(self._open(candidate % len(self))), index if errors else -1
             except CorruptRecord as error:
                 errors.append(error)
         raise CorruptRecord(f"record {index} and the {len(errors) - 1} after it are damaged: {errors[0]}") from errors[

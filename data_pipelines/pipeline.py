@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import signal
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -26,13 +27,24 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from data_pipelines.augment import InfraredAugment, center_crop_resize, crop_box, flip, infrared_augment, resize_box
+from data_pipelines.augment import (
+    InfraredAugment,
+    center_crop_resize,
+    crop_box,
+    flip,
+    infrared_augment,
+    resize,
+    resize_box,
+)
+from data_pipelines.commands import EXIT_LOST
 from data_pipelines.errors import InputError
 from data_pipelines.examples import ExampleSource, Intensity
+from data_pipelines.image_cache import CachedImage, FreshImage
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.order import RecordOrder
 from data_pipelines.records import CorruptRecord, Record, read_manifest
 from data_pipelines.remote import local_folders
+from data_pipelines.workers import follow_parent
 
 # The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
 MIN_SAMPLES_JUDGED = 1000
@@ -41,6 +53,8 @@ DECODINGS = ("exact", "fast")
 
 class WorkerDied(InputError):
     """A worker process ended by itself: killed, most often for memory, or crashed."""
+
+    exit_code = EXIT_LOST
 
 
 class DamagedShards(InputError):
@@ -65,8 +79,8 @@ class PipelineConfig:
       intensity: stored integers to 8 bit.
       decoding: "exact", or "fast": crops larger than `image_size` are cut from JPEGs decoded at half their size. Same
         boxes, softer pixels (README, "Data").
-      cache_mb: keep decoded images in memory, up to so many megabytes a reading process; later epochs then skip reading
-        and decoding. 0 keeps none. Changes no pixel.
+      cache: folder on a local disk in which decoded images are kept for later epochs, other processes and later runs
+        (one byte a pixel of the shards); changes no pixel. Empty: none are kept.
       max_corrupt: stop when damaged records are more than this share of the samples (of 1,000 samples at least); until
         then the next good record takes a damaged one's place and is counted.
       workers: reading processes; 0 reads in this one.
@@ -86,7 +100,7 @@ class PipelineConfig:
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
     decoding: str = "exact"
-    cache_mb: int = 0
+    cache: str = ""
     max_corrupt: float = 0.01
     workers: int = 0
     threads: int = 2
@@ -105,22 +119,13 @@ class PipelineConfig:
             raise InputError(
                 f"data.scale={self.scale} must lie in (0, 1], data.ratio={self.ratio} above 0, both in ascending order"
             )
-        for name, least in (
-            ("batch_size", 1),
-            ("seed", 0),
-            ("workers", 0),
-            ("threads", 0),
-            ("prefetch", 1),
-            ("cache_mb", 0),
-        ):
+        for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("threads", 0), ("prefetch", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"data.{name}={getattr(self, name)} must be at least {least}")
         if self.decoding not in DECODINGS:
             raise InputError(f"data.decoding={self.decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
-        if self.cache_mb and self.decoding != "exact":
-            raise InputError(
-                "data.cache_mb keeps whole images, data.decoding='fast' makes half ones; choose one of them"
-            )
+        if self.cache and self.decoding != "exact":
+            raise InputError("data.cache keeps whole images, data.decoding='fast' makes half ones; choose one of them")
         if self.seed >= 2**32:
             raise InputError(f"data.seed={self.seed} must be below 2**32")
         if not 0 <= self.max_corrupt <= 1:
@@ -234,9 +239,16 @@ def train_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl flags to start workers; outside absl's `app.run` none exist
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch)
+            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch), _start_worker
         )
     return TrainBatches(iter(dataset), maker.source, config)
+
+
+def _start_worker(number: int, count: int) -> None:
+    """A cluster's scheduler sends its signals to all processes of a job; when to end is this one's parent's to decide."""
+    del number, count
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    follow_parent()
 
 
 def num_examples(config: PipelineConfig) -> int:
@@ -260,7 +272,7 @@ def sample_generator(config: PipelineConfig, position: int) -> np.random.Generat
 
 def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
-    source = _open(config)
+    source = _uncached(config)
 
     def key(record: Record) -> str:
         source.image(record)
@@ -279,7 +291,7 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     Returns:
       `image` (count, H, W, 1) uint8 and `ids_keep` (count, K) int32.
     """
-    source = _open(config)
+    source = _uncached(config)
     indices = np.linspace(0, len(source) - 1, count).astype(int)
     images = [source.read(int(index), source.image)[0] for index in indices]
     views = np.stack([center_crop_resize(image, config.image_size) for image in images])
@@ -287,9 +299,9 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     return {"image": views[..., None], "ids_keep": _visible(views, generators, config.mask)}
 
 
-def _open(config: PipelineConfig) -> ExampleSource:
+def _uncached(config: PipelineConfig) -> ExampleSource:
     _counts(config)
-    return ExampleSource(local_folders(config.shards), config.intensity, config.cache_mb * 10**6)
+    return ExampleSource(local_folders(config.shards), config.intensity)
 
 
 def _counts(config: PipelineConfig) -> list[int]:
@@ -310,8 +322,8 @@ class _BatchMaker:
     """Random access to one host's batches by step, as a Grain source. Holds files, not pixels: cheap to pickle."""
 
     def __init__(self, config: PipelineConfig, process_index: int, process_count: int):
-        self.source = _open(config)
         self._config, self._order = config, _order(config)
+        self.source = ExampleSource(local_folders(config.shards), config.intensity, config.cache)
         self._size = config.batch_size // process_count
         self._offset = process_index * self._size
 
@@ -331,16 +343,21 @@ class _BatchMaker:
             generators.append(rng)
         return {"image": images[..., None], "ids_keep": _visible(images, generators, config.mask), "corrupt": corrupt}
 
-    def _crop(self, record: Record, position: int) -> tuple[np.ndarray, np.random.Generator]:
+    def _crop(
+        self, record: Record | CachedImage | FreshImage, position: int
+    ) -> tuple[np.ndarray, np.random.Generator]:
         """The augmented crop of a record, `image_size` uint8, and the sample's generator after it."""
         config = self._config
         # Made here, as a substitute for a damaged record must not depend on how far the damaged one came.
         rng = sample_generator(config, position)
         box = crop_box(rng, record.height, record.width, config.scale, config.ratio)
-        larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
-        image = self.source.image(record, half=config.decoding == "fast" and larger)
-        shrunk = 1 if image.shape == (record.height, record.width) else 2
-        crop = resize_box(image, box, shrunk, config.image_size)
+        if isinstance(record, Record):
+            larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
+            image = self.source.image(record, half=config.decoding == "fast" and larger)
+            shrunk = 1 if image.shape == (record.height, record.width) else 2
+            crop = resize_box(image, box, shrunk, config.image_size)
+        else:
+            crop = resize(record.read(box), config.image_size)
         if config.flip:
             crop = flip(crop, rng)
         return infrared_augment(crop, rng, config.augment), rng

@@ -9,30 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
-import os
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines import scaling
 from data_pipelines.augment import MEAN, STD, crop_box, random_resized_crop
 from data_pipelines.decode import decode_record_pixels
 from data_pipelines.errors import InputError
 from data_pipelines.examples import ExampleSource, Intensity
 from data_pipelines.masking import mask_from_ids, select_visible, token_scores
 from data_pipelines.order import RecordOrder
-from data_pipelines.pipeline import PipelineConfig, num_examples, train_batches
+from data_pipelines.pipeline import PipelineConfig, TrainBatches, num_examples, train_batches
 from data_pipelines.records import Record
 from data_pipelines.remote import local_folders
 
 Row = dict[str, Any]
 # Enough different images that no cache below main memory holds them.
 POOL = 256
-CACHE_MB = 2000
 WARM_SAMPLES = 2000
+# A cache of larger sets would take too long to fill.
+MOST_CACHED = 6000
 
 
 def run(
@@ -42,7 +45,7 @@ def run(
 
     Args:
       shards: shard sets.
-      workers: also measure this many worker processes on all cores; 0 leaves that row out.
+      workers: also measure this many worker processes on all cores, if more than the 2 that are measured on two cores.
       seconds: time for all rows together.
       batch_size: images a batch.
       rounds: turns that each row gets.
@@ -50,8 +53,9 @@ def run(
     Returns:
       Rows with the keys `name`, `images_per_second` (median of the rounds), `low` and `high` (first and last decile),
       `per` ("core" or "machine"), `versus` (a ratio to another row, median of the rounds, or None), `versus_row` (that
-      row's name) and `note`. The rows "fast against exact" and "exact against Pillow" hold `mean_difference`,
-      `max_difference` (gray levels) and `kept_tokens_changed` (a share) in place of the rates.
+      row's name) and `note`. The rows "… against exact" and "pipeline against Pillow" hold `mean_difference`,
+      `max_difference` (gray levels), `pixels_changed` and `kept_tokens_changed` (shares) in place of the rates. The
+      cached mode is left out for sets of more than 6,000 records.
 
     Raises:
       InputError: unusable shards.
@@ -59,11 +63,11 @@ def run(
     config = PipelineConfig(tuple(shards), batch_size=batch_size, threads=0)
     if num_examples(config) < 2:
         raise InputError(f"{shards[0]} holds too few records to measure; prepare a set of some hundred images")
-    share = 0.8 if len(_cores()) > 1 or workers else 1.0
+    share = 0.7 if len(scaling.cores()) > 1 or workers > 2 else 1.0
     rows = _per_core_rows(config, seconds * share, rounds)
     if share < 1.0:
         rows += _machine_rows(config, workers, seconds * (1 - share), max(3, rounds // 5))
-    return [*rows, _difference_to_pillow(config), _difference_of_fast(config)]
+    return [*rows, _difference_to_pillow(config), *_differences_of_ways(config)]
 
 
 def classic_batch(payloads: Sequence[bytes], rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
@@ -154,33 +158,27 @@ def _stages(config: PipelineConfig, source: ExampleSource, pool: _Pool) -> dict[
 
 def _per_core_rows(config: PipelineConfig, seconds: float, rounds: int) -> list[Row]:
     source = ExampleSource(local_folders(config.shards), Intensity())
-    fast = dataclasses.replace(config, decoding="fast")
-    cached = dataclasses.replace(config, cache_mb=CACHE_MB)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_pinned(1))
-        exact_batches, fast_batches, cached_batches = (
-            stack.enter_context(train_batches(c)) for c in (config, fast, cached)
-        )
+        stack.enter_context(scaling.pinned(1))
+        ways = {
+            name: stack.enter_context(train_batches(way))
+            for name, way in _ways(config, stack.enter_context(_cache_folder())).items()
+        }
         # The steady state of a long run: weights of the usual crop sizes made, an epoch of images in the cache.
-        for batches, samples in (
-            (exact_batches, min(4 * len(source), WARM_SAMPLES)),
-            (fast_batches, min(4 * len(source), WARM_SAMPLES)),
-            (cached_batches, min(len(source), 3 * CACHE_MB)),
-        ):
+        for name, batches in ways.items():
+            samples = len(source) if name == "pipeline cached" else min(4 * len(source), WARM_SAMPLES)
             while batches.samples < samples:
                 next(batches)
         stages = {
-            "pipeline": lambda: len(next(exact_batches)["image"]),
-            "pipeline fast": lambda: len(next(fast_batches)["image"]),
-            "pipeline cached": lambda: len(next(cached_batches)["image"]),
+            **{name: functools.partial(_count_next, batches) for name, batches in ways.items()},
             **_stages(config, source, _Pool.load(source, config)),
         }
         rates = _take_turns(stages, seconds, rounds)
-    versus = {name: "classic" for name in ("pipeline", "pipeline fast", "pipeline cached")} | {"mask": "pipeline"}
+    versus = dict.fromkeys(ways, "classic") | {"mask": "pipeline"}
     notes = {
         "pipeline": "shards to batches, crops within one level of Pillow's",
         "pipeline fast": "decoding='fast'",
-        "pipeline cached": f"cache_mb={CACHE_MB}, for a set that fits, after its first epoch; pixels as exact",
+        "pipeline cached": "cache=FOLDER, after the first epoch",
         "classic": "Pillow RGB, bicubic RandomResizedCrop, ToTensor, Normalize, float32",
         "crop": "of decoded images",
         "mask": f"{config.mask.score}, {config.mask.selection}, of crops",
@@ -188,35 +186,35 @@ def _per_core_rows(config: PipelineConfig, seconds: float, rounds: int) -> list[
     return [_row(name, "core", rates, versus.get(name), notes.get(name, "")) for name in stages]
 
 
+def _ways(config: PipelineConfig, cache: str) -> dict[str, PipelineConfig]:
+    """The pipeline's named modes: exact, fast and, for sets that it fills quickly, cached."""
+    ways = {"pipeline": config, "pipeline fast": dataclasses.replace(config, decoding="fast")}
+    if num_examples(config) <= MOST_CACHED:
+        ways["pipeline cached"] = dataclasses.replace(config, cache=cache)
+    return ways
+
+
+def _cache_folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="infmae-bench-")
+
+
+def _count_next(batches: TrainBatches) -> int:
+    return len(next(batches)["image"])
+
+
 def _machine_rows(config: PipelineConfig, workers: int, seconds: float, rounds: int) -> list[Row]:
-    """One core against two, with threads; and worker processes on all cores."""
+    """One core against two; and worker processes on all cores."""
     rows = []
-    if len(_cores()) > 1:
-        rates: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            for cores in (1, 2):
-                one = dataclasses.replace(config, threads=0 if cores == 1 else cores, prefetch=cores)
-                rates.setdefault(f"pipeline on {cores}", []).append(_wall_rate(one, seconds / rounds / 3, cores))
-        rows.append(_row("pipeline on 1", "machine", rates, None, "1 core, wall time"))
-        rows.append(_row("pipeline on 2", "machine", rates, "pipeline on 1", "2 cores, 2 threads, wall time"))
-    if workers:
-        name, cores = f"pipeline, {workers} workers", len(_cores())
-        spread = dataclasses.replace(config, threads=1, workers=workers)
-        rates = {name: [_wall_rate(spread, seconds / rounds, cores) for _ in range(rounds)]}
-        rows.append(_row(name, "machine", rates, None, f"{workers} worker processes on {cores} cores, wall time"))
+    if len(scaling.cores()) > 1:
+        rates = scaling.two_core_rates(config, seconds, rounds)
+        rows = [_row(name, "machine", rates, name != scaling.ONE and scaling.ONE, scaling.NOTES[name]) for name in rates]
+    if workers > 2:
+        name, turns = f"{workers} workers", max(2, rounds // 4)
+        spread = dataclasses.replace(config, threads=0, workers=workers)
+        rates = {name: [scaling.wall_rate(spread, seconds / turns / 4) for _ in range(turns)]}
+        note = f"{workers} worker processes on {len(scaling.cores())} cores, wall time"
+        rows.append(_row(name, "machine", rates, None, note))
     return rows
-
-
-def _wall_rate(config: PipelineConfig, seconds: float, cores: int) -> float:
-    """Images a second of wall time in a steady state, on `cores` cores."""
-    with _pinned(cores), train_batches(config) as batches:
-        # What was made ahead while nobody waited must not be counted.
-        for _ in range(config.threads and config.prefetch + max(1, config.workers) * config.prefetch):
-            next(batches)
-        start, images = time.perf_counter(), 0
-        while images == 0 or time.perf_counter() - start < seconds:
-            images += len(next(batches)["image"])
-        return images / (time.perf_counter() - start)
 
 
 def _take_turns(stages: dict[str, Callable[[], int]], seconds: float, rounds: int) -> dict[str, list[float]]:
@@ -253,16 +251,22 @@ def _difference_to_pillow(config: PipelineConfig) -> Row:
         box = crop_box(np.random.default_rng(seed), *image.shape)
         ours.append(random_resized_crop(image, np.random.default_rng(seed), config.image_size))
         theirs.append(np.asarray(Image.fromarray(box.of(image)).resize((width, height), Image.Resampling.BICUBIC)))
-    return _difference("exact against Pillow", np.stack(ours), np.stack(theirs), config)
+    return _difference("pipeline against Pillow", np.stack(ours), np.stack(theirs), config)
 
 
-def _difference_of_fast(config: PipelineConfig) -> Row:
-    """Batches of the fast mode against the exact ones: the same boxes, so pixels and tokens can be compared."""
-    images = []
-    for decoding in ("exact", "fast"):
-        with train_batches(dataclasses.replace(config, decoding=decoding, batch_size=POOL)) as batches:
-            images.append(next(batches)["image"][..., 0])
-    return _difference("fast against exact", images[1], images[0], config)
+def _differences_of_ways(config: PipelineConfig) -> list[Row]:
+    """Batches of the other modes against the exact ones: the same boxes, so pixels and tokens can be compared."""
+    with _cache_folder() as cache:
+        ways = _ways(dataclasses.replace(config, batch_size=POOL), cache)
+        if "pipeline cached" in ways:
+            _first_batch(ways["pipeline cached"])  # fills the cache
+        exact, *others = ((name, _first_batch(way)) for name, way in ways.items())
+    return [_difference(f"{name} against exact", images, exact[1], config) for name, images in others]
+
+
+def _first_batch(config: PipelineConfig) -> np.ndarray:
+    with train_batches(config) as batches:
+        return next(batches)["image"][..., 0]
 
 
 def _difference(name: str, images: np.ndarray, reference: np.ndarray, config: PipelineConfig) -> Row:
@@ -278,21 +282,3 @@ def _difference(name: str, images: np.ndarray, reference: np.ndarray, config: Pi
         "kept_tokens_changed": float((theirs & ~ours).sum() / theirs.sum()),
         "note": f"{len(images)} crops, gray levels",
     }
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-
-
-@contextlib.contextmanager
-def _pinned(count: int) -> Iterator[None]:
-    """Keeps this process, and threads started meanwhile, on its last `count` cores; does nothing where it cannot."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = _cores()
-    os.sched_setaffinity(0, before[-count:])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

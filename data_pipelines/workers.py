@@ -38,7 +38,7 @@ def worker_pool(workers: int | None, tasks: int) -> Iterator[RunAll]:
         return
     # Spawned, not forked: the record writer and the decoders run threads.
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
         yield lambda function, tasks: _run_all(pool, workers, function, tasks)
     finally:
@@ -68,12 +68,15 @@ def _run_all(
         ) from None
 
 
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed must not live on."""
+def follow_parent() -> None:
+    """Called in a worker process: leaves Ctrl-C to its parent, and ends it within a moment of its parent's death.
+
+    However the parent died and whatever the worker does: a thread waits for it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def follow_parent() -> None:
+    def wait() -> None:
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+from collections import Counter
 
 import numpy as np
 from PIL import Image
@@ -43,9 +44,10 @@ def write_set(folder, records, shards=2):
         write_shard(folder / f"data-{k}.array_record", [encode_record(r) for r in records[k::shards]])
         for k in range(shards)
     ]
+    sizes = dict(Counter(f"{record.width}x{record.height}" for record in records))
+    depths = dict(Counter(str(record.bit_depth) for record in records))
     write_manifest(
-        folder,
-        Manifest(len(records), tuple(written), {}, {"8": len(records)}, 0.4, 0.2, 6.5, fingerprint_shards(written)),
+        folder, Manifest(len(records), tuple(written), sizes, depths, 0.4, 0.2, 6.5, fingerprint_shards(written))
     )
     return str(folder)
 

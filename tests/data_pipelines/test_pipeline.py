@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.augment import InfraredAugment, center_crop_resize, flip, infrared_augment, random_resized_crop
+from data_pipelines.commands import EXIT_LOST
 from data_pipelines.decode import decode_record_pixels
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Intensity
@@ -105,18 +106,6 @@ def test_fast_decoding_takes_the_same_boxes_softer(tmp_path):
     assert 0.3 < softened[softened > 0].mean() < 4
     plain = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(images, fast, strict=True)]
     assert min(plain) > 0.98
-
-
-@pytest.mark.parametrize("limit", [1, 10**6])
-def test_the_cache_changes_nothing_and_keeps_to_its_size(damaged, limit, monkeypatch):
-    plain = _config(damaged, threads=2)
-    with train_batches(dataclasses.replace(plain, cache_mb=limit)) as batches:
-        source = batches._source
-        monkeypatch.setattr(source, "_room", limit * 10_000)  # two images of 60 x 80, or all
-        cached = [sample_digests(next(batches)) for _ in range(9)]
-    assert cached == [sample_digests(batch) for batch in _take(plain, 9)]
-    kept = {index: record.pixels.nbytes for index, record in source._kept.items()}
-    assert len(kept) == (2 if limit == 1 else COUNT - 2) and sum(kept.values()) == 4800 * len(kept)
 
 
 def test_every_epoch_is_a_permutation_of_its_own(shards):
@@ -252,10 +241,53 @@ def test_a_killed_worker_is_reported(shards):
         next(batches)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         start = time.monotonic()
-        with pytest.raises(WorkerDied, match="lower data"):
+        with pytest.raises(WorkerDied, match="lower data") as caught:
             for _ in range(200):
                 next(batches)
         assert time.monotonic() - start < 30
+        assert caught.value.exit_code == EXIT_LOST
+
+
+READS_UNTIL_KILLED = """
+import multiprocessing, sys
+from data_pipelines.pipeline import PipelineConfig, train_batches
+if __name__ == "__main__":
+    batches = train_batches(PipelineConfig(shards=(sys.argv[1],), batch_size=8, workers=2, image_size=(64, 64)))
+    for _ in range(2):  # one of each worker: both have started
+        next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    for _ in range(40):
+        next(batches)
+    print("still reading", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_workers_leave_signals_to_their_parent_and_die_with_it(shards, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(READS_UNTIL_KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, script, shards], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        workers = [int(word) for word in process.stdout.readline().split()]
+        assert len(workers) == 2
+        # What a scheduler sends to all processes of a job, and a terminal to all of its foreground.
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+            os.kill(worker, signal.SIGINT)
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "still reading\n"
+    finally:
+        process.kill()
+        process.communicate()
+    deadline = time.monotonic() + 30
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -303,7 +335,7 @@ def test_a_program_that_does_not_close_ends_cleanly(shards, tmp_path):
         ({"threads": -1}, "threads"),
         ({"max_corrupt": 1.5}, "max_corrupt"),
         ({"decoding": "rough"}, "decoding"),
-        ({"decoding": "fast", "cache_mb": 10}, "cache_mb"),
+        ({"decoding": "fast", "cache": "folder"}, "data.cache"),
         ({"mask": MaskConfig(stride=1)}, "6 of 6"),
     ],
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import throughput
+from data_pipelines import scaling, throughput
 from data_pipelines.augment import MEAN, STD, crop_box
 from data_pipelines.errors import InputError
 from tests.data_pipelines.shard_sets import make_image, make_record, make_set, write_set
@@ -29,18 +29,23 @@ def test_every_promised_row_is_there_with_plausible_rates(rows):
         assert rows[part]["high"] > rows["pipeline"]["low"]
     assert rows["pipeline"]["versus_row"] == "classic" and rows["pipeline"]["versus"] > 1
     if len(os.sched_getaffinity(0)) > 1:
-        assert rows["pipeline on 2"]["versus_row"] == "pipeline on 1"
+        ways = [name for name, row in rows.items() if row.get("versus_row") == scaling.ONE]
+        assert ways == [scaling.THREADS, scaling.WORKERS, scaling.APART]
+        assert all(rows[name]["versus"] > 0 and rows[name]["per"] == "machine" for name in ways)
 
 
 def test_differences_are_those_of_the_same_crops(rows):
-    exact, fast = rows["exact against Pillow"], rows["fast against exact"]
+    exact, fast, cached = (
+        rows[name] for name in ("pipeline against Pillow", "pipeline fast against exact", "pipeline cached against exact")
+    )
     assert exact["max_difference"] <= 1 and exact["mean_difference"] < 0.3
     assert 0 < fast["mean_difference"] < 20 and 0 <= fast["kept_tokens_changed"] <= 1
+    assert cached["max_difference"] == cached["pixels_changed"] == cached["kept_tokens_changed"] == 0
 
 
 def test_the_process_keeps_its_cores(rows):
     del rows
-    assert len(os.sched_getaffinity(0)) == len(throughput._cores())
+    assert len(os.sched_getaffinity(0)) == len(scaling.cores())
 
 
 def test_classic_batch_is_torchvisions_recipe():
