@@ -1,5 +1,8 @@
 """Mesh and sharding rules."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,29 +15,72 @@ from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step
+from infmae_jax.training.step import make_train_step, stop_flags
+
+SMALL = InfMAEConfig(
+    widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What `arrange` asks of a device."""
+
+    id: int
+    process_index: int = 0
+    platform: str = "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice(Device):
+    slice_index: int = 0
+
+
+def devices(processes, each):
+    return [Device(process * each + i, process) for process in range(processes) for i in range(each)]
+
+
+def ids(array):
+    return np.vectorize(lambda device: device.id)(array).tolist()
 
 
 def state_shapes(config, keep=49, size=224):
     def create(key):
         ids_keep = jnp.zeros((1, keep), jnp.int32)
         params = InfMAE(config).init(key, jnp.zeros((1, size, size, 1)), ids_keep)["params"]
-        return TrainState.create(params, make_optimizer(OptimizerConfig(), lambda step: 1e-3))
+        return TrainState.create(params, make_optimizer(OptimizerConfig(clip_norm=1.0)))
 
     return create, jax.eval_shape(create, jax.random.key(0))
 
 
-@pytest.mark.parametrize("encoder", ["hybrid", "vit"])
-def test_every_parameter_matches_exactly_one_rule_and_moments_follow(encoder):
-    _, shapes = state_shapes(variant("base", encoder=encoder))
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
+@pytest.mark.parametrize(("name", "encoder"), [("base", "hybrid"), ("large", "hybrid"), ("base", "vit")])
+def test_every_parameter_matches_exactly_one_rule_and_moments_follow(name, encoder):
+    _, shapes = state_shapes(variant(name, encoder=encoder))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     specs = sharding.state_shardings(shapes, mesh)
-    moments = specs.opt_state[0]
-    assert jax.tree.leaves(moments.mu) == jax.tree.leaves(specs.params) == jax.tree.leaves(moments.nu)
-    sizes = jax.tree.map(lambda s, n: (s.size, n.spec != PartitionSpec()), shapes.params, specs.params)
-    pairs = jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple))
-    cut = sum(size for size, is_cut in pairs if is_cut)
-    assert cut > 0.99 * sum(size for size, _ in pairs)
+    adam = next(s for s in jax.tree.leaves(specs.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    assert jax.tree.leaves(adam.mu) == jax.tree.leaves(specs.params) == jax.tree.leaves(adam.nu)
+    assert {s.spec for s in jax.tree.leaves((specs.step, specs.guard, adam.count))} == {PartitionSpec()}
+
+    paths = jax.tree_util.tree_leaves_with_path(specs.params)
+    flat = {sharding.path_text(path): s.spec for path, s in paths}
+    first = [path for path in flat if path.endswith("fc1/kernel")]
+    for path in first:  # the two layers of an MLP are cut by the same units
+        assert flat[path] == PartitionSpec(None, ("tensor", "fsdp"))
+        assert flat[path.replace("fc1", "fc2")] == PartitionSpec(("tensor", "fsdp"), None)
+        assert flat[path.replace("kernel", "bias")] == PartitionSpec("tensor")
+
+    def numbers_on_a_device(shardings):
+        local = jax.tree.map(lambda leaf, s: math.prod(s.shard_shape(leaf.shape)), shapes.params, shardings)
+        return sum(jax.tree.leaves(local))
+
+    sizes = {sharding.path_text(p): leaf.size for p, leaf in jax.tree_util.tree_leaves_with_path(shapes.params)}
+    total = sum(sizes.values())
+    mlps = 2 * sum(sizes[path] for path in first)
+    kept = mlps / 4 + (total - mlps) / 2  # and a little more, for biases and norms
+    assert kept <= numbers_on_a_device(specs.params) < kept + 0.01 * total
+    read = mlps / 2 + (total - mlps)  # fsdp is undone, tensor stays
+    assert read - 0.001 * total < numbers_on_a_device(sharding.gathered(specs.params)) <= read
 
 
 def test_a_parameter_without_a_rule_is_an_error():
@@ -42,24 +88,65 @@ def test_a_parameter_without_a_rule_is_an_error():
         sharding.parameter_rule("encoder/gate/kernel")
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (0, 4), (2, 4)])
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (0, 4), (2, 4), (1, 1, 3), (-1, 3), (-1, 1, -1)])
 def test_impossible_meshes_are_refused(sizes):
-    with pytest.raises(InputError, match="mesh.data"):
+    with pytest.raises(InputError, match="mesh.data=.*mesh.fsdp=.*mesh.tensor="):
         sharding.make_mesh(MeshConfig(*sizes))
+
+
+def test_a_tensor_axis_that_does_not_divide_the_units_is_refused():
+    _, shapes = state_shapes(dataclasses.replace(SMALL, widths=(7, 12, 16), mlp_ratio=1), keep=2, size=32)
+    with pytest.raises(InputError, match="mesh.tensor=2 does not divide the 7 units of params/encoder/blocks1_0/mlp"):
+        sharding.state_shardings(shapes, sharding.make_mesh(MeshConfig(-1, 1, 2)))
 
 
 def test_axes_are_auto_and_fill_the_devices():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2))
-    assert dict(mesh.shape) == {"data": jax.device_count() // 2, "fsdp": 2}
+    assert dict(mesh.shape) == {"data": jax.device_count() // 2, "fsdp": 2, "tensor": 1}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert sharding.batch_parts(mesh) == 4
+    assert sharding.batch_parts(sharding.make_mesh(MeshConfig(-1, 1, 2))) == 2
+
+
+def test_data_is_the_outermost_axis_and_tensor_the_innermost():
+    assert ids(sharding.arrange(MeshConfig(2, 2, 2), devices(2, 4))) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+
+
+def test_slices_are_blocks_along_the_data_axis():
+    shuffled = [SliceDevice(id, id // 4, slice_index=id % 2) for id in range(8)]  # even ids in one slice, odd in other
+    array = sharding.arrange(MeshConfig(4, 2, 1, slices=2), shuffled)
+    assert ids(array[:, :, 0]) == [[0, 2], [4, 6], [1, 3], [5, 7]]
+
+
+def test_without_reported_slices_neighbouring_processes_form_them():
+    array = sharding.arrange(MeshConfig(-1, 4, 1, slices=2), devices(4, 2)[::-1])
+    assert ids(array[:, :, 0]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("config", [MeshConfig(1, 8, slices=2), MeshConfig(2, 4, slices=0), MeshConfig(4, 2, slices=3)])
+def test_fsdp_and_tensor_must_lie_within_a_slice(config):
+    with pytest.raises(InputError, match="mesh.slices=.* does not divide mesh.data="):
+        sharding.arrange(config, devices(4, 2))
+
+
+def test_slices_must_be_those_of_the_platform():
+    pods = [SliceDevice(id, id // 4, "tpu", id // 4) for id in range(8)]
+    with pytest.raises(InputError, match="mesh.slices=1, but the devices form 2: set mesh.slices=2"):
+        sharding.arrange(MeshConfig(), pods)
+    uneven = [SliceDevice(id, 0, slice_index=int(id > 2)) for id in range(8)]
+    with pytest.raises(InputError, match="mesh.slices=2: the slices have 3, 5 devices"):
+        sharding.arrange(MeshConfig(slices=2), uneven)
+
+
+def test_a_tensor_group_must_lie_within_a_process():
+    sharding.arrange(MeshConfig(-1, 1, 2), devices(2, 2))
+    with pytest.raises(InputError, match="mesh.tensor=4 spans several processes"):
+        sharding.arrange(MeshConfig(-1, 1, 4), devices(2, 2))
 
 
 def test_sharded_and_accumulated_steps_equal_the_plain_one():
-    config = InfMAEConfig(
-        widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
-    )
-    model, schedule = InfMAE(config), lambda step: 1e-2
-    optimizer = make_optimizer(OptimizerConfig(), schedule)
+    model, schedule = InfMAE(SMALL), lambda step: 1e-2
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0))
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.standard_normal((8, 32, 32, 1)).astype(np.float32),
@@ -71,20 +158,19 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
 
     def run(mesh_config, devices, accumulate):
         mesh = sharding.make_mesh(mesh_config, devices)
-        create, shapes = state_shapes(config, keep=2, size=32)
+        create, shapes = state_shapes(SMALL, keep=2, size=32)
         specs = sharding.state_shardings(shapes, mesh)
         state = jax.jit(create, out_shardings=specs)(jax.random.key(0))
         step = make_train_step(loss, optimizer, schedule, mesh, specs, 0, accumulate)
         losses = []
         for _ in range(3):
-            state, metrics = step(state, sharding.place_batch(batch, mesh))
+            state, metrics = step(state, sharding.place_batch(batch, mesh), stop_flags(mesh)[0])
             losses.append(float(metrics["loss"]))
         return losses, jax.device_get(state.params), float(metrics["grad_norm"])
 
-    plain = run(MeshConfig(1, 1), jax.devices()[:1], 1)
+    plain = run(MeshConfig(1), jax.devices()[:1], 1)
     assert plain[0][2] < plain[0][0]
-    one = jax.devices()[:1]
-    for setup in ((MeshConfig(-1, 2), None, 2), (MeshConfig(1, 1), one, 4)):
+    for setup in ((MeshConfig(-1, 2, 2), None, 2), (MeshConfig(1), jax.devices()[:1], 4)):
         other = run(*setup)
         np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
         np.testing.assert_allclose(other[2], plain[2], rtol=1e-4)
