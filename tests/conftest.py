@@ -24,6 +24,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which pytest does not parse
 
 
+def pytest_addoption(parser):
+    parser.addoption("--chaos", type=int, default=3, help="faults in each setup of tests/training/test_chaos.py")
+    parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """Folder with `data/` (real infrared images) and `golden/` (published numbers), kept outside the repository."""

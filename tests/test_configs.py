@@ -45,8 +45,8 @@ class Interrupted:
     def __getattr__(self, name):
         return getattr(self._task, name)
 
-    def batches(self, start_step):
-        self._inner, self._count = self._task.batches(start_step), 0
+    def batches(self, start_step, order):
+        self._inner, self._count = self._task.batches(start_step, order), 0
         self.close = self._inner.close
         return self
 
@@ -76,8 +76,8 @@ def test_pretrain_config(name, scenes, shards, tmp_path):
     assert [row["step"] for row in rows] == list(range(6))
     assert all(np.isfinite(row["loss"]) and row["images_per_second"] > 0 for row in rows)
     assert set(rows[0]) == {
-        "step", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_seconds",
-        "substituted_samples",
+        "step", "time", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_seconds",
+        "substituted_samples", "skipped_updates", "goodput", "host_memory_gib",
     }  # fmt: skip
     assert read_config(run)["model"]["encoder"] == config.model.encoder
     record = json.loads((run / "record.json").read_text())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from data_pipelines.errors import InputError
@@ -210,8 +210,8 @@ def _train(
         with jax.transfer_guard("allow"):
             checkpointer.wait()
             state, step, before = restored()
-        state = state.replace(guard=state.guard.replace(in_a_row=jnp.zeros_like(state.guard.in_a_row)))
-        return state, step, max(before, order) + 1
+            none = jax.device_put(np.int32(0), abstract.guard.in_a_row.sharding)
+        return state.replace(guard=state.guard.replace(in_a_row=none)), step, max(before, order) + 1
 
     # ---- Loop -------------------------------------------------------------------------------------------------------
     # Order, never to be changed: save, then take the next batch, then step. Checkpoint s is the state before batch s.
