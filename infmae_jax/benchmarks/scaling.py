@@ -74,13 +74,13 @@ ASSUMED_BANDWIDTH = 0.7
 ASSUMPTIONS = (
     "counted: the float32 step, compiled for CPU, of one device. A collective's size is that of the whole array.",
     "sent: by a ring, 2(n-1)/n of the size for an all-reduce, (n-1)/n for an all-gather, reduce-scatter or all-to-all.",
-    "CPU programs reduce sharded gradients by all-reduce and slice; GPU and TPU compilers make reduce-scatters of them, "
+    "CPU programs sum sharded gradients by all-reduce and slice; GPU and TPU compilers make reduce-scatters of them, "
     "which send half: times with fsdp are upper bounds.",
     "temporaries: as XLA schedules for CPU, in float32; other backends differ, and bfloat16 needs about half.",
     f"predicted: compute at {ASSUMED_MFU:.0%} of the data sheet's bfloat16 peak (assumed, not measured), networks at "
     f"{ASSUMED_BANDWIDTH:.0%} of theirs, no latency. A ring that leaves a node crosses its border once each way, over "
     "the links of all members in the node.",
-    "efficiency: of weak scaling (same images a device), nothing hidden behind compute - everything that can be hidden.",
+    "efficiency: of weak scaling (same images a device), nothing hidden behind compute; hidden: all that can be.",
 )
 
 

@@ -1,8 +1,8 @@
 """Where arrays live: the device mesh, the rule table for parameters, and the layout of batches.
 
-Models know nothing of this. XLA would place their intermediate results by itself, from the parameters' layout alone, and
-then moves activations where moving weights is cheaper; so the training step says which layout the weights have while
-the loss is computed (`gathered`), and the batch decides all the rest.
+Models know nothing of this. XLA would place their intermediate results by the layout of the parameters alone, and then
+moves activations where moving weights is cheaper; so the training step says which layout the weights have while the
+loss is computed (`gathered`), and the batch decides all the rest.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from infmae_jax.training.config import MeshConfig
 AXES = ("data", "fsdp", "tensor")  # from the slowest network to the fastest
 BATCH_AXES = ("data", "fsdp")
 
-# Each parameter is matched by exactly one rule (a test holds this). A rule names the dimension that is cut, counted from
-# the end, and the axes it is cut over; () keeps the parameter whole. MLPs are cut by hidden unit over `tensor`, so that
+# Each parameter is matched by exactly one rule (a test holds this). A rule names the dimension that is cut, from the
+# end, and the axes it is cut over; () keeps the parameter whole. MLPs are cut by hidden unit over `tensor`, so that
 # nothing is exchanged between their two layers. Attention is not: the qkv kernel holds q, k and v side by side, and no
 # contiguous cut of its columns is a cut by head, so that activations would be gathered.
 PARAMETER_RULES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
@@ -84,7 +84,7 @@ def _axis_sizes(config: MeshConfig, devices: int) -> list[int]:
 
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
-    """Equal groups of devices: the slices that the platform reports, or neighbouring processes where it reports none."""
+    """Equal groups of devices: those slices that the platform reports, else neighbouring processes."""
     reported = sorted({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "tpu" and len(reported) != count:
         raise InputError(f"mesh.slices={count}, but the devices form {len(reported)}: set mesh.slices={len(reported)}")

@@ -35,7 +35,7 @@ def program(line):
 }}
 
 ENTRY %main.2 (p.3: f32[4]) -> f32[4] {{
-  ROOT %w = f32[4]{{0}} while(%p.3), condition=%condition.1, body=%body.1, backend_config={{"known_trip_count":{{"n":"5"}}}}
+  ROOT %w = f32[4] while(%p.3), condition=%condition.1, body=%body.1, config={{"known_trip_count":{{"n":"5"}}}}
 }}
 """
 

@@ -17,8 +17,9 @@ from infmae_jax.training.config import MeshConfig, OptimizerConfig, PretrainConf
 
 CONFIG = PretrainConfig(
     model=InfMAEConfig(
-        in_channels=1, widths=(16, 24, 32), depths=(1, 1, 1), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2
-    ),
+        in_channels=1, widths=(16, 24, 32), depths=(1, 1, 1), heads=2,
+        decoder_width=32, decoder_depth=1, decoder_heads=2,
+    ),  # fmt: skip
     data=PipelineConfig(image_size=(64, 64)),
     optimizer=OptimizerConfig(clip_norm=1.0),
 )
