@@ -33,6 +33,7 @@ FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _LEAVING = ".removed"
 _LONGEST_REASON = 240
+_LONGEST_SAVE_SECONDS = 600  # after which a process gives up waiting for another whose part failed
 
 
 class Damaged(Exception):
@@ -219,6 +220,7 @@ def _saving_context() -> ocp.Context:
     context = ocp.Context()
     # Digests are of the first copy of an array, so that it is the one to be written, all of it.
     context.array.saving.use_replica_parallel = False
+    context.asynchronous.timeout_secs = _LONGEST_SAVE_SECONDS
     # Named processes meet through the coordinator. Orbax would otherwise let devices meet, from its own thread, in the
     # midst of the training step's collectives.
     context.multiprocessing.active_processes = set(range(ocp.multihost.process_count()))
