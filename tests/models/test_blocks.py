@@ -1,0 +1,67 @@
+"""Activation and attention against formulas written out here, and what compiles for NVIDIA GPUs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infmae_jax.models import blocks
+
+POINTS = np.linspace(-9, 9, 361)
+PHI = np.array([0.5 * math.erfc(-x / 2**0.5) for x in POINTS])
+SLOPE = PHI + POINTS * np.exp(-0.5 * POINTS**2) / (2 * math.pi) ** 0.5
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 5e-7), ("bfloat16", 2**-8)])
+def test_gelu_and_its_slope(dtype, tolerance):
+    x = jnp.asarray(POINTS, dtype)
+    exact = np.asarray(x, np.float64)
+    value, slope = jax.jit(lambda x: (blocks.gelu(x), jax.vmap(jax.grad(blocks.gelu))(x)))(x)
+    assert value.dtype == slope.dtype == x.dtype
+    np.testing.assert_allclose(
+        np.asarray(value, np.float64), np.interp(exact, POINTS, POINTS * PHI), rtol=tolerance, atol=2 * tolerance
+    )
+    np.testing.assert_allclose(
+        np.asarray(slope, np.float64), np.interp(exact, POINTS, SLOPE), rtol=tolerance, atol=2 * tolerance
+    )
+
+
+def test_gelu_in_float64():
+    with jax.enable_x64(True):
+        value, slope = jax.jit(lambda x: (blocks.gelu(x), jax.vmap(jax.grad(blocks.gelu))(x)))(jnp.asarray(POINTS))
+        np.testing.assert_allclose(value, POINTS * PHI, rtol=0, atol=1e-14)
+        np.testing.assert_allclose(slope, SLOPE, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_attention_against_loops(first):
+    with jax.enable_x64(True):
+        module, rng = blocks.Attention(heads=2, dtype="float64"), np.random.default_rng(0)
+        x = rng.standard_normal((2, 5, 8))
+        params = module.init(jax.random.key(0), x)["params"]
+        params = jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
+        out = jax.jit(module.apply, static_argnums=2)({"params": params}, x, first)
+        qkv = x @ np.asarray(params["qkv"]["kernel"]) + np.asarray(params["qkv"]["bias"])[None, None]
+        expected = np.zeros((2, 5, 8))
+        for sample in range(2):
+            for head in range(2):
+                q, k, v = (qkv[sample, :, part * 8 + head * 4 : part * 8 + head * 4 + 4] for part in range(3))
+                for token in range(5):
+                    weights = np.exp([q[token] @ key / 2 for key in k])
+                    expected[sample, token, head * 4 : head * 4 + 4] = weights @ v / weights.sum()
+        expected = expected @ np.asarray(params["proj"]["kernel"]) + np.asarray(params["proj"]["bias"])[None, None]
+        np.testing.assert_allclose(out, expected[:, first:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens, kernels", [(196, True), (49, False)])
+def test_cudnn_attention_lowers_for_training_where_the_number_of_tokens_is_even(monkeypatch, tokens, kernels):
+    """Lowering for CUDA needs no GPU, once the check for cuDNN itself is out of the way."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    module = blocks.Attention(heads=2, dtype="bfloat16", method="cudnn")
+    x = jax.ShapeDtypeStruct((1, tokens, 128), jnp.bfloat16)
+    params = jax.eval_shape(blocks.Attention(heads=2, dtype="bfloat16").init, jax.random.key(0), x)
+    loss = jax.grad(lambda p, x: module.apply(p, x, tokens // 4).astype(jnp.float32).sum())
+    text = jax.jit(loss).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("__cudnn$fmhaSoftmaxBackward" in text) is kernels
