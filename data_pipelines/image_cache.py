@@ -46,7 +46,7 @@ from data_pipelines.records import Manifest
 _MAGIC = b"IRPIXEL1"
 # Magic, number of boots seen, end of the pixels that are given away, this boot; then a CRC-32 of it all.
 _HEADER = struct.Struct("<8sQQ16s")
-# Offset of the pixels, height, width, boot in which it was written or checked, CRC-32 of the pixels; then one of it all.
+# Offset of the pixels, height, width, boot in which it was written or checked, CRC-32 of the pixels; then its own.
 _ENTRY = struct.Struct("<QIIII")
 _CHECKSUM = struct.Struct("<I")
 _SLOT = 64  # bytes for the header and for every 2 entries

@@ -245,7 +245,7 @@ def train_batches(
 
 
 def _start_worker(number: int, count: int) -> None:
-    """A cluster's scheduler sends its signals to all processes of a job; when to end is this one's parent's to decide."""
+    """A cluster's scheduler signals all processes of a job; when to end is the parent's to decide."""
     del number, count
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     follow_parent()

@@ -207,7 +207,8 @@ def _machine_rows(config: PipelineConfig, workers: int, seconds: float, rounds: 
     rows = []
     if len(scaling.cores()) > 1:
         rates = scaling.two_core_rates(config, seconds, rounds)
-        rows = [_row(name, "machine", rates, name != scaling.ONE and scaling.ONE, scaling.NOTES[name]) for name in rates]
+        for name in rates:
+            rows.append(_row(name, "machine", rates, None if name == scaling.ONE else scaling.ONE, scaling.NOTES[name]))
     if workers > 2:
         name, turns = f"{workers} workers", max(2, rounds // 4)
         spread = dataclasses.replace(config, threads=0, workers=workers)
