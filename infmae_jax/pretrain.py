@@ -9,16 +9,16 @@ import os
 from pathlib import Path
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from infmae_jax import embedded, pictures
+from infmae_jax import embedded, pictures, report
 from infmae_jax.training import distributed, loop
 from infmae_jax.training.config import PretrainConfig, from_config, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import METRICS_NAME
+from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
@@ -36,14 +36,19 @@ def main(argv: list[str]) -> int:
     config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
     if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
     several = config.distributed.method != "none"
     if several and config.embedded.images and not config.data.shards:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
     config = embedded.with_shards(config, workdir)
     task = PretrainTask(config)
     with distributed.joined(config.distributed, to_config(config), task.data_record) as group:
-        result = loop.train(task, config, workdir, group, clock)
         primary = jax.process_index() == 0
+        try:
+            result = loop.train(task, config, workdir, group, clock)
+        finally:
+            if primary:
+                _report(workdir)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
@@ -52,6 +57,15 @@ def main(argv: list[str]) -> int:
         pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
         print(_summary(config, workdir, result.step))
     return 0
+
+
+def _report(workdir: Path) -> None:
+    """Whatever the end, RUN/report.html shows how it came about."""
+    try:
+        if (workdir / EVENTS_NAME).is_file():
+            report.write_report(workdir)
+    except InputError as error:
+        logging.warning("no report: %s", error)
 
 
 def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
@@ -71,6 +85,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         f"  checkpoints      {workdir / 'checkpoints'}",
         f"  losses           {workdir / METRICS_NAME}, {workdir / 'tensorboard'}",
         f"  loss curve       {workdir / 'pictures' / 'loss.png'}",
+        f"  report           {workdir / 'report.html'}",
         f"  reconstructions  {last}",
         f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",
         "next:",

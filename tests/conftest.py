@@ -10,7 +10,7 @@ from pathlib import Path
 _cache = tempfile.mkdtemp(prefix="infmae-test-cache-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling small programs that run once: the compiler need not try hard.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

@@ -102,13 +102,16 @@ def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Arr
 
 
 def _multiply_add(windows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(..., R+4, S+4, C), (5,5,C) -> (..., R, S, C)."""
+    """(..., R+4, S+4, C), (5,5,C) -> (..., R, S, C), accumulated at least in float32."""
+    accumulate = jnp.promote_types(windows.dtype, jnp.float32)
     rows, columns = windows.shape[-3] - 2 * RADIUS, windows.shape[-2] - 2 * RADIUS
     lead = (1,) * (windows.ndim - 1)
     taps = (
-        windows[..., i : i + rows, j : j + columns, :] * kernel[i, j].reshape(*lead, -1) for i, j in _TAPS
+        windows[..., i : i + rows, j : j + columns, :].astype(accumulate)
+        * kernel[i, j].astype(accumulate).reshape(*lead, -1)
+        for i, j in _TAPS
     )
-    return functools.reduce(jnp.add, taps)
+    return functools.reduce(jnp.add, taps).astype(windows.dtype)
 
 
 def _kernel_gradient(windows: jax.Array, grad: jax.Array, step: int) -> jax.Array:
@@ -119,17 +122,19 @@ def _kernel_gradient(windows: jax.Array, grad: jax.Array, step: int) -> jax.Arra
     def tap_row(i):
         """A loop over kernel rows, not 25 unrolled taps: a third of the compile time."""
         part = jax.lax.dynamic_slice_in_dim(windows, i, rows, axis=-3).astype(accumulate)
-        sums = jnp.concatenate([_patch_sum(part[..., j : j + columns, :], grad, step) for j in range(SIZE)], axis=1)
-        return (jnp.ones((1, sums.shape[0]), accumulate) @ sums).reshape(SIZE, channels)
+        sums = jnp.concatenate([_patch_sum(part[..., j : j + columns, :], grad, step) for j in range(SIZE)], axis=-1)
+        return jnp.ones((1, sums.shape[1]), accumulate) @ sums
 
-    return jax.lax.map(tap_row, jnp.arange(SIZE))
+    # Samples are summed after the loop: they lie on several devices, whose exchange inside a loop XLA's CPU backend does
+    # not put in one order with that outside.
+    return jax.lax.map(tap_row, jnp.arange(SIZE)).sum(axis=(1, 2)).reshape(SIZE, SIZE, channels)
 
 
 def _patch_sum(cells: jax.Array, grad: jax.Array, step: int) -> jax.Array:
-    """(..., R, S, C), (..., R, S, C) -> (n, C): products summed over each step x step block of cells, elementwise."""
+    """(B, ..., R, S, C), (B, ..., R, S, C) -> (B, n, C): products summed over each step x step block of cells."""
     products = (
         cells[..., y::step, x::step, :] * grad[..., y::step, x::step, :].astype(cells.dtype)
         for y in range(step)
         for x in range(step)
     )
-    return functools.reduce(jnp.add, products).reshape(-1, cells.shape[-1])
+    return functools.reduce(jnp.add, products).reshape(cells.shape[0], -1, cells.shape[-1])

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from data_pipelines.commands import EXIT_INTERRUPTED
 from data_pipelines.errors import InputError
 from infmae_jax.training import sharding, workdir
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
@@ -154,8 +155,10 @@ def _train(
     )  # fmt: skip
     flags = stop_flags(mesh)
     group.progress(done, "compiling")
+    began = time.perf_counter()
     with clock.spend("compiling"):
         compiled = train_step.lower(abstract, batch_spec, flags[0]).compile()
+    compile_seconds = time.perf_counter() - began
     layer_norms = make_layer_norms(task, sharding.path_text) if norms_every else None
     if primary and not first:
         write_record(run, abstract, mesh, compiled, task.batch_size, task.data_record)
@@ -169,6 +172,7 @@ def _train(
         "resume" if done else "start", done, processes=jax.process_count(), devices=mesh.size,
         last_row_time=monitor.last_row_time,
     )  # fmt: skip
+    events.write("compile", done, seconds=compile_seconds)
     batches = task.batches(done, order)
     stack.callback(lambda: batches.close())  # whichever they are by then
     monitor.restart(batches, done, order)
@@ -186,7 +190,7 @@ def _train(
                     checkpointer.wait()
             events.write("save", step, seconds_blocked=time.perf_counter() - since)
         except SaveFailed as error:
-            events.write("save_failed", step, reason=str(error))
+            events.write("save_failed", error.step, reason=error.reason)
             if config.on_save_failure == "stop":
                 raise
             logging.warning("%s; training goes on", error)
@@ -208,7 +212,6 @@ def _train(
                 "optimizer.base_learning_rate, set optimizer.clip_norm, or use model.dtype=float32"
             )
         with jax.transfer_guard("allow"):
-            checkpointer.wait()
             state, step, before = restored()
             none = jax.device_put(np.int32(0), abstract.guard.in_a_row.sharding)
         return state.replace(guard=state.guard.replace(in_a_row=none)), step, max(before, order) + 1
@@ -250,5 +253,6 @@ def _train(
         save(done, last=True)
     if done == total:
         draw(done)
-    events.write("finished" if done == total else "preempted", done, code=signs.stop)
+    ending = "finished" if done == total else "interrupted" if signs.stop == EXIT_INTERRUPTED else "preempted"
+    events.write(ending, done, code=signs.stop, shares=clock.shares())
     return Result(state, done, total, signs.stop)

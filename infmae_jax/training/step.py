@@ -53,10 +53,7 @@ def make_train_step(
     whole = sharding.gathered(shardings.params)
 
     def gradients(params, batch, key):
-        def loss_of(params):
-            return loss(jax.lax.with_sharding_constraint(params, whole), batch, key)
-
-        (value, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
         return jax.lax.with_sharding_constraint(grads, shardings.params), {"loss": value, **metrics}
 
     def accumulated(params, batch, key):
@@ -82,7 +79,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = accumulated(state.params, batch, key)
+        grads, metrics = accumulated(jax.lax.with_sharding_constraint(state.params, whole), batch, key)
         grad_norm, rate = optax.global_norm(grads), schedule(state.step)
         ok = accepted(state.guard, state.step, metrics["loss"], grad_norm)
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -161,7 +161,7 @@ def test_a_save_that_fails_stops_the_run_or_not(config, tmp_path, monkeypatch, c
 def test_a_damaged_checkpoint_is_told_and_the_one_before_used(config, tmp_path):
     loop.train(PretrainTask(config), config, tmp_path / "whole")
     loop.train(Harmed(config, stop_at=9), config, tmp_path / "cut")
-    newest = max((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    before, newest = sorted((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-2:]
     data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(config, tmp_path):
     loop.train(PretrainTask(config), config, tmp_path / "cut")
     (damaged,) = named(tmp_path / "cut", "checkpoint_damaged")
     assert damaged["checkpoint"] == int(newest.name)
-    assert named(tmp_path / "cut", "resume")[0]["step"] == 8
+    assert named(tmp_path / "cut", "resume")[0]["step"] == int(before.name)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
