@@ -71,6 +71,16 @@ def test_whole_map_against_nested_loops():
         np.testing.assert_allclose(got, slow_depthwise(sample, kernel), atol=1e-12)
 
 
+def test_bfloat16_is_rounded_once():
+    rng = np.random.default_rng(0)
+    cells = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.standard_normal((5, 5, 3)), jnp.bfloat16)
+    out = jax.jit(depthwise.on_map, static_argnums=2)(cells, kernel, 4)
+    assert out.dtype == jnp.bfloat16
+    exact = slow_depthwise(np.asarray(cells[0], np.float64), np.asarray(kernel, np.float64))
+    np.testing.assert_allclose(np.asarray(out[0], np.float64), exact, rtol=2**-8, atol=1e-5)
+
+
 @settings(max_examples=10, deadline=None)
 @given(h=st.integers(1, 4), w=st.integers(1, 4), channels=st.integers(1, 3))
 def test_patchify_is_row_column_channel_and_inverts(h, w, channels):

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,3 +48,21 @@ def test_two_steps_of_adamw_against_numpy(clip):
             expected[k] = expected[k] - 0.01 * (adam + decay)
     for k in params:
         np.testing.assert_allclose(ours[k], expected[k], rtol=1e-5, atol=1e-6)
+
+
+def test_first_moment_in_bfloat16_steps_like_float32_with_three_quarters_of_the_state():
+    """A moment rounded to 8 bits moves an update by at most 2^-8 of it, plus what that leaves in the next ones."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.standard_normal((32, 16)), jnp.float32)}
+    size, direction = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(mu_dtype=dtype))
+        state, draws = optimizer.init(params), np.random.default_rng(1)
+        for _ in range(5):
+            grads = {"kernel": jnp.asarray(0.5 + draws.random((32, 16)), jnp.float32)}
+            direction[dtype], state = optimizer.update(grads, state, params)
+        assert direction[dtype]["kernel"].dtype == jnp.float32
+        size[dtype] = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.ndim)
+    np.testing.assert_allclose(direction["bfloat16"]["kernel"], direction["float32"]["kernel"], rtol=0.02, atol=1e-3)
+    assert np.abs(direction["bfloat16"]["kernel"] - direction["float32"]["kernel"]).max() > 0
+    assert size["bfloat16"] == 0.75 * size["float32"]
