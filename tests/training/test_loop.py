@@ -27,6 +27,7 @@ from tests.training.test_guards import poisoned
 @pytest.fixture
 def config(shards):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(str(shards),))), "smoke")
+    smoke.model.depths = (1, 1, 1)
     return dataclasses.replace(
         from_config(PretrainConfig, smoke), picture_every="0 steps", checkpoint_every="2 steps", duration="12 steps",
         guards=GuardConfig(rollback_after=2, max_rollbacks=2),
@@ -159,14 +160,14 @@ def test_a_save_that_fails_stops_the_run_or_not(config, tmp_path, monkeypatch, c
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_used(config, tmp_path):
-    loop.train(PretrainTask(config), config, tmp_path / "whole")
+    loop.train(Harmed(config), config, tmp_path / "whole")
     loop.train(Harmed(config, stop_at=9), config, tmp_path / "cut")
     before, newest = sorted((tmp_path / "cut" / "checkpoints").iterdir(), key=lambda path: int(path.name))[-2:]
     data = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 4
     data.write_bytes(content)
-    loop.train(PretrainTask(config), config, tmp_path / "cut")
+    loop.train(Harmed(config), config, tmp_path / "cut")
     (damaged,) = named(tmp_path / "cut", "checkpoint_damaged")
     assert damaged["checkpoint"] == int(newest.name)
     assert named(tmp_path / "cut", "resume")[0]["step"] == int(before.name)
