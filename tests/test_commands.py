@@ -47,12 +47,10 @@ def test_pretrain(flags, message, tmp_path):
     "flags, message",
     [
         ([], "bench flops|step|kernels|features|data|end_to_end|memory|growth|overhead|scaling|all"),
-        (["speed"], "bench flops|step"),
         (["flops", "step"], "bench flops|step"),
         (["step", "--batch_sizes=many"], "--batch_sizes=many"),
-        (["step", "--dtypes=float8"], "float8"),
         (["step", "--quick", "--variants=giant"], "'giant'"),
-        (["growth", "--config.model.with=3"], "with"),
+        (["growth", "--config.model.widhts=3", "--dtypes=float8"], "widhts"),
         (["data", "--shards=nowhere"], "nowhere"),
     ],
 )

@@ -39,7 +39,7 @@ def memory(config: PretrainConfig, batch: int, budget_gib: float) -> dict[str, A
         for way, used in gib.items()
     ]
     for way, of in ways.items():
-        fits, limit = _fits(of, budget_gib)
+        fits, limit = _fits(of, budget_gib, batch, gib[way])
         rows.append({"what": f"largest batch in {limit}, {way}", "images": largest_batch(fits)})
     notes = ["gib: state, batch and temporaries of the compiled program"]
     if not on_accelerator():
@@ -60,14 +60,13 @@ def largest_batch(fits: Callable[[int], bool], precision: int = 16) -> int:
     return low
 
 
-def _fits(config: PretrainConfig, budget_gib: float) -> tuple[Callable[[int], bool], str]:
+def _fits(config: PretrainConfig, budget_gib: float, batch: int, gib: float) -> tuple[Callable[[int], bool], str]:
     if on_accelerator():
-        return lambda batch: fits_in_child(config, batch), "the device's memory"
-    # The compiled program's memory grows linearly, so two programs tell it for all batches.
-    small, large = 8, 16
-    at_small, at_large = (TrainingProgram(config, batch).memory_gib for batch in (small, large))
-    each = (at_large - at_small) / (large - small)
-    return lambda batch: at_small + (batch - small) * each <= budget_gib, f"{budget_gib:g} GiB"
+        return lambda tried: fits_in_child(config, tried), "the device's memory"
+    # The compiled program's memory grows linearly, so a second program tells it for all batches.
+    other = batch // 2 or 2
+    each = (gib - TrainingProgram(config, other).memory_gib) / (batch - other)
+    return lambda tried: gib + (tried - batch) * each <= budget_gib, f"{budget_gib:g} GiB"
 
 
 def fits_in_child(config: PretrainConfig, batch: int) -> bool:

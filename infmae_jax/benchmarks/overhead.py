@@ -53,18 +53,15 @@ def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_ev
       log_every: steps between logged ones where a run is observed: metrics.jsonl, TensorBoard, Prometheus file.
     """
     seconds: dict[str, list[float]] = {}
-    blocked = []
+    blocked: list[float] = []
     with shards.scratch(config, max(4 * batch, 64)) as (with_shards, folder):
         forms = _forms(short_run(with_shards, batch, steps + _WARM + 1), steps, log_every, folder)
-        for number in range(rounds + 1):
+        _seconds_a_step(forms["both"], folder / "run")  # compiles, and does what is done once in a process
+        for number in range(rounds):
             for name in list(forms) if number % 2 == 0 else reversed(forms):
-                run = folder / "run"
-                task = _TimedTask(forms[name])
-                loop.train(task, forms[name], run)
-                if number:  # the first round compiles
-                    seconds.setdefault(name, []).append((task.taken[-1] - task.taken[_WARM]) / steps)
-                    blocked += [event["seconds_blocked"] for event in read_events(run) if event["event"] == "save"][:-1]
-                shutil.rmtree(run)
+                taken, saves = _seconds_a_step(forms[name], folder / "run")
+                seconds.setdefault(name, []).append(taken)
+                blocked += saves
     rows = []
     for name in forms:
         low, median, high = timing.spread(np.asarray(seconds[name]) * 1e3)
@@ -79,6 +76,15 @@ def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_ev
         "image_size": list(config.data.image_size), "shards": shards.origin(config),
     }  # fmt: skip
     return report("overhead", settings, rows, notes)
+
+
+def _seconds_a_step(config: PretrainConfig, run: Path) -> tuple[float, list[float]]:
+    """Seconds a step, and how long each save but the last one blocked; the run is made and removed."""
+    task = _TimedTask(config)
+    loop.train(task, config, run)
+    saves = [event["seconds_blocked"] for event in read_events(run) if event["event"] == "save"]
+    shutil.rmtree(run)
+    return (task.taken[-1] - task.taken[_WARM]) / (len(task.taken) - 1 - _WARM), saves[:-1]
 
 
 def _added(seconds: list[float], bare: list[float]) -> dict[str, float]:

@@ -90,16 +90,24 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
             model, config.optimizer, lambda _: learning_rate(config, batch), form == "compiled"
         )
         calls[f"PyTorch {form}"] = _torch_call(update, inputs)
-    losses = {name: call(1) for name, call in calls.items()}
+    losses: dict[str, float] = {}
+
+    def noting(name: str, call: timing.Call) -> timing.Call:
+        """The call, which notes its first loss: that of the weights that all started from."""
+        return lambda times: losses.setdefault(name, call(times))
+
+    seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
     for name, loss in losses.items():
         if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.dtype], atol=0):
             raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
-    seconds = timing.take_turns(calls, rounds)
     rows: list[Row] = []
     for name in calls:
         row = {"name": name, "first_loss": losses[name]}
-        row |= measures(program, seconds[name]) if name == "ours" else timing.rate_row(seconds[name], batch)
-        rows.append(row | {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])})
+        if name == "ours":
+            rows.append(row | measures(program, seconds[name]))
+        else:
+            faster = timing.ratio(seconds[name], seconds["ours"])
+            rows.append(row | timing.rate_row(seconds[name], batch) | {"ours_is_faster_by": faster})
     settings = _settings(config, rounds) | {
         "batch": batch, "dtype": config.model.dtype, "torch": torch_model.torch.__version__,
         "torch_threads": torch_model.torch.get_num_threads(),

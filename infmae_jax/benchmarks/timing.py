@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+_LONG = 20  # slices; a call that takes so long the first time, compiling included, is not tried again before the rounds
 Call = Callable[[int], None]  # does the work so many times and returns when the device has finished it
 
 
@@ -24,8 +25,9 @@ def take_turns(calls: Mapping[str, Call], rounds: int, slice_seconds: float = 0.
     """
     repeats = {}
     for name, call in calls.items():
-        call(1)
-        repeats[name] = max(1, round(slice_seconds / max(_seconds(call, 1), 1e-9)))
+        first = _seconds(call, 1)
+        again = _seconds(call, 1) if first < _LONG * slice_seconds else first
+        repeats[name] = max(1, round(slice_seconds / max(again, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls) if number % 2 == 0 else reversed(calls):

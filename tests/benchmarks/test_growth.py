@@ -3,7 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from infmae_jax.benchmarks import growth
+from infmae_jax.benchmarks import flops, growth
+from infmae_jax.benchmarks.training import visible_tokens
 
 
 def test_one_axis_varies_at_a_time():
@@ -16,16 +17,28 @@ def test_one_axis_varies_at_a_time():
     assert all(point == usual | {axis: value} for axis, value, point in points)
 
 
-def test_rates_and_plot(smoke, tmp_path):
+def test_rates_against_operations_and_plot(smoke, tmp_path, monkeypatch):
+    """A step that costs its operations and nothing else is as fast as predicted everywhere."""
+
+    class Program:
+        def __init__(self, config, batch):
+            size, keep = config.data.image_size, visible_tokens(config)
+            self.seconds = batch * flops.useful_gflop(config.model, size, keep)
+
+        def start(self):
+            pass
+
+        stop = start
+
+    monkeypatch.setattr(growth, "TrainingProgram", Program)
+    turns = lambda calls, rounds: {"step": np.full(rounds, calls["step"].seconds)}  # noqa: E731
+    monkeypatch.setattr(growth.timing, "take_turns", turns)
     plot = tmp_path / "growth.png"
-    ranges = growth.Range((2,), (64, 96), (4,))
-    rows = growth.growth(smoke, ranges, rounds=1, plot=plot)["rows"]
-    small, large = (next(row for row in rows if row["axis"] == "image size" and row["value"] == v) for v in (64, 96))
-    assert large["gflop_per_image"] > 2 * small["gflop_per_image"]
-    assert small["predicted"] == small["images_per_second"]
-    np.testing.assert_allclose(
-        large["predicted"] * large["gflop_per_image"], small["images_per_second"] * small["gflop_per_image"]
-    )
+    rows = growth.growth(smoke, growth.Range((2, 8), (64, 96), (4, 2)), rounds=2, plot=plot)["rows"]
+    assert len(rows) == 6 and len({row["gflop_per_image"] for row in rows}) == 3
+    for row in rows:
+        np.testing.assert_allclose([row["predicted"], row["low"]], row["images_per_second"])
+        np.testing.assert_allclose(row["gflop_per_second"], 1)
     with Image.open(plot) as image:
         assert image.format == "PNG" and min(image.size) > 300
     assert list(tmp_path.iterdir()) == [plot]

@@ -1,6 +1,6 @@
 """The largest batch is found, and a batch is tried in a process of its own."""
 
-import dataclasses
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -22,15 +22,28 @@ def test_largest_batch(limit, precision):
     assert len(tried) <= 45 and 0 not in tried
 
 
-def test_a_child_process_says_whether_a_batch_fits(smoke, monkeypatch):
+def test_a_child_process_says_whether_a_batch_fits(smoke):
     assert memory.fits_in_child(smoke, 2)
-    unusable = dataclasses.replace(smoke, optimizer=dataclasses.replace(smoke.optimizer, mu_dtype="float3"))
-    with pytest.raises(RuntimeError, match="batch 2.*float3"):
-        memory.fits_in_child(unusable, 2)
 
 
-def test_visible_patches_need_less(smoke):
-    rows = memory.memory(smoke, batch=64, budget_gib=0.1)["rows"]
-    published, visible, largest_published, largest_visible = rows
-    assert visible["gib"] < published["gib"] and visible["against_published"] < 0.7
-    assert 0 < largest_published["images"] < largest_visible["images"]
+@pytest.mark.parametrize("code, fits", [(0, True), (17, False)])
+def test_only_a_lack_of_memory_means_that_it_does_not_fit(smoke, monkeypatch, code, fits):
+    ended = subprocess.CompletedProcess([], code, stderr="")
+    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **kwargs: ended)
+    assert memory.fits_in_child(smoke, 2) == fits
+    ended.returncode, ended.stderr = 1, "Traceback\nValueError: broken\n"
+    with pytest.raises(RuntimeError, match="batch 2.*broken"):
+        memory.fits_in_child(smoke, 2)
+
+
+def test_what_fits_a_budget_follows_from_two_programs(smoke, monkeypatch):
+    class Program:
+        """1 GiB and what the images need: an eighth of it each, or a quarter as published."""
+
+        def __init__(self, config, batch):
+            self.memory_gib = 1 + batch / (8 if config.model.visible_only else 4)
+
+    monkeypatch.setattr(memory, "TrainingProgram", Program)
+    published, visible, largest_published, largest_visible = memory.memory(smoke, 64, budget_gib=3.0)["rows"]
+    assert (published["gib"], visible["gib"], visible["against_published"]) == (17, 9, 9 / 17)
+    assert (largest_published["images"], largest_visible["images"]) == (8, 16)
