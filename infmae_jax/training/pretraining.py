@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines import masking, pipeline, records
 from data_pipelines.remote import local_folders
@@ -66,7 +67,8 @@ class PretrainTask:
 
     def picture(self, params: Any, path: Path | None) -> np.ndarray | None:
         batch = self._picture_batch
-        pred = jax.device_get(self._predict(params, batch["image"], batch["ids_keep"]))
+        everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+        pred = jax.device_get(self._predict(params, batch["image"], batch["ids_keep"], everywhere))
         if path is None:
             return None
         images = batch["image"][..., 0]
@@ -86,8 +88,8 @@ class PretrainTask:
 
     @functools.cached_property
     def _predict(self):
-        @jax.jit
-        def predict(params, images, ids_keep):
-            return self.model.apply({"params": params}, patches.normalize(images), ids_keep).pred
+        def predict(params, images, ids_keep, layout):
+            pred = self.model.apply({"params": params}, patches.normalize(images), ids_keep).pred
+            return jax.lax.with_sharding_constraint(pred, layout)  # whole on every host, whatever cuts the weights
 
-        return predict
+        return jax.jit(predict, static_argnames="layout")

@@ -66,9 +66,9 @@ class Fault:
 
     def moment(self) -> None:
         """Some time after the process has begun to make steps."""
-        started = len(events(self.job.run))
+        started = len(beginnings(self.job.run))
         deadline = time.monotonic() + 240
-        while len(events(self.job.run)) <= started:
+        while len(beginnings(self.job.run)) <= started:
             self.check_running()
             assert time.monotonic() < deadline, "the job did not start"
             time.sleep(0.02)
@@ -140,22 +140,28 @@ def freeze(fault: Fault) -> None:
 
 
 def truncate(fault: Fault) -> None:
-    kill(fault)
-    file = _some_file(fault)
+    file = _file_of_newest(fault)
     with file.open("r+b") as opened:
         opened.truncate(int(fault.rng.integers(file.stat().st_size)))
 
 
 def flip_a_bit(fault: Fault) -> None:
-    kill(fault)
-    file = _some_file(fault)
+    file = _file_of_newest(fault)
     content = bytearray(file.read_bytes())
     content[int(fault.rng.integers(len(content)))] ^= 1 << int(fault.rng.integers(8))
     file.write_bytes(content)
 
 
-def _some_file(fault: Fault) -> Path:
-    """One of the newest checkpoint, most often that with the arrays."""
+def _file_of_newest(fault: Fault) -> Path:
+    """Kills the job when it has two checkpoints or more; a file of the newest, most often that with the arrays."""
+    fault.moment()
+    deadline = time.monotonic() + 60
+    while len(checkpoints(fault.job.run)) < 2:
+        fault.check_running()
+        assert time.monotonic() < deadline, "no checkpoints were seen"
+        time.sleep(0.01)
+    fault.victim().send_signal(signal.SIGKILL)
+    fault.ended(-9, 76)
     fault.damaged_newest = True
     newest = fault.job.run / "checkpoints" / str(checkpoints(fault.job.run)[-1])
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
@@ -201,6 +207,11 @@ def events(run: Path) -> list[dict]:
     path = run / "events.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def beginnings(run: Path) -> list[int]:
+    """The step at which each process (of the first host) began to make steps."""
+    return [event["step"] for event in events(run) if event["event"] in ("start", "resume")]
 
 
 def checkpoints(run: Path) -> list[int]:

@@ -46,6 +46,7 @@ class EndingEarly(PretrainTask):
 
 def make_config(shards, mesh, steps):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(shards,))), "smoke")
+    smoke.model.depths = (1, 1, 1)
     return dataclasses.replace(
         from_config(PretrainConfig, smoke),
         duration=f"{steps} steps", checkpoint_every="0 steps", picture_every="0 steps", mesh=MeshConfig(**mesh),

@@ -34,7 +34,7 @@ def kinds_in_random_order(kinds, rng):
 
 def assert_nothing_lost(run, saved, fault):
     """The process that came after a fault went on from the last completed save (or, of a damaged one, that before)."""
-    began = [event for event in chaos.events(run) if event["event"] in ("start", "resume")][-1]["step"]
+    began = chaos.beginnings(run)[-1]
     wanted = saved[-1:] + saved[-2:-1] * fault.damaged_newest
     assert began in wanted or not saved, f"went on at step {began} with checkpoints {saved}"
 
