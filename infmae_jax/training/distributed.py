@@ -58,8 +58,9 @@ def joined(
         return
     address, count, index, local_devices = _place(config)
     facts = _facts(settings, data)
+    # The port below: those that JAX picks reach up to the last one.
     group = liaison.meet(
-        (address[0], address[1] + 1), index, count, facts, config.timeout_seconds, config.heartbeat_seconds,
+        (address[0], address[1] - 1), index, count, facts, config.timeout_seconds, config.heartbeat_seconds,
         config.stall_seconds,
     )  # fmt: skip
     try:
@@ -77,8 +78,9 @@ def joined(
     except BaseException as error:
         code, message = _verdict(error)
         group.fail(code, message)
-        if not isinstance(error, SystemExit):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        if code == 1:
+            traceback.print_exception(error)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         # JAX's own goodbye would wait for processes that have ended.
         os._exit(code)
     group.close()
@@ -90,7 +92,6 @@ def _verdict(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "interrupted"
-    traceback.print_exception(error)
     return 1, f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
@@ -103,7 +104,7 @@ def _place(config: DistributedConfig) -> tuple[tuple[str, int], int, int, list[i
     else:
         coordinator, count, index, devices = _detected(config)
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
+    if not host or not port.isdigit() or not 1 < int(port) < 65536:
         raise InputError(f"distributed.coordinator={coordinator!r} must be HOST:PORT of process 0")
     if not 0 <= index < count:
         raise InputError(

@@ -146,7 +146,7 @@ def _gather(
     except OSError as error:
         raise InputError(
             f"port {address[1]} of this machine cannot be opened ({error.strerror}); choose another "
-            "distributed.coordinator port (it and the next one must be free)"
+            "distributed.coordinator port (it and the one below must be free)"
         ) from error
     with listener:
         while len(members) < count and (left := deadline - time.monotonic()) > 0:

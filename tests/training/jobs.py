@@ -24,11 +24,11 @@ COMPARED = ("step", "epoch", "loss", "learning_rate", "grad_norm")
 
 
 def free_port() -> int:
-    """A port of this machine that is free, and the next one too."""
+    """A port of this machine that is free, and the one below too."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as server, contextlib.suppress(OSError, OverflowError):
             port = server.getsockname()[1]
-            with socket.create_server(("127.0.0.1", port + 1)):
+            with socket.create_server(("127.0.0.1", port - 1)):
                 return port
 
 
