@@ -34,7 +34,7 @@ class OptimizerConfig:
       b1, b2: AdamW's moment decays.
       clip_norm: clip gradients to this global norm; 0 is off.
       accumulate: micro-batches a step; the batch size stays the global one.
-      mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a third of the optimizer's memory less).
+      mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a quarter of the training state less).
     """
 
     base_learning_rate: float = 1.5e-4

@@ -84,7 +84,7 @@ class Fault:
 
     def ended(self, *codes: int) -> str:
         """Waits for all processes; the victim of a signal ends by it, the others with one of `codes`."""
-        results = self.job.ended(120)
+        results = self.job.ended(240)
         if all(code == 0 for code, _, _ in results):
             raise TooLate
         for code, _, errors in results:
@@ -101,7 +101,7 @@ def kill(fault: Fault) -> None:
 
 def kill_inside_a_save(fault: Fault) -> None:
     fault.moment()
-    folder, deadline = fault.job.run / "checkpoints", time.monotonic() + 60
+    folder, deadline = fault.job.run / "checkpoints", time.monotonic() + 240
     while not any(folder.glob("*orbax-checkpoint-tmp*")):
         fault.check_running()
         assert time.monotonic() < deadline, "no save was seen"
@@ -134,7 +134,7 @@ def freeze(fault: Fault) -> None:
     frozen.send_signal(signal.SIGSTOP)
     for process in fault.job.processes:
         if process is not frozen:
-            assert process.wait(60) == 76
+            assert process.wait(120) == 76
     frozen.send_signal(signal.SIGKILL)
     assert "has sent nothing for" in fault.ended(-9, 76)
 
@@ -155,7 +155,7 @@ def flip_a_bit(fault: Fault) -> None:
 def _file_of_newest(fault: Fault) -> Path:
     """Kills the job when it has two checkpoints or more; a file of the newest, most often that with the arrays."""
     fault.moment()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(checkpoints(fault.job.run)) < 2:
         fault.check_running()
         assert time.monotonic() < deadline, "no checkpoints were seen"
