@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
 
+T = TypeVar("T")
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command again
 EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
 
 
-def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> None:
+def run_command(
+    main: Callable[[Sequence[str]], int | None],
+    argv: Sequence[str] | None = None,
+    define_flags: Callable[[], None] | None = None,
+) -> None:
     """Parses absl flags, runs `main` and exits the process.
 
     Args:
       main: takes what is left after flag parsing (program name first) and returns an exit code or None.
       argv: command line, by default `sys.argv`.
+      define_flags: called first. Config flags read their overrides as they are defined: mistakes there end in one line
+        too.
 
     Exit codes: 0 or what `main` returns; 1 an unexpected error, with its traceback; 2 (or the error's own `exit_code`)
     an `InputError`, printed as one line; 2 unusable flags or config; 130 interrupted.
     """
 
-    def parse(arguments: list[str]) -> list[str]:
+    def told(step: Callable[[], T]) -> T:
         try:
-            return flags.FLAGS(arguments)
+            return step()
         except Exception as error:  # config files are code: whatever they raise is the user's to mend
             lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
             print(f"error: {lines[-1] if lines else type(error).__name__}", file=sys.stderr)
             raise SystemExit(InputError.exit_code) from None
+
+    def parse(arguments: list[str]) -> list[str]:
+        return told(lambda: flags.FLAGS(arguments))
 
     def guarded(args: Sequence[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
@@ -45,4 +56,6 @@ def run_command(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
 
+    if define_flags is not None:
+        told(define_flags)
     app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=parse)

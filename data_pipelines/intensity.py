@@ -104,7 +104,7 @@ def _map_linearly(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     if high <= low:
         return np.zeros(pixels.shape, np.uint8)
     values = np.arange(int(np.iinfo(pixels.dtype).max) + 1, dtype=np.float64)
-    table = np.clip(np.rint((values - low) * (255.0 / (high - low))), 0, 255).astype(np.uint8)
+    table = np.clip(np.rint((values - low) * 255.0 / (high - low)), 0, 255).astype(np.uint8)
     return table[pixels]
 
 

@@ -59,5 +59,4 @@ def _synthetic(config: ProbeConfig, workdir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

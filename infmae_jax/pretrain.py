@@ -96,5 +96,4 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

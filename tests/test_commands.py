@@ -14,7 +14,7 @@ SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ}
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ}
     )
 
 
@@ -22,6 +22,7 @@ def run(*arguments):
     "flags, message",
     [
         ([SMOKE, "--config.durration=3 steps"], "duration"),
+        (["--config.model.widhts=3"], "widths"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
         ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
         ([SMOKE.removesuffix(":smoke")], "data.shards"),
