@@ -88,6 +88,8 @@ class Fault:
         if all(code == 0 for code, _, _ in results):
             raise TooLate
         for code, _, errors in results:
+            if code == -signal.SIGABRT and results[0][0] == -signal.SIGKILL:
+                continue  # JAX's own end of a process whose coordinator is gone: launchers start it again as well
             assert code in codes, f"exit code {code}, expected one of {codes}: {errors}"
         self.job.assert_no_orphans()
         return "\n".join(errors for _, _, errors in results)
