@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,15 +140,15 @@ def _scaling(s: _Settings) -> dict[str, Any]:
 
 
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
-    "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config)),
+    "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
     "kernels": lambda s: kernels(s.config, s.batch(8, 256), s.rounds),
     "features": lambda s: features(s.config, s.batch(64, 256), s.rounds, flags.FLAGS.torch),
-    "data": lambda s: input_pipeline(s.config, flags.FLAGS.workers, 5.0 if s.quick else flags.FLAGS.seconds),
+    "data": lambda s: input_pipeline(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
     "end_to_end": lambda s: end_to_end(s.config, s.batch(8, 256), s.rounds, s.steps),
     "memory": lambda s: memory(s.config, s.batch(256, 256), flags.FLAGS.memory_gib),
     "growth": _growth,
-    "overhead": lambda s: overhead(s.config, s.batch(8, 256), s.rounds, s.steps, log_every=10),
+    "overhead": lambda s: overhead(s.config, s.batch(8, 256), 1 if s.quick else s.rounds, s.steps, log_every=10),
     "scaling": _scaling,
 }
 
@@ -164,11 +165,12 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="infmae-bench-cache-") as cache:
         jax.config.update("jax_compilation_cache_dir", cache)  # fresh: compile times are those of the first time
         for subject in subjects:
+            since = time.perf_counter()
             results.append(SUBJECTS[subject](settings))
+            results[-1]["measuring_took_seconds"] = round(time.perf_counter() - since, 1)
             print(text(results[-1]), end="\n\n", file=sys.stderr, flush=True)
     print(json.dumps(results[0] if len(argv) == 2 and argv[1] != "all" else results, indent=1))
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

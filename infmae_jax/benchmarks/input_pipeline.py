@@ -9,16 +9,20 @@ from infmae_jax.benchmarks import shards
 from infmae_jax.benchmarks.report import report
 from infmae_jax.training.config import PretrainConfig
 
-_SCENES = 128
+_SCENES, _QUICK_SCENES = 256, 32  # where the config has no shards
 
 
-def input_pipeline(config: PretrainConfig, workers: int, seconds: float) -> dict[str, Any]:
+def input_pipeline(config: PretrainConfig, workers: int, seconds: float, quick: bool = False) -> dict[str, Any]:
     """Images a second of the pipeline, of its parts and of the classic one, see `throughput.run`.
+
+    Args:
+      quick: few scenes and rounds, to see that it runs.
 
     Raises:
       InputError: unusable shards.
     """
-    with shards.scratch(config, _SCENES) as (with_shards, _):
-        rows = throughput.run(with_shards.data.shards, workers, seconds)
+    size = {"batch_size": 16, "rounds": 3} if quick else {}
+    with shards.scratch(config, _QUICK_SCENES if quick else _SCENES) as (with_shards, _):
+        rows = throughput.run(with_shards.data.shards, workers, seconds, **size)
     settings = {"shards": shards.origin(config), "workers": workers, "seconds": seconds}
     return report("data", settings, rows)

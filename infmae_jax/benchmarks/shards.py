@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ def scratch(config: PretrainConfig, images: int) -> Iterator[tuple[PretrainConfi
     """The config with shards, of at least `images` synthetic scenes where it has none, and a folder that goes away."""
     with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder:
         scenes = EmbeddedConfig(images=images, height=256, width=320)
-        yield embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder), Path(folder)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report
+            config = embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder)
+        yield config, Path(folder)
 
 
 def origin(config: PretrainConfig) -> str:
