@@ -104,7 +104,8 @@ def xla_count(
       encoder_only: of the latent, not of the loss.
     """
     module, batch = InfMAE(model), 2
-    images = jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.uint8)
+    channels = 1 if model.visible_only else model.in_channels  # the published way repeats the one channel
+    images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.uint8)
     ids_keep = jax.ShapeDtypeStruct((batch, keep), jnp.int32)
 
     def scalar(params, images, ids_keep):
