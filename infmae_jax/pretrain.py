@@ -18,7 +18,7 @@ from infmae_jax import embedded, pictures, report
 from infmae_jax.training import distributed, loop
 from infmae_jax.training.config import PretrainConfig, from_config, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME
+from infmae_jax.training.metrics import METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
@@ -44,11 +44,7 @@ def main(argv: list[str]) -> int:
     task = PretrainTask(config)
     with distributed.joined(config.distributed, to_config(config), task.data_record) as group:
         primary = jax.process_index() == 0
-        try:
-            result = loop.train(task, config, workdir, group, clock)
-        finally:
-            if primary:
-                _report(workdir)
+        result = loop.train(task, config, workdir, group, clock, at_end=_report)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
@@ -62,8 +58,7 @@ def main(argv: list[str]) -> int:
 def _report(workdir: Path) -> None:
     """Whatever the end, RUN/report.html shows how it came about."""
     try:
-        if (workdir / EVENTS_NAME).is_file():
-            report.write_report(workdir)
+        report.write_report(workdir)
     except InputError as error:
         logging.warning("no report: %s", error)
 

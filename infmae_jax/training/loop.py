@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,19 @@ class Result:
 
 
 def train(
-    task: Task, config: PretrainConfig, run: str | Path, group: Liaison | Alone = Alone(), clock: Goodput | None = None
+    task: Task,
+    config: PretrainConfig,
+    run: str | Path,
+    group: Liaison | Alone = Alone(),
+    clock: Goodput | None = None,
+    at_end: Callable[[Path], None] = lambda run: None,
 ) -> Result:
     """Trains until `config.duration`, resuming from the latest whole checkpoint of the folder `run` if there is one.
 
     Args:
       group: the other processes of the job, see `distributed.joined`.
       clock: counts where the time goes, from its creation on.
+      at_end: called on process 0 with the run folder when a run that was begun or resumed ends, whatever ends it.
 
     Raises:
       InputError: the config does not fit the devices, the data or the run found in the folder.
@@ -68,7 +75,7 @@ def train(
       SaveFailed: a checkpoint could not be written and `config.on_save_failure` is "stop".
     """
     with contextlib.ExitStack() as stack:
-        return _train(task, config, Path(run), group, clock or Goodput(), stack)
+        return _train(task, config, Path(run), group, clock or Goodput(), at_end, stack)
 
 
 def _train(
@@ -77,6 +84,7 @@ def _train(
     run: Path,
     group: Liaison | Alone,
     clock: Goodput,
+    at_end: Callable[[Path], None],
     stack: contextlib.ExitStack,
 ) -> Result:
     primary = jax.process_index() == 0
@@ -173,6 +181,8 @@ def _train(
         last_row_time=monitor.last_row_time,
     )  # fmt: skip
     events.write("compile", done, seconds=compile_seconds)
+    if primary:
+        stack.callback(at_end, run)
     batches = task.batches(done, order)
     stack.callback(lambda: batches.close())  # whichever they are by then
     monitor.restart(batches, done, order)

@@ -67,7 +67,7 @@ def test_a_second_run_in_the_same_folder_is_refused(shards, tmp_path):
         assert first.wait_for_row(1)
         with start(tmp_path, shards) as second:
             code, _, errors = second.ended()[0]
-        assert code == 2 and f"pid {first.processes[0].pid}" in errors and "Traceback" not in errors
+        assert code == 2 and f"in use by process {first.processes[0].pid} on" in errors and "Traceback" not in errors
         assert first.running
 
 
