@@ -25,7 +25,8 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--chaos", type=int, default=3, help="faults in each setup of tests/training/test_chaos.py")
+    parser.addoption("--long", action="store_true", help="more hosts and meshes in tests/training/test_hosts.py")
+    parser.addoption("--chaos", type=int, default=2, help="faults in each setup of tests/training/test_chaos.py")
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
 
 

@@ -1,13 +1,18 @@
-"""The same losses on one process and on several, on any mesh, and after moving from one topology to another."""
+"""The same losses on one process and on several, on any mesh, and after moving from one topology to another.
+
+With --long also on four processes, on data-parallel and fsdp meshes, and with more moves:
+
+    launch/test.sh tests/training/test_hosts.py --long
+"""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from tests.training.jobs import ROOT, SMOKE, Job, free_port, rows_of
 
@@ -44,35 +49,37 @@ def losses(run):
     return np.array([row["loss"] for row in rows_of(run)])
 
 
-@pytest.mark.parametrize("processes, meshes", [(2, ("data", "fsdp", "mixed")), (4, ("mixed",))])
-def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, processes, meshes):
+def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, pytestconfig):
     """Two virtual devices a process; one process has one device."""
+    long = pytestconfig.getoption("--long")
+    jobs = {2: tuple(MESHES), 4: tuple(MESHES)} if long else {2: ("mixed",)}
     train(shards, [{"run": str(tmp_path / "one"), "mesh": MESHES["data"], "steps": STEPS}], 1, 1)
-    train(shards, [{"run": str(tmp_path / m), "mesh": MESHES[m], "steps": STEPS} for m in meshes], processes, 2)
     one = losses(tmp_path / "one")
     assert len(one) == STEPS
-    for mesh in meshes:
-        np.testing.assert_allclose(losses(tmp_path / mesh), one, rtol=1e-6)
+    for processes, meshes in jobs.items():
+        runs = {mesh: str(tmp_path / f"{processes} {mesh}") for mesh in meshes}
+        train(shards, [{"run": run, "mesh": MESHES[m], "steps": STEPS} for m, run in runs.items()], processes, 2)
+        for run in runs.values():
+            np.testing.assert_allclose(losses(run), one, rtol=1e-6)
 
 
-def test_a_run_moves_between_topologies(shards, tmp_path):
-    """Saved on 8 devices with sharded parameters; goes on with 4, 2, 1 of them, and on two processes."""
-    import shutil
-
+def test_a_run_moves_between_topologies(shards, tmp_path, pytestconfig):
+    """Saved on several devices with sharded parameters; goes on with fewer of them, and on two processes."""
+    devices = 8 if pytestconfig.getoption("--long") else 4
+    fewer = [n for n in (4, 2, 1) if n < devices] if devices == 8 else [1]
     half, sizes = STEPS // 2, {"data": 1, "fsdp": -1}
     whole, first = str(tmp_path / "whole"), tmp_path / "first"
     runs = [{"run": whole, "mesh": sizes, "steps": STEPS}]
     runs += [{"run": str(first), "mesh": sizes, "steps": STEPS, "until": half}]
-    train(shards, runs, 1, 8)
-    places = {name: tmp_path / name for name in ("4", "2", "1", "two processes")}
-    for place in places.values():
-        shutil.copytree(first, place)
+    train(shards, runs, 1, devices)
+    places = {count: shutil.copytree(first, tmp_path / f"on {count}") for count in fewer}
+    apart = shutil.copytree(first, tmp_path / "two processes")
     train(shards, [
-        {"run": str(places[n]), "mesh": {"data": -1, "fsdp": min(2, int(n))}, "steps": STEPS, "devices": int(n)}
-        for n in ("4", "2", "1")
-    ], 1, 8)  # fmt: skip
-    train(shards, [{"run": str(places["two processes"]), "mesh": {"data": 2, "fsdp": 2}, "steps": STEPS}], 2, 2)
-    for place in places.values():
+        {"run": str(place), "mesh": {"data": -1, "fsdp": min(2, count)}, "steps": STEPS, "devices": count}
+        for count, place in places.items()
+    ], 1, devices)  # fmt: skip
+    train(shards, [{"run": str(apart), "mesh": {"data": -1, "fsdp": 2}, "steps": STEPS}], 2, 1)
+    for place in (*places.values(), apart):
         np.testing.assert_allclose(losses(place), losses(whole), rtol=1e-6)
 
 
