@@ -41,7 +41,7 @@ def assert_nothing_lost(run, saved, fault):
 
 @pytest.mark.parametrize("processes", SETUPS)
 def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
-    count, seed = pytestconfig.getoption("--chaos"), pytestconfig.getoption("--chaos-seed")
+    count, seed = -(-pytestconfig.getoption("--chaos") // processes), pytestconfig.getoption("--chaos-seed")
     rng = np.random.default_rng([seed, processes])
     kinds = kinds_in_random_order(SETUPS[processes], rng)
     copy = shutil.copytree(shards, tmp_path / "shards")
