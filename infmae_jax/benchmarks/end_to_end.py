@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,13 @@ def short_run(config: PretrainConfig, batch: int, steps: int, **changes: Any) ->
     )
 
 
+def train_to_the_end(task: PretrainTask, config: PretrainConfig, run: Path) -> None:
+    """`loop.train`; whoever ends it early (Ctrl-C, SIGTERM) ends the benchmark."""
+    result = loop.train(task, config, run)
+    if result.interrupted:
+        raise SystemExit(result.stop_code)
+
+
 def end_to_end(config: PretrainConfig, batch: int, rounds: int, steps: int) -> dict[str, Any]:
     """Trains on the config's shards (synthetic ones where it has none) for `rounds` windows of `steps` steps each.
 
@@ -36,7 +44,7 @@ def end_to_end(config: PretrainConfig, batch: int, rounds: int, steps: int) -> d
     """
     with shards.scratch(config, max(4 * batch, 64)) as (with_shards, folder):
         run = short_run(with_shards, batch, (rounds + 1) * steps, log_every=f"{steps} steps")
-        loop.train(PretrainTask(run), run, folder / "run")
+        train_to_the_end(PretrainTask(run), run, folder / "run")
         windows = [row for row in read_metrics(folder / "run") if row["step"] > steps]  # the first one compiles
     program = TrainingProgram(run, batch)
     program.start()

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from infmae_jax.benchmarks import shards, timing
-from infmae_jax.benchmarks.end_to_end import short_run
+from infmae_jax.benchmarks.end_to_end import short_run, train_to_the_end
 from infmae_jax.benchmarks.report import report
-from infmae_jax.training import loop
 from infmae_jax.training.config import PretrainConfig
 from infmae_jax.training.metrics import read_events
 from infmae_jax.training.pretraining import PretrainTask
 
 _WARM = 2  # steps that do not count: the first ones allocate
+_MINUTES = 10  # between the saves of a long run
+_ALIKE = {"checkpoints": "bare", "both": "observed"}  # a form that saves: the one that differs in nothing else
 
 
 class _TimedTask(PretrainTask):
@@ -48,6 +49,10 @@ class _TimedBatches:
 def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_every: int) -> dict[str, Any]:
     """Milliseconds a step in each form and what it adds to the bare one, paired by round.
 
+    A benchmark saves far more often than a long run does, so that saves are many enough to be measured. What a save
+    adds in all, blocking and slowing down what runs beside it, is therefore also put into the time between the saves
+    of a long run.
+
     Args:
       steps: of a run, between the third and the last; a checkpoint is saved after each third of them.
       log_every: steps between logged ones where a run is observed: metrics.jsonl, TensorBoard, Prometheus file.
@@ -62,17 +67,25 @@ def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_ev
                 taken, saves = _seconds_a_step(forms[name], folder / "run")
                 seconds.setdefault(name, []).append(taken)
                 blocked += saves
-    rows = []
+    rows, save_every = [], max(1, steps // 3)
     for name in forms:
         low, median, high = timing.spread(np.asarray(seconds[name]) * 1e3)
-        added = _added(seconds[name], seconds["bare"]) if name != "bare" else {}
-        rows.append({"form": name, "step_ms": median, "low": low, "high": high, **added})
+        row = {"form": name, "step_ms": median, "low": low, "high": high}
+        if name != "bare":
+            row |= _added(seconds[name], seconds["bare"])
+            row["long_run_percent"] = row["added_percent"]
+        if alike := _ALIKE.get(name):
+            row["seconds_a_save"] = float(np.median(np.subtract(seconds[name], seconds[alike]))) * save_every
+            without = 0.0 if alike == "bare" else _added(seconds[alike], seconds["bare"])["added_percent"]
+            row["long_run_percent"] = without + 100 * row["seconds_a_save"] / (60 * _MINUTES)
+        rows.append(row)
     notes = [
         f"a save blocks the loop for {np.median(blocked):.3g} s (median of {len(blocked)}); added_percent: step time "
-        "over that of the bare run of the same round"
+        "over that of the bare run of the same round; seconds_a_save: all that a save adds to the time of the run; "
+        f"long_run_percent: the same with a save every {_MINUTES} minutes"
     ]
     settings = {
-        "batch": batch, "steps": steps, "save_every": max(1, steps // 3), "log_every": log_every, "rounds": rounds,
+        "batch": batch, "steps": steps, "save_every": save_every, "log_every": log_every, "rounds": rounds,
         "image_size": list(config.data.image_size), "shards": shards.origin(config),
     }  # fmt: skip
     return report("overhead", settings, rows, notes)
@@ -81,7 +94,7 @@ def overhead(config: PretrainConfig, batch: int, rounds: int, steps: int, log_ev
 def _seconds_a_step(config: PretrainConfig, run: Path) -> tuple[float, list[float]]:
     """Seconds a step, and how long each save but the last one blocked; the run is made and removed."""
     task = _TimedTask(config)
-    loop.train(task, config, run)
+    train_to_the_end(task, config, run)
     saves = [event["seconds_blocked"] for event in read_events(run) if event["event"] == "save"]
     shutil.rmtree(run)
     return (task.taken[-1] - task.taken[_WARM]) / (len(task.taken) - 1 - _WARM), saves[:-1]

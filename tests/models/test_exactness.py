@@ -36,6 +36,15 @@ def perturbed_params(config, images, ids_keep, seed=1):
     return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
 
 
+@functools.cache
+def default_way(norm_pix):
+    """The random batch, its parameters, and what the default way to compute makes of them."""
+    images, ids_keep = random_batch()
+    config = dataclasses.replace(SMALL, norm_pix_loss=norm_pix)
+    params = perturbed_params(config, images, ids_keep)
+    return config, (params, images, ids_keep), evaluate(config, params, images, ids_keep)
+
+
 def evaluate(config, params, images, ids_keep):
     def loss(params):
         out = InfMAE(config).apply({"params": params}, images, ids_keep)
@@ -51,11 +60,8 @@ def evaluate(config, params, images, ids_keep):
     ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
 ])  # fmt: skip
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
-    images, ids_keep = random_batch()
-    config = dataclasses.replace(SMALL, norm_pix_loss=norm_pix)
-    params = perturbed_params(config, images, ids_keep)
-    out, grads = evaluate(config, params, images, ids_keep)
-    other, other_grads = evaluate(dataclasses.replace(config, **change), params, images, ids_keep)
+    config, inputs, (out, grads) = default_way(norm_pix)
+    other, other_grads = evaluate(dataclasses.replace(config, **change), *inputs)
     assert out.latent.dtype == jnp.float64
     for name in ("latent", "loss", "pred"):
         np.testing.assert_allclose(getattr(out, name), getattr(other, name), rtol=0, atol=1e-10, err_msg=name)

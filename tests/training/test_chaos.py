@@ -1,15 +1,15 @@
 """Random faults, one after the other, against tiny runs: whatever happens, the run ends as if nothing had.
 
-A short form runs with the other tests. The long one, with its faults and seed printed:
+A short form, of one process, runs with the other tests. The long one, side by side with one of two hosts and half as
+many faults; it prints its faults and seed at the end:
 
-    launch/test.sh tests/training/test_chaos.py --chaos=30 --chaos-seed=1 -s
+    launch/test.sh tests/training/test_chaos.py --long --chaos=36 --chaos-seed=1 --dist=load -rP
 """
 
 import collections
 import shutil
 
 import numpy as np
-import pytest
 
 from tests.training import chaos
 from tests.training.jobs import Job, assert_same_run
@@ -39,7 +39,10 @@ def assert_nothing_lost(run, saved, fault):
     assert began in wanted or not saved, f"went on at step {began} with checkpoints {saved}"
 
 
-@pytest.mark.parametrize("processes", SETUPS)
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("processes", SETUPS if metafunc.config.getoption("--long") else [1])
+
+
 def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
     count, seed = -(-pytestconfig.getoption("--chaos") // processes), pytestconfig.getoption("--chaos-seed")
     rng = np.random.default_rng([seed, processes])
