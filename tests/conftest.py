@@ -26,7 +26,7 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more hosts in tests/training/test_hosts.py, test_chaos.py")
-    parser.addoption("--chaos", type=int, default=2, help="faults in tests/training/test_chaos.py, half of them with two hosts")
+    parser.addoption("--chaos", type=int, default=2, help="faults in tests/training/test_chaos.py; half as many with two hosts")
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
 
 

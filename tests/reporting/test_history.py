@@ -10,7 +10,7 @@ from tests.reporting.run_folders import NOW, event, make_run, metrics_row
     "events, age, word, detail",
     [
         ([event(-90, "start", 0)], 60, "running", "ago"),
-        ([event(-90, "start", 0)], 7200, "silent", "no sign of life for 2."),
+        ([event(-90, "start", 0)], 7200, "silent", "h: killed, or it hangs"),
         ([event(-90, "start", 0), event(-50, "preempted", 9, code=75)], 60, "preempted", "at step 9"),
         ([event(-90, "start", 0), event(-50, "preempted", 9, code=130)], 60, "interrupted", "at step 9"),
         ([event(-90, "preempted", 9), event(-50, "resume", 9)], 60, "running", ""),

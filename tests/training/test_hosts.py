@@ -65,8 +65,7 @@ def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, pytest
 
 def test_a_run_moves_between_topologies(shards, tmp_path, pytestconfig):
     """Saved on several devices with sharded parameters; goes on with fewer of them, and on two processes."""
-    devices = 8 if pytestconfig.getoption("--long") else 4
-    fewer = [n for n in (4, 2, 1) if n < devices] if devices == 8 else [1]
+    devices, fewer = (8, (4, 2, 1)) if pytestconfig.getoption("--long") else (4, (1,))
     half, sizes = STEPS // 2, {"data": 1, "fsdp": -1}
     whole, first = str(tmp_path / "whole"), tmp_path / "first"
     runs = [{"run": whole, "mesh": sizes, "steps": STEPS}]

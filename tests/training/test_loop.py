@@ -85,8 +85,9 @@ def named(run, event):
 
 
 @pytest.mark.parametrize(
-    "what, white, reason", [("loss", 1, "non-finite loss"), ("gradient", 8, "non-finite gradient")]
-)
+    "what, white, reason", [("loss", 8, "non-finite loss"), ("loss", 1, "non-finite loss"),
+                            ("gradient", 8, "non-finite gradient")]
+)  # fmt: skip
 def test_nan_in_a_batch_an_image_or_a_gradient_is_skipped_and_told(config, tmp_path, what, white, reason):
     result = loop.train(Harmed(config, {5}, what, white), config, tmp_path)
     assert result.step == 12 and int(result.state.guard.skipped) == 1

@@ -170,8 +170,9 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
 
     plain = run(MeshConfig(1), jax.devices()[:1], 1)
     assert plain[0][2] < plain[0][0]
-    other = run(MeshConfig(-1, 2, 2), None, 2)
-    np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
-    np.testing.assert_allclose(other[2], plain[2], rtol=1e-4)
-    # Adam divides by the gradient's own size, so rounding in tiny gradients shows as a share of the step length.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-3), other[1], plain[1])
+    for setup in ((MeshConfig(-1, 2, 2), None, 2), (MeshConfig(1), jax.devices()[:1], 4)):
+        other = run(*setup)
+        np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
+        np.testing.assert_allclose(other[2], plain[2], rtol=1e-4)
+        # Adam divides by the gradient's own size, so rounding in tiny gradients shows as a share of the step length.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-3), other[1], plain[1])
