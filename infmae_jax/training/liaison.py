@@ -79,10 +79,17 @@ class _Line:
         with contextlib.suppress(OSError), self._lock:
             self.socket.sendall(data)
 
-    def read(self) -> list[dict[str, Any]] | None:
-        """Messages that have arrived (blocks for the first bytes); None at the end of the connection."""
+    def read(self, first_only: bool = False) -> list[dict[str, Any]] | None:
+        """Messages that have arrived (blocks for the first bytes); None at the end of the connection.
+
+        With `first_only` those behind the first stay in the connection, where whoever selects on it sees them.
+        """
         try:
-            data = self.socket.recv(1 << 16)
+            if first_only:
+                data = self.socket.recv(1 << 16, socket.MSG_PEEK)
+                data = self.socket.recv(data.find(b"\n") + 1 or len(data))
+            else:
+                data = self.socket.recv(1 << 16)
         except OSError:
             return None
         if not data or len(self._pending) > _LONGEST_LINE:
@@ -97,7 +104,7 @@ class _Line:
         """The next message; None at the end of the connection or after the deadline (monotonic seconds)."""
         while (left := deadline - time.monotonic()) > 0:
             self.socket.settimeout(left)
-            messages = self.read()
+            messages = self.read(first_only=True)
             if messages is None or messages:
                 self.socket.settimeout(None)
                 return messages[0] if messages else None

@@ -11,6 +11,7 @@ from infmae_jax.training import liaison
 def main(port, index, count, behaviour, timeout=20.0, silence=20.0, stall=0.0):
     group = liaison.meet(("127.0.0.1", port), index, count, {"config seed": "0"}, timeout, silence, stall)
     print("met", flush=True)
+    sys.stdin.readline()  # all have met: nobody ends before the others have said so
     if behaviour == "finish":
         group.close()
         return

@@ -33,12 +33,13 @@ def job(port, *behaviours, **limits):
     for index, behaviour in enumerate(behaviours):
         task = {"port": port, "index": index, "count": len(behaviours), "behaviour": behaviour, **limits}
         command = [sys.executable, "-m", "tests.training.liaison_process", json.dumps(task)]
-        processes.append(
-            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
     try:
         for process in processes:
             assert process.stdout.readline() == "met\n", process.stderr.read()
+        for process in processes:
+            print(file=process.stdin, flush=True)
         yield processes
     finally:
         for process in processes:
@@ -80,6 +81,16 @@ def test_processes_that_differ_say_in_what(port):
     for error in meet_all(port, claims, 2, timeout=20.0).values():
         assert type(error) is InputError and error.exit_code == 2
         assert "data set is 'b' there and 'a' here" in str(error) and "seed" not in str(error)
+
+
+def test_a_failure_right_behind_the_welcome_is_heard():
+    first, second = socket.socketpair()
+    with first, second:
+        coordinator, other = liaison._Line(first), liaison._Line(second)
+        coordinator.send("welcome")
+        coordinator.send("end", code=2, message="shard 7 is damaged")
+        assert other.receive(time.monotonic() + 5) == {"kind": "welcome"}
+        assert other.read() == [{"kind": "end", "code": 2, "message": "shard 7 is damaged"}]
 
 
 def test_strangers_at_the_port_change_nothing(port):
