@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import faulthandler
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -31,7 +33,10 @@ def run_command(
 
     Exit codes: 0 or what `main` returns; 1 an unexpected error, with its traceback; 2 (or the error's own `exit_code`)
     an `InputError`, printed as one line; 2 unusable flags or config; 130 interrupted.
+
+    SIGQUIT (Ctrl-\\, or kill -QUIT) prints what every thread is doing, of a process that seems to hang.
     """
+    faulthandler.register(signal.SIGQUIT, file=2)
 
     def told(step: Callable[[], T]) -> T:
         try:

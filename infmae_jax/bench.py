@@ -2,6 +2,7 @@
 
 flops       operations of a training step by stage, on visible patches and as published: XLA's count and one by hand
 step        the training step: images/s, MFU, memory, compile time; with --torch in turns with PyTorch
+profile     where the step's time goes: by kind of work, by part of the model, the slowest operations
 kernels     depthwise convolutions, placing and taking tokens, attention: ways to compute them
 features    dense features of whole images; with --torch in turns with PyTorch
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
@@ -41,6 +42,7 @@ from infmae_jax.benchmarks.input_pipeline import input_pipeline
 from infmae_jax.benchmarks.kernels import kernels
 from infmae_jax.benchmarks.memory import memory
 from infmae_jax.benchmarks.overhead import overhead
+from infmae_jax.benchmarks.profile import profile
 from infmae_jax.benchmarks.report import on_accelerator, text
 from infmae_jax.benchmarks.scaling import MESHES, QUICK_MESHES, parse_meshes, scaling
 from infmae_jax.benchmarks.step import TORCH_FORMS, Grid, step, step_against_torch
@@ -72,7 +74,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
     flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
     flags.DEFINE_list("meshes", [], "scaling: data x fsdp x tensor, as 8, 4x2 or 4x1x2; empty: 1, 1x8, 8x8, 32x8.")
-    flags.DEFINE_integer("steps", 0, "end_to_end, overhead: steps a round; 0: 20, or 3 with --quick.", lower_bound=0)
+    flags.DEFINE_integer("steps", 0, "profile, end_to_end, overhead: steps a round; 0: 20, or 3 with --quick.", lower_bound=0)
 
 
 class _Settings:
@@ -142,6 +144,7 @@ def _scaling(s: _Settings) -> dict[str, Any]:
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
+    "profile": lambda s: profile(s.config, s.batch(8, 256), s.steps),
     "kernels": lambda s: kernels(s.config, s.batch(8, 256), s.rounds),
     "features": lambda s: features(s.config, s.batch(64, 256), s.rounds, flags.FLAGS.torch),
     "data": lambda s: input_pipeline(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),

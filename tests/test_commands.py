@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_pretrain(flags, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "bench flops|step|kernels|features|data|end_to_end|memory|growth|overhead|scaling|all"),
+        ([], "bench flops|step|profile|kernels|features|data|end_to_end|memory|growth|overhead|scaling|all"),
         (["flops", "step"], "bench flops|step"),
         (["step", "--batch_sizes=many"], "--batch_sizes=many"),
         (["step", "--quick", "--variants=giant"], "'giant'"),
@@ -68,3 +69,29 @@ def test_bench_prints_a_table_and_json():
     assert report["subject"] == "flops" and report["versions"]["jax"] and report["device"].endswith("cpu")
     for row in report["rows"]:
         assert row["stage"] in result.stderr
+
+
+def test_a_process_tells_what_it_is_doing():
+    """On SIGQUIT, and goes on."""
+    script = """
+import time
+from data_pipelines.commands import run_command
+
+def waits_for_godot(args):
+    print("ready", flush=True)
+    time.sleep(100)
+
+run_command(waits_for_godot, ["command"])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGQUIT)
+        told = ""
+        while "waits_for_godot" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        assert process.poll() is None
+        process.kill()

@@ -77,6 +77,11 @@ class TrainingProgram:
         # The new state takes the place of the old one.
         self.memory_gib = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / _GIB
 
+    @property
+    def text(self) -> str:
+        """The compiled program, for reading."""
+        return self._compiled.as_text()
+
     def start(self, params: Any | None = None) -> None:
         """Makes the state, with these weights or random ones, and the batch."""
         self.state = jax.jit(self._create, out_shardings=self._shardings)(jax.random.key(self.config.seed))

@@ -70,7 +70,7 @@ class Fault:
         deadline = time.monotonic() + 240
         while len(beginnings(self.job.run)) <= started:
             self.check_running()
-            assert time.monotonic() < deadline, "the job did not start"
+            assert time.monotonic() < deadline, f"the job did not start: {self.job.stacks()}"
             time.sleep(0.02)
         time.sleep(self.rng.uniform(0, SECONDS))
         self.check_running()
@@ -106,7 +106,7 @@ def kill_inside_a_save(fault: Fault) -> None:
     folder, deadline = fault.job.run / "checkpoints", time.monotonic() + 240
     while not any(folder.glob("*orbax-checkpoint-tmp*")):
         fault.check_running()
-        assert time.monotonic() < deadline, "no save was seen"
+        assert time.monotonic() < deadline, f"no save was seen: {fault.job.stacks()}"
         time.sleep(0.001)
     time.sleep(fault.rng.uniform(0, 0.1))
     fault.victim().send_signal(signal.SIGKILL)
@@ -160,7 +160,7 @@ def _file_of_newest(fault: Fault) -> Path:
     deadline = time.monotonic() + 240
     while len(checkpoints(fault.job.run)) < 2:
         fault.check_running()
-        assert time.monotonic() < deadline, "no checkpoints were seen"
+        assert time.monotonic() < deadline, f"no checkpoints were seen: {fault.job.stacks()}"
         time.sleep(0.01)
     fault.victim().send_signal(signal.SIGKILL)
     fault.ended(-9, 76)

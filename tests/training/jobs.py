@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,7 +41,7 @@ class Job:
     def __init__(self, run, shards, *flags, processes=1, devices=1, **popen):
         self.run = Path(run)
         port = free_port()
-        self.processes = []
+        self.processes, self._printed = [], []
         for index in range(processes):
             hosts = [] if processes == 1 else [
                 "--config.distributed.method=addresses", f"--config.distributed.coordinator=127.0.0.1:{port}",
@@ -49,29 +52,37 @@ class Job:
                 f"--config.data.shards={shards}", "--config.picture_every=0 steps", *hosts, *flags,
             ]  # fmt: skip
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+            # Files, not pipes: a process must not wait until a test reads what it prints.
+            output, errors = (tempfile.TemporaryFile("w+") for _ in range(2))
+            self._printed.append((output, errors))
             self.processes.append(
                 subprocess.Popen(
-                    command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-                    start_new_session=True, **popen,
+                    command, cwd=ROOT, stdout=output, stderr=errors, env=environment, start_new_session=True, **popen
                 )
-            )  # fmt: skip
+            )
 
     def __enter__(self):
         return self
 
     def __exit__(self, *unused):
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            process.wait()
+        for file in itertools.chain(*self._printed):
+            file.close()
 
     def ended(self, timeout=240):
-        """(exit code, standard output, standard error) of every process; the first of them in `code`, `errors`."""
+        """(exit code, standard output, standard error) of every process."""
         deadline = time.monotonic() + timeout
         results = []
-        for process in self.processes:
-            output, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            results.append((process.returncode, output, errors))
+        for process, printed in zip(self.processes, self._printed, strict=True):
+            try:
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"a process did not end within {timeout} s: {self.stacks()}") from None
+            for file in printed:
+                file.seek(0)
+            results.append((process.returncode, *(file.read() for file in printed)))
         return results
 
     def succeeded(self, timeout=240):
@@ -82,13 +93,22 @@ class Job:
     def running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
+    def stacks(self) -> str:
+        """What every thread of every process is doing; ends them."""
+        for process in self.processes:
+            process.send_signal(signal.SIGQUIT)
+        time.sleep(1.0)
+        for process in self.processes:
+            process.kill()
+        return "\n".join(f"process {i}: {errors}" for i, (_, _, errors) in enumerate(self.ended()))
+
     def wait_for_row(self, step, timeout=240):
         """Until the run has logged this step; False when a process ended before."""
         deadline = time.monotonic() + timeout
         while not any(row["step"] >= step for row in rows_of(self.run)):
             if not self.running:
                 return False
-            assert time.monotonic() < deadline, "the run did not get there"
+            assert time.monotonic() < deadline, f"the run did not get there: {self.stacks()}"
             time.sleep(0.02)
         return True
 

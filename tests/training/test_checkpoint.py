@@ -197,6 +197,29 @@ def test_flipped_array_is_named_and_the_run_goes_on(saved, states, mesh, tmp_pat
         assert sorted(path.name for path in (run / "damaged").iterdir()) == [f"2-{n}" for n in range(again + 1)]
 
 
+def test_damage_is_told_in_one_line(saved, states, tmp_path):
+    """Where the reading of many arrays fails at once, each would have its say."""
+    run = shutil.copytree(saved, tmp_path / "run")
+    for file in (run / "checkpoints" / "2").rglob("d/*"):
+        cut_in_half(file)
+    output, errors = start(run).communicate(timeout=100)
+    assert json.loads(output)["content"] == content(states[1])
+    lines = errors.splitlines()
+    assert len(lines) == 1 and "checkpoints/2 is damaged: it cannot be read" in lines[0], errors
+
+
+def test_an_array_that_goes_by_another_name_is_missing(saved, states, mesh, tmp_path):
+    """One bit of the list of arrays."""
+    run = shutil.copytree(saved, tmp_path / "run")
+    listing = run / "checkpoints" / "2" / "params" / "_METADATA"
+    assert "kernel" in listing.read_text()
+    listing.write_text(listing.read_text().replace("kernel", "kernem"))
+    damage = {}
+    with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
+        assert content(checkpointer.restore(abstract_state(mesh))[0]) == content(states[1])
+    assert "kernel is missing" in damage[2] and checkpoints(run) == ["1"]
+
+
 def test_never_starts_over_silently(saved, mesh, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     flip_a_bit(largest_file(run / "checkpoints" / "1" / "params"))
