@@ -11,6 +11,7 @@ import numpy as np
 from infmae_jax.benchmarks import timing
 from infmae_jax.benchmarks.report import report
 from infmae_jax.benchmarks.training import synthetic_batch
+from infmae_jax.evaluation.features import images_at_once, in_pieces
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.training.config import PretrainConfig
@@ -31,9 +32,14 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
 
+    at_once = images_at_once(batch, jax.devices()[:1])
+
     @jax.jit
     def forward(params, images):
-        return module.apply({"params": params}, patches.normalize(images), method="features")
+        def take(some):
+            return module.apply({"params": params}, patches.normalize(some), method="features")
+
+        return in_pieces(take, images, at_once)
 
     on_device = jax.device_put(images)
 
@@ -46,6 +52,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
 
     calls: dict[str, timing.Call] = {"ours": ours}
     settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.dtype}
+    settings["images_at_once"] = at_once
     if against_torch:
         from infmae_jax.benchmarks import torch_model
 

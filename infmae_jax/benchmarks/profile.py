@@ -7,6 +7,7 @@ after the layer.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tempfile
 from collections import defaultdict
@@ -99,19 +100,13 @@ def operations(program: str) -> dict[str, Operation]:
 
 def operation_times(profile: jax.profiler.ProfileData, names: Iterable[str]) -> list[tuple[str, float, float]]:
     """Name, start and end in seconds of each run of an operation of these names, on all devices and threads."""
-    names = set(names)
-    # A CPU thread may leave an operation to others; a mark tells when that one has ended.
-    ended: dict[Any, float] = {}
-    started: list[tuple[str, Any, float, float]] = []
+    names, times = set(names), []
     for event in (event for plane in profile.planes for line in plane.lines for event in line.events):
-        stats = dict(event.stats)
         # On TPUs events are named after the whole instruction, on GPUs after the kernel.
-        name = stats.get("hlo_op", event.name.split(" ")[0].lstrip("%"))
-        if event.name.startswith("end: "):
-            ended[stats.get("_c")] = event.start_ns
-        elif name in names:
-            started.append((name, stats.get("_p"), event.start_ns, event.start_ns + event.duration_ns))
-    return [(name, start / 1e9, max(end, ended.get(mark, end)) / 1e9) for name, mark, start, end in started]
+        name = dict(event.stats).get("hlo_op", event.name.split(" ")[0].lstrip("%"))
+        if name in names:
+            times.append((name, event.start_ns / 1e9, (event.start_ns + event.duration_ns) / 1e9))
+    return times
 
 
 def idle_seconds(times: Iterable[tuple[str, float, float]]) -> float:
@@ -164,7 +159,9 @@ def profile(config: PretrainConfig, batch: int, steps: int, slowest: int = 12) -
     for row in list(_shares(seconds, ((n, n) for n in seconds), steps))[:slowest]:
         operation = known[row["what"]]
         rows.append({"by": "operation", **row, "kind": operation.kind, "source": _short(operation.source)})
-    notes = ["by kind, part and operation: from start to end of each, while others may run on other threads or streams"]
+    notes = ["by kind, part and operation: of the time of all operations, which run beside each other where they can"]
+    if not on_accelerator() and len(os.sched_getaffinity(0)) > 1:
+        notes.append("what an operation leaves to other CPU threads is not seen; with taskset -c 0 in front, all is")
     if not on_accelerator():
         notes.append(f"kernels of a GPU: {NEEDS_ACCELERATOR}")
     settings = {"batch": batch, "dtype": config.model.dtype, "image_size": list(config.data.image_size)}

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,25 @@ def test_batches_threads_and_padding_do_not_change_features(small_encoder, files
     got = FeatureExtractor(small_encoder, batch_size=8, threads=3).extract(files, VIEWS)
     assert (got.shape, got.dtype) == ((30, 1, 16), np.float32)
     np.testing.assert_allclose(got[:, 0], want, atol=2e-5)
+
+
+def test_a_few_images_at_once_have_the_same_features(small_encoder):
+    images = np.random.default_rng(0).integers(0, 256, (12, *SIZE, 1), np.uint8)
+    whole, pieces = (module.encode(small_encoder.model, small_encoder.params, images, n) for n in (12, 4))
+    assert whole.keys() == pieces.keys()
+    for name in whole:
+        np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "batch, platforms, expected",
+    [
+        (64, ["cpu"], 8), (20, ["cpu"], 5), (6, ["cpu"], 6), (61, ["cpu"], 61), (64, ["cpu", "cpu"], 64),
+        (64, ["gpu"], 64),
+    ],
+)  # fmt: skip
+def test_how_many_images_at_once(batch, platforms, expected):
+    assert module.images_at_once(batch, [SimpleNamespace(platform=name) for name in platforms]) == expected
 
 
 def test_every_feature_is_what_its_name_says(small_encoder, files):
