@@ -65,3 +65,28 @@ def test_cudnn_attention_lowers_for_training_where_the_number_of_tokens_is_even(
     loss = jax.grad(lambda p, x: module.apply(p, x, tokens // 4).astype(jnp.float32).sum())
     text = jax.jit(loss).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
     assert ("__cudnn$fmhaSoftmaxBackward" in text) is kernels
+
+
+def test_residual_changes_neither_values_nor_gradients(monkeypatch):
+    """It only keeps XLA from summing a gradient again in each of its uses."""
+    block = blocks.TransformerBlock(heads=2, mlp_ratio=2, dtype="float32")
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+    params = block.init(jax.random.key(1), x)
+
+    def value_and_gradients():
+        def loss(params, x):
+            return (block.apply(params, block.apply(params, x)) ** 2).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+
+    with_it = value_and_gradients()
+    monkeypatch.setattr(blocks, "residual", lambda x: x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), with_it, value_and_gradients())
+
+
+def test_residual_is_a_call_of_its_own_on_cpus_alone():
+    gradient = jax.jit(jax.grad(lambda x: (blocks.residual(jnp.tanh(x)) ** 2).sum()))
+    traced = gradient.trace(jnp.ones((3, 4)))
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    assert 'inlineable = "false"' in texts["cpu"]
+    assert "inlineable" not in texts["cuda"] + texts["tpu"]
