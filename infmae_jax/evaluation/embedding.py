@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines.augment import center_crop_resize
 from infmae_jax.evaluation.encoder import FrozenEncoder, load_encoder
-from infmae_jax.evaluation.features import encode
+from infmae_jax.evaluation.features import encode, images_at_once
 
 _BATCH = 32
 
@@ -32,7 +32,8 @@ def embedding_of(encoder: FrozenEncoder) -> Callable[[list[np.ndarray]], np.ndar
 
     The whole image is squeezed into the encoder's image size, so that nothing of a scene is lost.
     """
-    compiled = jax.jit(functools.partial(encode, encoder.model))
+    at_once = images_at_once(_BATCH, jax.devices()[:1])
+    compiled = jax.jit(functools.partial(encode, encoder.model, at_once=at_once))
     params = jax.device_put(encoder.params)
 
     def embed(images: list[np.ndarray]) -> np.ndarray:

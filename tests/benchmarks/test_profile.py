@@ -92,4 +92,4 @@ def test_profile_of_the_step(smoke):
     for by in ("kind", "part"):
         assert sum(row["percent"] for row in rows if row["by"] == by) == pytest.approx(100)
     step, idle = (row for row in rows if row["by"] == "clock")
-    assert step["percent"] == 100 and 0 <= idle["ms"] < step["ms"]
+    assert step["percent"] == pytest.approx(100) and 0 <= idle["ms"] < step["ms"]
