@@ -6,6 +6,12 @@ from infmae_jax.reporting.history import read_history
 from tests.reporting.run_folders import NOW, event, make_run, metrics_row
 
 
+@pytest.fixture(autouse=True)
+def read_now(monkeypatch):
+    """Runs are dated from the start of the tests, which may be half an hour ago by now."""
+    monkeypatch.setattr("infmae_jax.reporting.history.time.time", lambda: NOW)
+
+
 @pytest.mark.parametrize(
     "events, age, word, detail",
     [
