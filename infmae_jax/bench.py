@@ -74,7 +74,7 @@ def _define_flags() -> None:
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
     flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
     flags.DEFINE_list("meshes", [], "scaling: data x fsdp x tensor, as 8, 4x2 or 4x1x2; empty: 1, 1x8, 8x8, 32x8.")
-    flags.DEFINE_integer("steps", 0, "profile, end_to_end, overhead: steps a round; 0: 20, or 3 with --quick.", lower_bound=0)
+    flags.DEFINE_integer("steps", 0, "profile, end_to_end, overhead: steps a round; 0: 20, or 3.", lower_bound=0)
 
 
 class _Settings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -33,7 +32,6 @@ def embedding_of(encoder: FrozenEncoder) -> Callable[[list[np.ndarray]], np.ndar
     The whole image is squeezed into the encoder's image size, so that nothing of a scene is lost.
     """
     at_once = images_at_once(_BATCH, jax.devices()[:1])
-    compiled = jax.jit(functools.partial(encode, encoder.model, at_once=at_once))
     params = jax.device_put(encoder.params)
 
     def embed(images: list[np.ndarray]) -> np.ndarray:
@@ -44,7 +42,7 @@ def embedding_of(encoder: FrozenEncoder) -> Callable[[list[np.ndarray]], np.ndar
             batch = np.zeros((_BATCH, *encoder.image_size, 1), np.uint8)
             for place, image in enumerate(group):
                 batch[place, ..., 0] = center_crop_resize(image, encoder.image_size, stretch=True)
-            vectors.append(np.asarray(compiled(params, batch)["pooled"])[: len(group)])
+            vectors.append(np.asarray(encode(encoder.model, params, batch, at_once)["pooled"])[: len(group)])
         return np.concatenate(vectors)
 
     return embed

@@ -231,8 +231,9 @@ def _is_news(record: standard_logging.LogRecord) -> bool:
 def _is_echo(unraisable: sys.UnraisableHookArgs) -> bool:
     """Of a reading that ends after the one that waited for it: its event loop is gone, or nobody takes its error."""
     code = getattr(unraisable.object, "cr_code", None)
-    lonely = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
-    return lonely or (isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value))
+    if code is not None:
+        return f"{os.sep}orbax{os.sep}" in code.co_filename
+    return isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
 
 
 @contextlib.contextmanager
