@@ -138,8 +138,10 @@ def profile(config: PretrainConfig, batch: int, steps: int, slowest: int = 12) -
     program = TrainingProgram(config, batch)
     program.start()
     program(2)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # operations alone are read
     with tempfile.TemporaryDirectory(prefix="infmae-profile-") as folder:
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(folder, profiler_options=options):
             program(steps)
         (trace,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(trace))
