@@ -2,7 +2,7 @@
 
     python -m tests.data_pipelines.fill_cache FOLDER COUNT FIRST STEP
 
-Prints "filling" before the first image, and "full" when all from FIRST on, each STEP-th, are there.
+Prints "filling" after the first image, and "full" when all from FIRST on, each STEP-th, are there.
 """
 
 import sys
@@ -28,8 +28,9 @@ def open_cache(folder, count: int) -> ImageCache:
 def main(folder: str, count: str, first: str, step: str) -> None:
     cache = open_cache(folder, int(count))
     images = {number: image(number) for number in range(int(first), int(count), int(step))}
-    print("filling", flush=True)
-    for number, pixels in images.items():
+    for done, (number, pixels) in enumerate(images.items()):
+        if done == 1:
+            print("filling", flush=True)
         if cache.find(number) is None:
             cache.store(number, pixels)
     print("full", flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.training.jobs import Job
+from tests.training.jobs import Job, beginnings, checkpoints
 
 SECONDS = 3.0  # in which a fault strikes after the first step of a process
 DISK = "24m"
@@ -67,16 +66,16 @@ class Fault:
     def moment(self) -> None:
         """Some time after the process has begun to make steps."""
         started = len(beginnings(self.job.run))
-        deadline = time.monotonic() + 240
-        while len(beginnings(self.job.run)) <= started:
-            self.check_running()
-            assert time.monotonic() < deadline, f"the job did not start: {self.job.stacks()}"
-            time.sleep(0.02)
+        self.wait_until(lambda: len(beginnings(self.job.run)) > started)
         time.sleep(self.rng.uniform(0, SECONDS))
         self.check_running()
 
     def check_running(self) -> None:
         if not self.job.running:
+            raise TooLate
+
+    def wait_until(self, condition: Callable[[], bool], pause: float = 0.02) -> None:
+        if not self.job.wait_until(condition, pause):
             raise TooLate
 
     def victim(self) -> subprocess.Popen:
@@ -103,11 +102,8 @@ def kill(fault: Fault) -> None:
 
 def kill_inside_a_save(fault: Fault) -> None:
     fault.moment()
-    folder, deadline = fault.job.run / "checkpoints", time.monotonic() + 240
-    while not any(folder.glob("*orbax-checkpoint-tmp*")):
-        fault.check_running()
-        assert time.monotonic() < deadline, f"no save was seen: {fault.job.stacks()}"
-        time.sleep(0.001)
+    folder = fault.job.run / "checkpoints"
+    fault.wait_until(lambda: any(folder.glob("*orbax-checkpoint-tmp*")), pause=0.001)
     time.sleep(fault.rng.uniform(0, 0.1))
     fault.victim().send_signal(signal.SIGKILL)
     fault.ended(-9, 76)
@@ -157,11 +153,7 @@ def flip_a_bit(fault: Fault) -> None:
 def _file_of_newest(fault: Fault) -> Path:
     """Kills the job when it has two checkpoints or more; a file of the newest, most often that with the arrays."""
     fault.moment()
-    deadline = time.monotonic() + 240
-    while len(checkpoints(fault.job.run)) < 2:
-        fault.check_running()
-        assert time.monotonic() < deadline, f"no checkpoints were seen: {fault.job.stacks()}"
-        time.sleep(0.01)
+    fault.wait_until(lambda: len(checkpoints(fault.job.run)) >= 2)
     fault.victim().send_signal(signal.SIGKILL)
     fault.ended(-9, 76)
     fault.damaged_newest = True
@@ -203,19 +195,3 @@ TWO_PROCESSES: dict[str, Callable[[Fault], None]] = {
     "one host killed": kill, "one host killed inside a save": kill_inside_a_save, "one host gets SIGTERM": terminate,
     "one host frozen": freeze, "bit flipped in newest checkpoint": flip_a_bit,
 }  # fmt: skip
-
-
-def events(run: Path) -> list[dict]:
-    path = run / "events.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def beginnings(run: Path) -> list[int]:
-    """The step at which each process (of the first host) began to make steps."""
-    return [event["step"] for event in events(run) if event["event"] in ("start", "resume")]
-
-
-def checkpoints(run: Path) -> list[int]:
-    folder = run / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []

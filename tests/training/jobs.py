@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 
 from infmae_jax.training.checkpoint import restore_params
+from infmae_jax.training.metrics import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
@@ -102,15 +103,19 @@ class Job:
             process.kill()
         return "\n".join(f"process {i}: {errors}" for i, (_, _, errors) in enumerate(self.ended()))
 
-    def wait_for_row(self, step, timeout=240):
-        """Until the run has logged this step; False when a process ended before."""
+    def wait_until(self, condition, pause=0.02, timeout=240):
+        """Until `condition()` holds; False when a process ended before."""
         deadline = time.monotonic() + timeout
-        while not any(row["step"] >= step for row in rows_of(self.run)):
+        while not condition():
             if not self.running:
                 return False
             assert time.monotonic() < deadline, f"the run did not get there: {self.stacks()}"
-            time.sleep(0.02)
+            time.sleep(pause)
         return True
+
+    def wait_for_row(self, step):
+        """Until the run has logged this step; False when a process ended before."""
+        return self.wait_until(lambda: any(row["step"] >= step for row in rows_of(self.run)))
 
     def relatives(self) -> list[psutil.Process]:
         """Living processes that the job's processes started, and they themselves."""
@@ -134,6 +139,17 @@ def rows_of(run):
     path = Path(run) / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def beginnings(run):
+    """The step at which each process (of the first host) began to make steps."""
+    return [event["step"] for event in read_events(run) if event["event"] in ("start", "resume")]
+
+
+def checkpoints(run):
+    """Steps of the completed checkpoints, in order."""
+    folder = Path(run) / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
 
 
 def compared(run):

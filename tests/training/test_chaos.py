@@ -12,7 +12,7 @@ import shutil
 import numpy as np
 
 from tests.training import chaos
-from tests.training.jobs import Job, assert_same_run
+from tests.training.jobs import Job, assert_same_run, beginnings, checkpoints
 
 STEPS, SAVE_EVERY = 60, 5
 SETUPS = {1: chaos.ONE_PROCESS, 2: chaos.TWO_PROCESSES}
@@ -34,7 +34,7 @@ def kinds_in_random_order(kinds, rng):
 
 def assert_nothing_lost(run, saved, fault):
     """The process that came after a fault went on from the last completed save (or, of a damaged one, that before)."""
-    began = chaos.beginnings(run)[-1]
+    began = beginnings(run)[-1]
     wanted = saved[-1:] + saved[-2:-1] * fault.damaged_newest
     assert began in wanted or not saved, f"went on at step {began} with checkpoints {saved}"
 
@@ -73,7 +73,7 @@ def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
                         finished = True
                 if before is not None:
                     assert_nothing_lost(run, *before)
-                before = chaos.checkpoints(run), fault
+                before = checkpoints(run), fault
             assert_same_run(run, tmp_path / "undisturbed")
             shutil.rmtree(run)
     finally:
