@@ -172,6 +172,7 @@ def _train(
         write_record(run, abstract, mesh, compiled, task.batch_size, task.data_record)
 
     # ---- Data and reports -------------------------------------------------------------------------------------------
+    stop = stack.enter_context(StopRequest(config.distributed.notice_url))  # before anybody can read of the start
     flops = compiled.cost_analysis().get("flops", 0.0) * mesh.size  # XLA counts the program of one device
     monitor = stack.enter_context(
         contextlib.closing(Monitor(run, task, config, clock, events, flops, first, total, primary))
@@ -228,7 +229,6 @@ def _train(
 
     # ---- Loop -------------------------------------------------------------------------------------------------------
     # Order, never to be changed: save, then take the next batch, then step. Checkpoint s is the state before batch s.
-    stop = stack.enter_context(StopRequest(config.distributed.notice_url))
     stack.enter_context(jax.transfer_guard("disallow"))
     signs, rollbacks, metrics = Signs(), 0, None
     while done < total and not signs.stop:
@@ -261,7 +261,7 @@ def _train(
     signs = Signs(stop=signs.stop or monitor.settle().stop)
     if done > first or not latest:
         save(done, last=True)
-    if done == total:
+    if done == total and picture_every:
         draw(done)
     ending = "finished" if done == total else "interrupted" if signs.stop == EXIT_INTERRUPTED else "preempted"
     events.write(ending, done, code=signs.stop, shares=clock.shares())

@@ -21,6 +21,7 @@ from infmae_jax.training.task import HostBatches, Task
 
 _NOT_LOGGED = ("skipped", "in_a_row", "stop")
 _KEYS_NAMED = 4  # record keys in a message; the event has all
+_MEMORY_SECONDS = 10.0  # between two looks at the host's memory, for which the kernel is asked about every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Monitor:
         self._pending: _Pending | None = None
         self._losses: list[float] = []
         self._order = 0
+        self._host_memory, self._looked = 0.0, -math.inf
         self.batches: HostBatches
         self._start_window()
 
@@ -135,7 +137,7 @@ class Monitor:
             "data_wait_seconds": self._clock.seconds()["data_wait"] - self._waited,
             "substituted_samples": self.batches.substituted,
             "goodput": self._clock.goodput,
-            "host_memory_gib": hardware.host_memory_gib(),
+            "host_memory_gib": self._host_memory_gib(),
             "device_memory_gib": hardware.device_memory_gib(),
             "mfu": self._utilisation(seconds_per_step=seconds_per_step),
         }
@@ -143,6 +145,11 @@ class Monitor:
         text = f"loss {values['loss']:.4f}, {row['images_per_second']:.1f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._start_window()
+
+    def _host_memory_gib(self) -> float:
+        if time.monotonic() - self._looked >= _MEMORY_SECONDS:
+            self._host_memory, self._looked = hardware.host_memory_gib(), time.monotonic()
+        return self._host_memory
 
     def _tell_skipped(self, step: int, values: dict[str, float]) -> None:
         if not self._primary:

@@ -29,7 +29,7 @@ def config(shards):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(str(shards),))), "smoke")
     smoke.model.depths = (1, 1, 1)
     return dataclasses.replace(
-        from_config(PretrainConfig, smoke), picture_every="0 steps", checkpoint_every="2 steps", duration="12 steps",
+        from_config(PretrainConfig, smoke), picture_every="0 steps", checkpoint_every="4 steps", duration="12 steps",
         guards=GuardConfig(rollback_after=2, max_rollbacks=2),
     )  # fmt: skip
 
@@ -143,8 +143,8 @@ def test_a_save_that_fails_stops_the_run_or_not(config, tmp_path, monkeypatch, c
     save = Checkpointer.save
 
     def failing(self, state, step, *rest):
-        if step == 6:
-            raise SaveFailed(tmp_path / "checkpoints" / "6", 6, "the disk is full; make room")
+        if step == 8:
+            raise SaveFailed(tmp_path / "checkpoints" / "8", 8, "the disk is full; make room")
         save(self, state, step, *rest)
 
     monkeypatch.setattr(Checkpointer, "save", failing)
@@ -155,7 +155,7 @@ def test_a_save_that_fails_stops_the_run_or_not(config, tmp_path, monkeypatch, c
         monkeypatch.undo()
         assert restore_params(tmp_path).step == 4
     assert loop.train(PretrainTask(config), config, tmp_path).step == 12
-    assert named(tmp_path, "save_failed")[0]["step"] == 6
+    assert named(tmp_path, "save_failed")[0]["step"] == 8
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(12))
 
 
