@@ -72,7 +72,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         labels = str(workdir / "data" / "labelled" / "class_labels.csv")
         scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items())
         lines.append(f"linear probe, scene class of synthetic scenes, top-1: {scores}")
-    last = workdir / "pictures" / f"step_{step:08d}.png"
+    drawn = workdir / "pictures" / f"step_{step:08d}.png"
     return "\n".join([
         *lines,
         "",
@@ -81,7 +81,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         f"  losses           {workdir / METRICS_NAME}, {workdir / 'tensorboard'}",
         f"  loss curve       {workdir / 'pictures' / 'loss.png'}",
         f"  report           {workdir / 'report.html'}",
-        f"  reconstructions  {last}",
+        *([f"  reconstructions  {drawn}"] if drawn.exists() else []),
         f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",
         "next:",
         f"  python -m infmae_jax.reconstruct --checkpoint={workdir} --output=reconstruction.png IMAGE...",

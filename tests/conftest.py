@@ -1,6 +1,7 @@
 """Shared fixtures. Every test runs with silent broadcasting turned into an error."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -12,14 +13,22 @@ atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling small programs that run once: the compiler need not try hard, and its older way
-# to write out fusions takes less than half as long.
-_flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# Most of the time goes into compiling small programs that run once: the compiler need not try hard.
+_flags = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones have left this faster way behind
+    _flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
+
+# Begun first, so that no process is left with one of them when the others have nothing more to do.
+_LONGEST_FILES = (
+    "training/test_loop.py", "training/test_hosts.py", "training/test_resume.py", "test_configs.py",
+    "benchmarks/test_runs.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
+    "models/test_bfloat16.py",
+)  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,8 +37,14 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more hosts in tests/training/test_hosts.py, test_chaos.py")
-    parser.addoption("--chaos", type=int, default=2, help="faults in tests/training/test_chaos.py; half as many with two hosts")
+    help_chaos = "faults in tests/training/test_chaos.py; half as many with two hosts"
+    parser.addoption("--chaos", type=int, default=2, help=help_chaos)
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(_LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,7 @@ def _mixed(bits: Any, index: Any, constants: tuple[int, int, int, int], uint: An
 
 
 def _sums_of_shards(leaf: jax.Array) -> jax.Array:
-    """(…,3) uint32, on each device the two sums over its part of the leaf, and how many of its numbers are not finite.
+    """(…,3) uint32, on each device the two sums over its part of the leaf and how many of its numbers are not finite.
 
     No device talks to another, so that many such small programs can be under way at once.
     """

@@ -219,7 +219,7 @@ def _disagreement(claims: Mapping[int, Mapping[str, str]], members: Mapping[int,
         names = [n for n in sorted(claim.keys() | claims[0].keys()) if claim.get(n) != claims[0].get(n)]
         if names:
             values = "; ".join(f"{n} is {claim.get(n)!r} there and {claims[0].get(n)!r} here" for n in names[:5])
-            return f"{members[index]} differs from {members[0]}: {values}; start all with the same code, config and data"
+            return f"{members[index]} differs from {members[0]}: {values}; start all with equal code, config and data"
     return ""
 
 

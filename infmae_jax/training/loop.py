@@ -88,14 +88,15 @@ def _train(
     stack: contextlib.ExitStack,
 ) -> Result:
     primary = jax.process_index() == 0
+    stop = stack.enter_context(StopRequest(config.distributed.notice_url))
 
     # ---- Devices and mesh -------------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
     parts = sharding.batch_parts(mesh)
     if task.batch_size % (parts * config.optimizer.accumulate):
         raise InputError(
-            f"data.batch_size={task.batch_size} is not divisible by {parts} parts (devices along mesh.data, mesh.fsdp) x "
-            f"optimizer.accumulate={config.optimizer.accumulate}"
+            f"data.batch_size={task.batch_size} is not divisible by {parts} parts (devices along mesh.data, mesh.fsdp) "
+            f"x optimizer.accumulate={config.optimizer.accumulate}"
         )
 
     # ---- Durations --------------------------------------------------------------------------------------------------
@@ -172,7 +173,6 @@ def _train(
         write_record(run, abstract, mesh, compiled, task.batch_size, task.data_record)
 
     # ---- Data and reports -------------------------------------------------------------------------------------------
-    stop = stack.enter_context(StopRequest(config.distributed.notice_url))  # before anybody can read of the start
     flops = compiled.cost_analysis().get("flops", 0.0) * mesh.size  # XLA counts the program of one device
     monitor = stack.enter_context(
         contextlib.closing(Monitor(run, task, config, clock, events, flops, first, total, primary))
@@ -231,6 +231,7 @@ def _train(
     # Order, never to be changed: save, then take the next batch, then step. Checkpoint s is the state before batch s.
     stack.enter_context(jax.transfer_guard("disallow"))
     signs, rollbacks, metrics = Signs(), 0, None
+    stop.looping = True
     while done < total and not signs.stop:
         if checkpoint_every and done % checkpoint_every == 0 and done > first:
             save(done)

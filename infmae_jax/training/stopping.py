@@ -22,6 +22,8 @@ class StopRequest:
 
     Attributes:
       code: 0 while nobody asked; then the exit code to end with, EXIT_PREEMPTED or EXIT_INTERRUPTED.
+      looping: set by the loop when it begins. Until then SIGINT ends the process at once, as there is nothing to save;
+        SIGTERM is remembered (in a job of several processes JAX's own handler would swallow it).
     """
 
     def __init__(self, notice_url: str = ""):
@@ -30,7 +32,7 @@ class StopRequest:
         The URL is read as Google's metadata server wants it (…/instance/preempted?wait_for_change=true): plain HTTP
         with the header `Metadata-Flavor: Google`.
         """
-        self.code = 0
+        self.code, self.looping = 0, False
         self._url = notice_url
         self._previous: dict[int, Any] = {}
         self._ended = threading.Event()
@@ -49,7 +51,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
-        if self.code == EXIT_INTERRUPTED and number == signal.SIGINT:
+        if number == signal.SIGINT and (self.code == EXIT_INTERRUPTED or not self.looping):
             raise KeyboardInterrupt
         self.code = EXIT_INTERRUPTED if number == signal.SIGINT else self.code or EXIT_PREEMPTED
 

@@ -21,7 +21,7 @@ class HostBatches(Protocol):
 
 
 class Task(Protocol):
-    """A job: a model, a loss, data, and a picture of what it does. All hosts call the same methods in the same order."""
+    """A job: a model, a loss, data and a picture of what it does. All hosts call the same methods in the same order."""
 
     batch_size: int  # images a step, over all hosts
     num_examples: int  # images an epoch

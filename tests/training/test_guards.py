@@ -1,4 +1,4 @@
-"""Updates that must not be made are not made: on the device, bit for bit, counted, and without shifting the schedule."""
+"""Updates that must not be made are not made: on the device, bit for bit, counted, without shifting the schedule."""
 
 import jax
 import jax.numpy as jnp

@@ -119,6 +119,20 @@ def test_a_run_that_went_back_resumes_in_its_new_data_order(config, tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+class Preempted(PretrainTask):
+    """Gets SIGTERM while its step is compiled."""
+
+    def loss(self, params, batch, key):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().loss(params, batch, key)
+
+
+def test_a_stop_before_the_first_step_is_not_forgotten(config, tmp_path):
+    result = loop.train(Preempted(config), config, tmp_path)
+    assert result.stop_code == 75 and result.step <= 2
+    assert read_events(tmp_path)[-1]["event"] == "preempted" and restore_params(tmp_path).step == result.step
+
+
 def test_going_back_before_the_first_checkpoint_starts_anew(config, tmp_path):
     config = dataclasses.replace(config, checkpoint_every="0 steps")
     assert loop.train(Harmed(config, range(2, 9)), config, tmp_path).step == 12

@@ -24,6 +24,7 @@ def test_signals_ask_and_are_given_back(number, code):
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.code == 0
+        stop.looping = True
         os.kill(os.getpid(), number)
         wait_until(lambda: stop.code == code)
     assert signal.getsignal(number) is before
@@ -31,11 +32,21 @@ def test_signals_ask_and_are_given_back(number, code):
 
 def test_a_second_ctrl_c_ends_at_once_but_not_a_second_sigterm():
     with StopRequest() as stop:
+        stop.looping = True
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: stop.code == EXIT_PREEMPTED)
         os.kill(os.getpid(), signal.SIGINT)  # the first: a person overrules the platform
         wait_until(lambda: stop.code == EXIT_INTERRUPTED)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_before_the_loop_ctrl_c_ends_at_once_and_sigterm_is_remembered():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: stop.code == EXIT_PREEMPTED)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
