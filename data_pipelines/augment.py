@@ -86,10 +86,11 @@ def crop_box(
     Returns:
       A box inside the image, at least one pixel a side.
     """
-    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    # `rng.uniform` gives the same numbers in three times the time.
+    least, most = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*log_ratio))
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(least + (most - least) * rng.random())
         box_width = round(math.sqrt(area * aspect))
         box_height = round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:

@@ -24,8 +24,10 @@ CUBIC_REACH = 2.0
 FIRST_WEIGHT_BITS = 15
 BETWEEN_BITS = 2
 SECOND_WEIGHT_BITS = 13
-# Output pixels a block: wider blocks multiply more zeros, narrower ones cost more calls.
+# Output pixels a block: wider blocks multiply more zeros (the more, the more the image shrinks), narrower ones cost more
+# calls.
 BLOCK = 16
+ENLARGING_BLOCK = 32
 # Products above this (rows * inputs * outputs) would wake BLAS threads, which fight with those of the pipeline.
 SERIAL_PRODUCT = 1 << 19
 
@@ -83,6 +85,10 @@ class _Axis:
     def is_identity(self) -> bool:
         return self.start == 0 and self.length == self.extent == self.out
 
+    @property
+    def block(self) -> int:
+        return ENLARGING_BLOCK if self.extent < self.out else BLOCK
+
 
 @dataclasses.dataclass(frozen=True)
 class _Block:
@@ -124,9 +130,10 @@ def _blocks(axis: _Axis, bits: int, gain_bits: int) -> list[_Block]:
     step = axis.extent / axis.out
     widen = max(step, 1.0)
     reach = CUBIC_REACH * widen
-    count = -(-axis.out // BLOCK)
+    size = axis.block
+    count = -(-axis.out // size)
     # (blocks, 1, outputs); what the last block has too many repeats the last output.
-    outputs = np.minimum(np.arange(count * BLOCK), axis.out - 1).reshape(count, 1, BLOCK)
+    outputs = np.minimum(np.arange(count * size), axis.out - 1).reshape(count, 1, size)
     centers = axis.start + (outputs + 0.5) * step
     first = np.maximum((centers - reach + 0.5).astype(np.int64), 0)
     last = np.minimum((centers + reach + 0.5).astype(np.int64), axis.length)
@@ -137,7 +144,7 @@ def _blocks(axis: _Axis, bits: int, gain_bits: int) -> list[_Block]:
     weights = np.ldexp(np.rint(np.ldexp(weights, bits)), gain_bits - bits).astype(np.float32)
     blocks = []
     for number, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
-        start, end = number * BLOCK, min((number + 1) * BLOCK, axis.out)
+        start, end = number * size, min((number + 1) * size, axis.out)
         dense = weights[number, : high - low, : end - start]
         blocks.append(_Block(slice(low, high), slice(start, end), dense, max(1, SERIAL_PRODUCT // dense.size)))
     return blocks
