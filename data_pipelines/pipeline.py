@@ -28,6 +28,7 @@ import numpy as np
 from absl import flags, logging
 
 from data_pipelines.augment import (
+    Box,
     InfraredAugment,
     center_crop_resize,
     crop_box,
@@ -337,27 +338,40 @@ class _BatchMaker:
         images = np.empty((self._size, *config.image_size), np.uint8)
         corrupt = np.empty(self._size, np.int64)
         generators = []
-        for place, index in enumerate(self._order.indices(first, self._size)):
-            make = functools.partial(self._crop, position=first + place)
-            (images[place], rng), corrupt[place] = self.source.read(int(index), make)
+        indices = self._order.indices(first, self._size).tolist()
+        examples = self.source.open_ahead(indices)
+        drawn = [[] if each is None else [self._draw(each, first + place)] for place, each in enumerate(examples)]
+        for place, index in enumerate(indices):
+            make = functools.partial(self._crop, position=first + place, drawn=drawn[place])
+            (images[place], rng), corrupt[place] = self.source.read(index, make, examples[place])
             generators.append(rng)
         return {"image": images[..., None], "ids_keep": _visible(images, generators, config.mask), "corrupt": corrupt}
 
+    def _draw(self, example: Record | CachedImage | FreshImage, position: int) -> tuple[np.random.Generator, Box]:
+        """The generator of a sample, and the box of its crop."""
+        rng, config = sample_generator(self._config, position), self._config
+        return rng, crop_box(rng, example.height, example.width, config.scale, config.ratio)
+
     def _crop(
-        self, record: Record | CachedImage | FreshImage, position: int
+        self,
+        example: Record | CachedImage | FreshImage,
+        position: int,
+        drawn: list[tuple[np.random.Generator, Box]],
     ) -> tuple[np.ndarray, np.random.Generator]:
-        """The augmented crop of a record, `image_size` uint8, and the sample's generator after it."""
+        """The augmented crop of an example, `image_size` uint8, and the sample's generator after it.
+
+        `drawn`: holds what `_draw` gave for the sample, or nothing. It is taken out: what stands in for a damaged
+        record must not depend on how far the damaged one came.
+        """
         config = self._config
-        # Made here, as a substitute for a damaged record must not depend on how far the damaged one came.
-        rng = sample_generator(config, position)
-        box = crop_box(rng, record.height, record.width, config.scale, config.ratio)
-        if isinstance(record, Record):
+        rng, box = drawn.pop() if drawn else self._draw(example, position)
+        if isinstance(example, Record):
             larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
-            image = self.source.image(record, half=config.decoding == "fast" and larger)
-            shrunk = 1 if image.shape == (record.height, record.width) else 2
+            image = self.source.image(example, half=config.decoding == "fast" and larger)
+            shrunk = 1 if image.shape == (example.height, example.width) else 2
             crop = resize_box(image, box, shrunk, config.image_size)
         else:
-            crop = resize(record.read(box), config.image_size)
+            crop = resize(example.read(box), config.image_size)
         if config.flip:
             crop = flip(crop, rng)
         return infrared_augment(crop, rng, config.augment), rng

@@ -1,7 +1,7 @@
 """Shard sets on object stores, by URL: copied to this host once, checked, and read from there.
 
 Training reads records in random order, hundreds of times over; a copy on a local disk costs one pass over the network
-instead of one an epoch. Anything that fsspec opens will do (gs://, s3://, https://, …; the store's own package must be
+instead of one an epoch. Anything that fsspec opens will do (gs://, s3://, https://; the store's own package must be
 installed). Mounted paths are read in place.
 """
 

@@ -24,7 +24,7 @@ CUBIC_REACH = 2.0
 FIRST_WEIGHT_BITS = 15
 BETWEEN_BITS = 2
 SECOND_WEIGHT_BITS = 13
-# Output pixels a block: wider blocks multiply more zeros (the more, the more the image shrinks), narrower ones cost more
+# Output pixels a block: wider blocks multiply more zeros (the more, the more an image shrinks), narrower ones cost more
 # calls.
 BLOCK = 16
 ENLARGING_BLOCK = 32

@@ -32,7 +32,7 @@ from data_pipelines.pipeline import (
 )
 from data_pipelines.records import decode_record, open_source
 from tests.data_pipelines.batch_digests import sample_digests
-from tests.data_pipelines.shard_sets import make_image, make_record, make_set, write_set
+from tests.data_pipelines.shard_sets import make_image, make_record, make_set, truncated, write_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 20
@@ -47,6 +47,14 @@ def shards(tmp_path_factory):
 def damaged(tmp_path_factory):
     """Records 3 and 4 of the reading order (shards hold even and odd records) are damaged: image06 and image08."""
     return make_set(tmp_path_factory.mktemp("data") / "damaged", COUNT, damaged=(6, 8))
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Eight records of as many sizes, two of them damaged."""
+    records = [make_record(f"image{i:02d}", make_image(i, 50 + 5 * i, 120 - 6 * i)) for i in range(8)]
+    records = [truncated(record) if i in (2, 5) else record for i, record in enumerate(records)]
+    return write_set(tmp_path_factory.mktemp("data") / "sizes", records)
 
 
 def _config(*shards, **changes):
@@ -77,8 +85,10 @@ def test_batches_have_the_documented_shapes(shards):
         assert batch["ids_keep"].shape == (8, 2) and batch["ids_keep"].dtype == np.int32
 
 
-def test_a_sample_is_the_composition_of_its_steps(shards):
-    """Sample g of the run, made by hand from its record and the generator that belongs to (seed, g)."""
+@pytest.mark.parametrize("name", ["shards", "sizes"])
+def test_a_sample_is_the_composition_of_its_steps(name, request):
+    """Sample g of the run, made by hand from its record (or what stands in for it) and the generator of (seed, g)."""
+    shards = request.getfixturevalue(name)
     augment = InfraredAugment(gain=0.2, offset=10, invert=0.5, column_noise=3, blur=1)
     config = _config(shards, augment=augment, mask=MaskConfig(score="entropy"))
     records = {record.key: record for record in map(decode_record, open_source(shards))}
