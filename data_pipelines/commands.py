@@ -1,4 +1,4 @@
-"""How every command of the project starts and ends: flags, one-line errors, exit codes."""
+"""How every command of the project starts, shows progress and ends: flags, progress bars, one-line errors, exit codes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import tqdm
 from absl import app, flags, logging
 
 from data_pipelines.errors import InputError
@@ -16,6 +17,23 @@ T = TypeVar("T")
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command again
 EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
+
+_PLAIN_INTERVAL_SECONDS = 15.0  # between progress lines where there is no terminal
+
+
+def progress_bar(description: str, total: int, unit: str, done: int = 0, active: bool = True) -> tqdm.tqdm:
+    """A progress line with rate and time left: live on a terminal, one line every 15 s elsewhere."""
+    terminal = sys.stderr.isatty()
+    return tqdm.tqdm(
+        desc=description,
+        initial=done,
+        total=total,
+        unit=unit,
+        disable=not active,
+        dynamic_ncols=terminal,
+        mininterval=0.5 if terminal else _PLAIN_INTERVAL_SECONDS,
+        maxinterval=_PLAIN_INTERVAL_SECONDS,
+    )
 
 
 def run_command(

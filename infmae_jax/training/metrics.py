@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 from absl import logging
 
 from infmae_jax.training.config import ObserveConfig
@@ -24,7 +22,6 @@ from infmae_jax.training.sinks import AppendOnlyFile, Prometheus, Sink, TensorBo
 
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "events.jsonl"
-_PLAIN_INTERVAL_S = 15.0  # between progress lines where there is no terminal
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
@@ -208,18 +205,3 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         row = _parse_line(line)
         if row is not None:
             yield row
-
-
-def progress_bar(description: str, first: int, total: int, active: bool = True) -> tqdm.tqdm:
-    """A progress line with rate and time left: live on a terminal, one line every 15 s elsewhere."""
-    terminal = sys.stderr.isatty()
-    return tqdm.tqdm(
-        desc=description,
-        initial=first,
-        total=total,
-        unit="step",
-        disable=not active,
-        dynamic_ncols=terminal,
-        mininterval=0.5 if terminal else _PLAIN_INTERVAL_S,
-        maxinterval=_PLAIN_INTERVAL_S,
-    )

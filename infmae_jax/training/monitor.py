@@ -13,10 +13,11 @@ from typing import Any
 import jax
 from absl import logging
 
+from data_pipelines.commands import progress_bar
 from infmae_jax.training import hardware
 from infmae_jax.training.config import PretrainConfig, flat, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import EventLog, MetricsWriter, progress_bar
+from infmae_jax.training.metrics import EventLog, MetricsWriter
 from infmae_jax.training.task import HostBatches, Task
 
 _NOT_LOGGED = ("skipped", "in_a_row", "stop")
@@ -61,7 +62,7 @@ class Monitor:
     ):
         self._task, self._clock, self._events, self._primary = task, clock, events, primary
         self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
-        self._bar = progress_bar("train", first, total, active=primary)
+        self._bar = progress_bar("train", total, "step", done=first, active=primary)
         self.last_row_time = self._writer.last_row_time  # of an earlier process, for the `resume` event
         self._utilisation = functools.partial(
             hardware.mfu,
