@@ -18,7 +18,8 @@ from PIL import Image
 from infmae_jax.reporting import charts, style
 from infmae_jax.reporting.charts import Curve, number_text
 from infmae_jax.reporting.history import RunHistory, duration_text
-from infmae_jax.training.config import PretrainConfig, flat, to_config
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import flat, to_config
 from infmae_jax.training.goodput import SHARES
 
 _CURVES = {
@@ -205,7 +206,7 @@ def _pictures(paths: Sequence[Path]) -> str:
         source = _data_uri(path)
         if source is None:
             continue
-        step = path.stem.removeprefix("step_").lstrip("0") or "0"
+        step = path.stem.split("_")[1].lstrip("0") or "0"
         name = escape(f"before step {step}")
         drawn.append(
             f"<details{'' if drawn else ' open'}><summary>{name}</summary>"
