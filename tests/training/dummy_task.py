@@ -1,65 +1,59 @@
-"""The smallest whole task, also as a process: python -m tests.training.dummy_task RUN '{"kill": [6, 1], "bad": [[5, 0]]}'.
+"""The smallest whole task: a linear head on frozen features."""
 
-A linear head on frozen features. `bad`: batches (step, order) that are NaN; `kill`: the batch at which SIGKILL comes.
-"""
-
-import json
 import os
-import signal
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infmae_jax.training import loop
 from infmae_jax.training.config import GuardConfig, OptimizerConfig, RunConfig
-from infmae_jax.training.task import Evaluator, Group, Loss
+from infmae_jax.training.task import Evaluator, Group, Loss, Position, Task
 
-CONFIG = RunConfig(
-    duration="12 steps", log_every="1 steps", checkpoint_every="4 steps", keep_best=1, best_metric="val/error",
-    optimizer=OptimizerConfig(base_learning_rate=1.0, warmup="0 steps"), guards=GuardConfig(2, 1),
-)  # fmt: skip
+SCHEDULE = OptimizerConfig(base_learning_rate=4.0, warmup="0 steps", schedule="polynomial")
+CONFIG = RunConfig(0, SCHEDULE, duration="12 steps", log_every="1 steps", checkpoint_every="4 steps", keep_best=1,
+                   best_metric="val/error", guards=GuardConfig(2, 1))  # fmt: skip
 
 
-class DummyTask:
-    name, dtype, num_examples, fingerprint, substituted = "dummy", "float32", 64, {"data": "dummy"}, 0
+class DummyBatches:
+    def __init__(self, task, at):
+        self.task, self.at, self.substituted, self.close = task, at, 0, lambda: None
 
-    def __init__(self, bad=(), kill=None, batch_size=8):
-        self.bad, self.kill, self.batch_size = [tuple(at) for at in bad], kill and tuple(kill), batch_size
+    def keys(self, step):
+        return [f"{step}-{self.at.order}"]
+
+    def __next__(self):
+        at, self.at = self.at, self.at.next()
+        if at == self.task.kill:
+            os.kill(os.getpid(), 9)
+        draw = np.random.default_rng(at).standard_normal((self.task.batch_size, 7)).astype(np.float32)
+        return {"x": draw[:, :6] * np.float32(np.nan if at in self.task.bad else 1), "weight": draw[:, 6].clip(0)}
+
+
+class DummyTask(Task):
+    name, dtype, num_examples, fingerprint = "dummy", "float32", 64, {}
+
+    def __init__(self, kill=(), bad=(), batch_size=8):  # `kill`, `bad` (NaN): batches as [step, order]
+        self.kill, self.bad, self.batch_size = tuple(kill), [tuple(at) for at in bad], batch_size
         self.batch_spec = {"x": ((batch_size, 6), np.float32), "weight": ((batch_size,), np.float32)}
 
     def init(self, key):
         draw = jax.random.normal
-        return {"encoder": {"still": draw(key, (6, 4))}, "head": {"gate": draw(key, (4, 3)), "bias": jnp.zeros(3)}}
-
-    def initial(self, shapes):
-        return None
+        return {"encoder": {"still": draw(key, (6, 4))}, "head": {"gate": draw(key, (4, 3)), "bias": jnp.zeros((1, 3))}}
 
     def loss(self, params, batch, key):
-        head, x = params["head"], batch["x"]
-        error = jnp.abs(jnp.tanh(x @ params["encoder"]["still"]) @ head["gate"] + head["bias"][None] - x[:, :3]).sum(1)
+        features = jnp.tanh(batch["x"] @ params["encoder"]["still"])
+        error = jnp.abs(features @ params["head"]["gate"] + params["head"]["bias"] - batch["x"][:, :3]).sum(axis=1)
         return Loss((error**2 * batch["weight"]).sum(), batch["weight"].sum(), {"l1": (error * batch["weight"]).sum()})
 
     def group(self, path):
         return Group(frozen=path.startswith("encoder/"), learning_rate=0.5 if path.endswith("bias") else 1.0)
 
-    def evaluators(self):
-        def run(params):
-            found = self.loss(params, next(DummyTask().train_batches((0, 99))), None)
-            picture = np.full((2, 3, 3), 7, np.uint8)
-            return {"val/error": float(found.sum / found.weight), "val/picture": picture, "val/table": [{"class": "a"}]}
-
-        return {"val": Evaluator("4 steps", run)}
-
     def train_batches(self, at):
-        for step in range(at[0], 10_000):
-            if (step, at[1]) == self.kill:
-                os.kill(os.getpid(), signal.SIGKILL)
-            draw = np.random.default_rng([step, at[1]]).standard_normal
-            x, weight = draw((self.batch_size, 6)), np.maximum(draw(self.batch_size), 0)
-            yield {"x": x.astype(np.float32) * (np.nan if (step, at[1]) in self.bad else 1), "weight": weight.astype("f")}
+        return DummyBatches(self, at)
 
+    def evaluators(self):
+        return {"val": Evaluator("4 steps", self.validate)}
 
-if __name__ == "__main__":
-    loop.train(DummyTask(**json.loads(sys.argv[2])), CONFIG, sys.argv[1])
+    def validate(self, params):
+        found = self.loss(jax.device_get(params), next(DummyBatches(self, Position(0, 99))), None)
+        return {"val/error": found.sum / found.weight, "val/map": np.ones((2, 3, 3), np.uint8), "val/table": [{"a": 1}]}
