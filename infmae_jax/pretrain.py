@@ -18,7 +18,8 @@ from infmae_jax import embedded, pictures, report
 from infmae_jax.training import distributed, loop
 from infmae_jax.training.config import PretrainConfig, from_config, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import METRICS_NAME
+from infmae_jax.training.run_folder import local_path
+from infmae_jax.training.writers import METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
-    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), local_path(flags.FLAGS.workdir)
     if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
@@ -82,7 +83,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         f"  loss curve       {workdir / 'pictures' / 'loss.png'}",
         f"  report           {workdir / 'report.html'}",
         *([f"  reconstructions  {drawn}"] if drawn.exists() else []),
-        f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",
+        f"  what ran         {workdir / 'config.json'}, {workdir / 'run_info.json'}",
         "next:",
         f"  python -m infmae_jax.reconstruct --checkpoint={workdir} --output=reconstruction.png IMAGE...",
         f"  python -m infmae_jax.linear_probe --config=configs/linear_probe/csv.py --checkpoint={workdir} "

@@ -15,7 +15,7 @@ from infmae_jax.benchmarks import shards, timing
 from infmae_jax.benchmarks.end_to_end import short_run, train_to_the_end
 from infmae_jax.benchmarks.report import report
 from infmae_jax.training.config import PretrainConfig
-from infmae_jax.training.metrics import read_events
+from infmae_jax.training.writers import read_events
 from infmae_jax.training.pretraining import PretrainTask
 
 _WARM = 2  # steps that do not count: the first ones allocate
@@ -106,9 +106,8 @@ def _added(seconds: list[float], bare: list[float]) -> dict[str, float]:
 
 
 def _forms(bare: PretrainConfig, steps: int, log_every: int, folder: Path) -> dict[str, PretrainConfig]:
-    observe = dataclasses.replace(bare.observe, prometheus_file=str(folder / "metrics.prom"))
     saving = {"checkpoint_every": f"{max(1, steps // 3)} steps"}
-    observing = {"log_every": f"{log_every} steps", "observe": observe}
+    observing = {"log_every": f"{log_every} steps"}
     bare = dataclasses.replace(bare, log_every="0 steps")
     return {
         "bare": bare,

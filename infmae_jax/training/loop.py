@@ -15,19 +15,19 @@ from absl import logging
 
 from data_pipelines.commands import EXIT_INTERRUPTED
 from data_pipelines.errors import InputError
-from infmae_jax.training import sharding, workdir
+from infmae_jax.interop.runs import read_run
+from infmae_jax.training import sharding
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.training.config import PretrainConfig, differences
 from infmae_jax.training.distributed import Alone
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.liaison import Liaison
-from infmae_jax.training.lock import workdir_lock
-from infmae_jax.training.metrics import EventLog
+from infmae_jax.training.writers import EventLog
 from infmae_jax.training.monitor import Monitor, Signs, make_layer_norms
 from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
 from infmae_jax.training.profiling import Profile
-from infmae_jax.training.record import write_record
+from infmae_jax.training.run_folder import claim, workdir_lock, write_record
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.step import make_train_step, stop_flags
 from infmae_jax.training.stopping import StopRequest
@@ -124,7 +124,7 @@ def _train(
 
     # ---- The run folder ---------------------------------------------------------------------------------------------
     profile = stack.enter_context(contextlib.closing(Profile(run, config.observe.profile_steps)))
-    initial = workdir.initial_params(config, shardings.params) if config.init_from else None
+    initial = _initial_params(config, shardings.params) if config.init_from else None
     if primary:
         stack.enter_context(workdir_lock(run))
     events = stack.enter_context(contextlib.closing(EventLog(run, active=primary)))
@@ -135,7 +135,7 @@ def _train(
         )
     )  # fmt: skip
     latest = checkpointer.latest_step() or 0
-    workdir.claim(run, config, task.data_record, resuming=latest > 0, primary=primary)
+    claim(run, config, task.data_record, resuming=latest > 0, primary=primary)
 
     # ---- Restore or start -------------------------------------------------------------------------------------------
     def restored() -> tuple[TrainState, int, int]:
@@ -267,3 +267,14 @@ def _train(
     ending = "finished" if done == total else "interrupted" if signs.stop == EXIT_INTERRUPTED else "preempted"
     events.write(ending, done, code=signs.stop, shares=clock.shares())
     return Result(state, done, total, signs.stop)
+
+
+def _initial_params(config: PretrainConfig, shardings: Any) -> Any:
+    """Weights of the run `config.init_from`, which must have the same architecture."""
+    restored = read_run(config.init_from)
+    changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), "model.")
+    free = ("model.dtype", "model.remat", "model.depthwise", "model.visible_only", "model.attention")
+    changed = [line for line in changed if not line.startswith(free)]
+    if changed:
+        raise InputError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")
+    return jax.tree.map(lambda x, s: jax.device_put(x, s), restored.params, shardings)
