@@ -19,7 +19,8 @@ from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import distributed, loop
 from infmae_jax.training.config import from_config, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import METRICS_NAME, read_metrics
+from infmae_jax.training.run_folder import local_path
+from infmae_jax.training.writers import METRICS_NAME, read_metrics
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
 
@@ -33,9 +34,7 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
-    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir).expanduser()
-    if "://" in flags.FLAGS.workdir:
-        raise InputError(f"--workdir={flags.FLAGS.workdir} is a URL: give a folder, of a mounted bucket for example")
+    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), local_path(flags.FLAGS.workdir)
     if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
@@ -85,7 +84,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         *([f"  loss curve       {curve}"] if (curve := workdir / "pictures" / "loss.png").exists() else []),
         f"  report           {workdir / 'report.html'}",
         *([f"  reconstructions  {drawn}"] if drawn.exists() else []),
-        f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",
+        f"  what ran         {workdir / 'config.json'}, {workdir / 'run_info.json'}",
         "next:",
         f"  python -m infmae_jax.reconstruct --checkpoint={workdir} --output=reconstruction.png IMAGE...",
         f"  python -m infmae_jax.linear_probe --config=configs/linear_probe/csv.py --checkpoint={workdir} "

@@ -15,9 +15,9 @@ from infmae_jax.evaluation.encoder import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.checkpoint import read_config
+from infmae_jax.training.run_folder import read_config
 from infmae_jax.training.config import from_config
-from infmae_jax.training.metrics import read_metrics
+from infmae_jax.training.writers import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRETRAIN = sorted(path.stem for path in (CONFIGS / "pretrain").glob("*.py") if path.stem != "__init__")
@@ -81,7 +81,7 @@ def test_pretrain_config(name, scenes, shards, tmp_path):
         "substituted_samples", "skipped_updates", "goodput", "host_memory_gib",
     }  # fmt: skip
     assert read_config(run)["model"]["encoder"] == config.model.encoder
-    record = json.loads((run / "record.json").read_text())
+    record = json.loads((run / "run_info.json").read_text())
     assert record["gflop_per_image"] > 0 and record["data"]["images"] == 24
     assert {path.name for path in (run / "pictures").iterdir()} == {f"step_{s:08d}.png" for s in (0, 3, 6)}
     probe = ProbeConfig(csv=str(scenes / "class_labels.csv"), seeds=1, batch_size=8)

@@ -13,10 +13,10 @@ from data_pipelines import augment, masking
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import generate_scene
 from infmae_jax import pictures
-from infmae_jax.models.infmae import InfMAE, variant
+from infmae_jax.interop import runs
+from infmae_jax.models.infmae import InfMAE, abstract_params, variant
 from infmae_jax.models.patches import normalize
 from infmae_jax.reconstruct import reconstruct
-from infmae_jax.training import checkpoint
 
 SMALL = {
     "widths": (8, 12, 16),
@@ -33,9 +33,9 @@ def make_run(folder, mask, **overrides):
     model = variant("tiny", **SMALL, **overrides)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), checkpoint.abstract_params(model)
+        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(model)
     )
-    checkpoint.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
+    runs.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
     return folder
 
 
@@ -73,7 +73,7 @@ def test_command_writes_a_row_an_image(run, image_files, tmp_path):
 
 
 def test_losses_are_the_models_own(run, image_files, tmp_path):
-    restored = checkpoint.restore_params(run)
+    restored = runs.read_run(run)
     model = InfMAE(restored.model)
     loss_of = jax.jit(lambda image, ids: model.apply({"params": restored.params}, normalize(image), ids).loss)
     for view in ("crop", "stretch"):

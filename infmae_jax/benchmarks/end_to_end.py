@@ -13,7 +13,7 @@ from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, on_accelerator, repo
 from infmae_jax.benchmarks.training import TrainingProgram
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.metrics import read_metrics
+from infmae_jax.training.writers import read_metrics
 
 _PUBLISHED_IMAGES = 305_241 * 400  # of Inf30, times epochs
 

@@ -16,7 +16,7 @@ from infmae_jax.benchmarks.end_to_end import short_run, train_to_the_end
 from infmae_jax.benchmarks.report import report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training.task import Position
-from infmae_jax.training.metrics import read_events
+from infmae_jax.training.writers import read_events
 
 _WARM = 2  # steps that do not count: the first ones allocate
 _MINUTES = 10  # between the saves of a long run

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from infmae_jax.training.record import package_versions
+from infmae_jax.training.run_folder import package_versions
 
 NEEDS_ACCELERATOR = "not measured: needs an accelerator"
 Row = dict[str, Any]

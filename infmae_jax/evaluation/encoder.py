@@ -17,7 +17,8 @@ import numpy as np
 from data_pipelines.errors import InputError
 from infmae_jax.models.infmae import VARIANTS, InfMAE, InfMAEConfig, variant
 from infmae_jax.models.patches import PATCH, token_grid
-from infmae_jax.training.checkpoint import read_config, restore_params
+from infmae_jax.interop.runs import read_run
+from infmae_jax.training.run_folder import read_config
 from infmae_jax.training.config import from_config
 
 RANDOM = "random"
@@ -81,7 +82,7 @@ def load_encoder(
     if not path.exists():
         raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a checkpoint file or {RANDOM!r}")
     if path.is_dir():
-        run = restore_params(path, subtree="encoder")
+        run = read_run(path, subtree="encoder")
         config, params, size, step = run.model, run.params, run.image_size, run.step
     else:
         from infmae_jax.interop.load import load

@@ -14,8 +14,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
-from infmae_jax.interop import published, safetensors_file, stablehlo, torch_file
-from infmae_jax.training import checkpoint as run_checkpoint
+from infmae_jax.interop import published, runs, safetensors_file, stablehlo, torch_file
 
 READABLE = ("torch", "safetensors", "run")
 WRITABLE = ("run", "torch", "safetensors", "jax-export")
@@ -102,7 +101,7 @@ def _whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def _read_run(path: str | os.PathLike, step: int | None) -> published.Checkpoint:
-    restored = run_checkpoint.restore_params(path, step=step)
+    restored = runs.read_run(path, step=step)
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), restored.params)
     filters = _read_score_filters(Path(path), restored.mask)
     return published.Checkpoint(restored.model, restored.mask, tuple(restored.image_size), params, filters)
@@ -119,7 +118,7 @@ def _read_score_filters(run: Path, mask: MaskConfig) -> tuple[np.ndarray, np.nda
 
 
 def _write_run(run: Path, checkpoint: published.Checkpoint, origin: dict) -> None:
-    run_checkpoint.write_run(run, checkpoint.model, checkpoint.mask, checkpoint.image_size, checkpoint.params, origin)
+    runs.write_run(run, checkpoint.model, checkpoint.mask, checkpoint.image_size, checkpoint.params, origin)
     if checkpoint.score_filters is not None:
         tensors = dict(zip(("weight", "bias"), checkpoint.score_filters, strict=True))
         safetensors_file.write_checkpoint(run / _SCORE_FILTERS_FILE, tensors, {})

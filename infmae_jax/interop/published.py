@@ -22,7 +22,7 @@ from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import names
 from infmae_jax.models.infmae import InfMAEConfig
 from infmae_jax.models.patches import PATCH, position_embedding
-from infmae_jax.training.checkpoint import abstract_params
+from infmae_jax.models.infmae import abstract_params
 
 METADATA_KEY = "infmae_jax"
 # What tensors do not tell of an architecture, as published.

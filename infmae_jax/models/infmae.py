@@ -176,3 +176,10 @@ def patch_errors(pred: jax.Array, target: jax.Array, norm_pix: bool) -> jax.Arra
         target = (target - target.mean(axis=-1, keepdims=True)) / jnp.sqrt(variance + 1e-6)
     pred = pred.reshape(*target.shape, size // target.shape[-1])
     return jnp.square(pred - target[..., None]).mean(axis=(-2, -1))
+
+
+def abstract_params(config: InfMAEConfig) -> dict[str, Any]:
+    """Shapes and dtypes of a model's parameters, without computing anything."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
+    ids_keep = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(InfMAE(config).init, jax.random.key(0), images, ids_keep)["params"]

@@ -18,9 +18,8 @@ import numpy as np
 from data_pipelines.errors import InputError
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.goodput import LostTime, lost_time
-from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
-from infmae_jax.training.record import RECORD_NAME
-from infmae_jax.training.run_folder import CONFIG_NAME
+from infmae_jax.training.writers import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
+from infmae_jax.training.run_folder import CONFIG_NAME, RUN_INFO_NAME
 
 PICTURES = "pictures"
 _ENDINGS = ("finished", "preempted", "interrupted", "stopped")
@@ -45,7 +44,7 @@ class RunHistory:
 
     Attributes:
       folder: the run folder.
-      config, record: config.json and record.json; empty where missing or unreadable.
+      config, record: config.json and run_info.json; empty where missing or unreadable.
       rows: logged steps, steps growing.
       events: what happened, in order.
       pictures: reconstructions, oldest first.
@@ -156,15 +155,15 @@ def read_history(run: str | Path) -> RunHistory:
       InputError: `run` holds none of the files of a run.
     """
     folder = Path(run)
-    names = (CONFIG_NAME, RECORD_NAME, METRICS_NAME, EVENTS_NAME)
+    names = (CONFIG_NAME, RUN_INFO_NAME, METRICS_NAME, EVENTS_NAME)
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{run} is not a run folder: it has none of {', '.join(names)}; give the --workdir of a run")
     problems: list[str] = []
-    rows = {row["step"]: row for row in _plausible(read_metrics(folder), ("step",))}
+    rows = {row["step"]: row for row in _plausible(read_metrics(folder, at_most=20_000), ("step",))}
     return RunHistory(
         folder=folder,
         config=_read_object(folder / CONFIG_NAME, problems),
-        record=_read_object(folder / RECORD_NAME, problems),
+        record=_read_object(folder / RUN_INFO_NAME, problems),
         rows=[rows[step] for step in sorted(rows)],
         events=[{**event, "event": str(event["event"])} for event in _plausible(read_events(folder), ("step", "time"))],
         pictures=sorted((folder / PICTURES).glob("step_*.png")),

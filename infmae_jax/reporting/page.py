@@ -258,7 +258,7 @@ def _config(config: Mapping[str, Any]) -> str:
 
 
 def _record(record: Mapping[str, Any]) -> str:
-    """What exactly ran: everything of record.json, its parameter table folded."""
+    """What exactly ran: everything of run_info.json, its parameter table folded."""
     if not record:
         return ""
     table = record.get("parameter_table")

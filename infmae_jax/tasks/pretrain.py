@@ -17,8 +17,8 @@ from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
 from infmae_jax.models import patches
+from infmae_jax.interop.runs import read_run
 from infmae_jax.models.infmae import InfMAE, InfMAEConfig, variant
-from infmae_jax.training.checkpoint import restore_params
 from infmae_jax.training.config import Count, RunConfig, differences
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
@@ -170,7 +170,7 @@ class _Batches:
 
 def initial_params(config: PretrainConfig) -> Any:
     """Weights of the run `config.init_from`, which must have the same architecture: a tree of NumPy arrays."""
-    restored = restore_params(config.init_from)
+    restored = read_run(config.init_from)
     free = ("dtype", "remat", "depthwise", "visible_only", "attention")
     changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), free)
     if changed:

@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import digests, storage
-from infmae_jax.training.run_folder import abstract_params, read_config, restore_params, write_config, write_run
+from infmae_jax.training import storage
+from infmae_jax.training.run_folder import read_config, write_config
+from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
 
-__all__ = ["Checkpointer", "NonFiniteState", "SaveFailed", "abstract_params", "read_config", "restore_params",
-           "write_config", "write_run"]  # fmt: skip
-
-_THERE = "it is there"
-_MESSAGE_BYTES = 400  # of what the processes tell each other
-_TROUBLE = {
-    errno.ENOSPC: ("the disk is full", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
-    errno.EDQUOT: ("the disk quota is used up", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
-    errno.EFBIG: ("the file would be too large", "raise the limit on file sizes (ulimit -f)"),
-    errno.EROFS: ("the file system is read-only", "make it writable"),
-    errno.EACCES: ("permission is denied", "make the folder writable"),
-    errno.ENOENT: ("the folder is gone", "bring it back, or mount it again"),
-    errno.ESTALE: ("the mount is stale", "mount it again"),
-    errno.EIO: ("reading or writing fails", "check the disk or the mount"),
-}
+_MESSAGE_BYTES = 400  # of a text that the processes exchange
+_THERE, _UNREADABLE = "it is there", "!"  # the second begins what says nothing about a checkpoint
 
 
 class SaveFailed(InputError):
@@ -57,19 +48,28 @@ class NonFiniteState(InputError):
     exit_code = 3
 
 
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """Weights of a run: `params` is a tree of NumPy arrays, `config` the run's config as it was written."""
+
+    params: dict[str, Any]
+    config: dict[str, Any]
+    step: int
+
+
 class Checkpointer:
     """Saves and restores the training state of one run.
 
-    All processes of a job make one and call the same methods at the same steps. Every checkpoint has a digest of each
-    array; one that does not match is damaged, and the one before it is restored.
+    All processes of a job make one and call the same methods at the same steps. Every checkpoint has a checksum of each
+    file; one that does not match is damaged, and the one before it is restored.
 
     Args:
       run: run folder, which must exist when saving, on a file system that all processes share.
       keep: the latest so many are kept.
-      keep_best: the so many that are best are kept too.
+      keep_best: the so many with the best metric are kept too.
       keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
       on_damage: called with step and reason for each damaged checkpoint that `restore` finds.
-      best: name of the entry of `metrics` that says which is best, and whether "min" or "max" is.
+      best: name of the metric that tells which checkpoint is best, and "min" or "max".
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class Checkpointer:
         on_damage: Callable[[int, str], None] | None = None,
         best: tuple[str, str] = ("loss", "min"),
     ):
+        metric, mode = best
+        if mode not in ("min", "max"):
+            raise ValueError(f"best={best!r}: the mode is neither 'min' nor 'max'")
         self._run = Path(run).absolute()
-        self._keep, self._keep_best, self._keep_every = max(keep, 1), keep_best, keep_every
         self._on_damage = on_damage or (lambda step, reason: None)
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(storage.quiet())
+        self._metric, self._best_is_low = metric, mode == "min"
+        self._keep = {"keep": max(keep, 1), "keep_best": keep_best, "keep_every": keep_every}
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._failure: SaveFailed | None = None
@@ -93,18 +95,16 @@ class Checkpointer:
         self._known: list[int] = []  # steps on disk, as last seen
         if self._primary:
             self._attempt_removal()
-        self._best = best
-        self._losses = {step: self._stored_loss(step) for step in self._steps()}
+        self._metrics = {step: self._stored_metric(step) for step in self._steps()}
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one that is being saved included; None where there is none."""
         return max(self._steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Of the checkpoint with the lowest loss; None where none has one."""
-        known = {step: self._losses.get(step, np.inf) for step in self._steps()}
-        best = min(known, key=lambda step: (known[step], step), default=None)
-        return None if best is None or known[best] == np.inf else best
+        """Of the checkpoint with the best metric; None where none has one."""
+        known = {step: value for step in self._steps() if (value := self._metrics.get(step)) is not None}
+        return (min if self._best_is_low else max)(sorted(known), key=known.__getitem__, default=None)
 
     def save(
         self,
@@ -125,11 +125,18 @@ class Checkpointer:
           NonFiniteState: nothing was saved.
         """
         self._settle()
-        verdict = self._agreed(self._verdict(step) if self._primary else "")
-        if verdict and verdict != _THERE:
-            self._fail(step, verdict)
-        elif not verdict:
-            self._start(state, step, dict(metrics or {}), dict(metadata or {}))
+        items = _items(state)
+        reports = _exchange(self._obstacle(step) if self._primary else "", _not_finite(items))
+        obstacle, not_finite = reports[0][0], next((name for _, name in reports if name), "")
+        if obstacle and obstacle != _THERE:
+            self._fail(step, obstacle)
+        elif not obstacle and not_finite:
+            raise NonFiniteState(
+                f"{not_finite} is not finite before step {step}, which is not saved; checkpoints of {self._run} up to "
+                f"step {self.latest_step() or 0} are intact: lower optimizer.base_learning_rate"
+            )
+        elif not obstacle:
+            self._start(items, step, dict(metrics or {}), dict(metadata or {}))
         self._raise_failure()
 
     def wait(self) -> None:
@@ -150,23 +157,24 @@ class Checkpointer:
         """
         self._settle()
         damaged: dict[int, str] = {}
-        while newest := self._agreed(self._newest(damaged) if self._primary else ""):
-            if not newest.isdecimal():
-                raise InputError(f"{self._run / storage.FOLDER} cannot be read: {newest}")
-            step = int(newest)
-            restored, reason = self._restore(step, abstract)
-            if restored is not None:
+        while newest := _exchange(self._examine_newest(damaged) if self._primary else "")[0][0]:
+            step, _, reason = newest.partition(" ")
+            restored, mine = (None, "") if reason else self._load(int(step), abstract)
+            reason = reason or next((text for (text,) in _exchange(mine) if text), "")
+            if reason.startswith(_UNREADABLE):
+                raise InputError(f"{self._run / storage.FOLDER} cannot be read: {reason.removeprefix(_UNREADABLE)}")
+            if not reason:
                 for other in damaged:
                     self._set_aside(other)
                 return restored
             logging.warning("checkpoint %s is damaged: %s", storage.checkpoint_path(self._run, step), reason)
-            self._on_damage(step, reason)
-            damaged[step] = reason
+            self._on_damage(int(step), reason)
+            damaged[int(step)] = reason
         if damaged:
-            found = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+            listing = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise InputError(
-                f"no checkpoint in {self._run / storage.FOLDER} is whole ({found}); bring one back from a copy, or "
-                "start over with another --workdir"
+                f"no checkpoint in {self._run / storage.FOLDER} is whole ({listing}); bring one back from a copy, or start over "
+                "with another --workdir"
             )
         return None
 
@@ -181,44 +189,41 @@ class Checkpointer:
             elif self._saving is not None:  # Other processes may never get here: nothing to agree about.
                 step, written = self._saving
                 if written.exception() is not None:
-                    logging.error("checkpoint %d could not be saved: %s", step, _reason(written.exception()))
+                    logging.error("checkpoint %d could not be saved: %s", step, storage.reason(written.exception()))
         finally:
             self._writer.shutdown()
-            self._quiet.close()
-
-    def _badness(self, metrics: Mapping[str, float]) -> float:
-        name, mode = self._best
-        return metrics[name] * (1 if mode == "min" else -1) if name in metrics else np.inf
-
-    def _stored_loss(self, step: int) -> float:
-        try:
-            return self._badness(storage.read_record(storage.checkpoint_path(self._run, step))["metrics"])
-        except storage.Damaged:
-            return np.inf
 
     def _steps(self) -> set[int]:
         with contextlib.suppress(OSError):
             self._known = storage.steps_of(self._run)
         return {*self._known, *([self._saving[0]] if self._saving else [])}
 
-    def _start(self, state: TrainState, step: int, metrics: dict[str, float], metadata: dict[str, Any]) -> None:
-        items = _items(state)
-        found = digests.fingerprint(items)
-        bad = [name for name in found.not_finite if not name.startswith("guard/")]
-        if bad:
-            raise NonFiniteState(
-                f"{bad[0]} is not finite before step {step}, which is not saved; checkpoints of {self._run} up to step "
-                f"{self.latest_step() or 0} are intact: lower optimizer.base_learning_rate"
-            )
-        if found.unequal:
-            logging.warning("step %d: devices hold different copies of %s", step, ", ".join(found.unequal))
-        record = storage.make_record(step, found.digests, metrics, metadata)
-        self._losses[step] = self._badness(metrics)
+    def _obstacle(self, step: int) -> str:
+        """Whether checkpoint `step` is there already, or why nothing can be written; empty: go on."""
+        folder = self._run / storage.FOLDER
+        try:
+            if step in storage.steps_of(self._run):
+                return _THERE
+            if self._metrics and not folder.is_dir():  # never to be made anew, below the mount point of a lost mount
+                raise FileNotFoundError(errno.ENOENT, "", str(folder))
+            folder.mkdir(exist_ok=True)
+            storage.remove_leftovers(self._run)
+            probe = folder / f".probe-{os.getpid()}"
+            try:
+                probe.write_bytes(b"\0" * 4096)
+            finally:
+                probe.unlink(missing_ok=True)
+        except OSError as error:
+            return storage.reason(error)
+        return ""
+
+    def _start(self, items: Mapping[str, Any], step: int, metrics: dict[str, float], metadata: dict[str, Any]) -> None:
+        self._metrics[step] = _finite(metrics.get(self._metric))
         try:
             with jax.transfer_guard("allow"):
-                finish = storage.start_save(self._run, step, items, record)
+                finish = storage.start_save(self._run, step, items, metrics, metadata)
             written = self._writer.submit(self._write, finish)
-        except Exception as error:  # whatever the file system makes of it; told to the other processes when settled
+        except Exception as error:  # whatever the file system makes of it; the other processes learn of it in _settle
             written = concurrent.futures.Future()
             written.set_exception(error)
         self._saving = step, written
@@ -229,16 +234,11 @@ class Checkpointer:
         if not self._primary:
             return
         try:
-            for step in self._superfluous():
+            metrics = {step: self._metrics.get(step) for step in storage.steps_of(self._run)}
+            for step in storage.superfluous(metrics, **self._keep, best_is_low=self._best_is_low):
                 storage.remove(self._run, step)
         except OSError as error:
             logging.warning("old checkpoints of %s cannot be removed: %s", self._run, error)
-
-    def _superfluous(self) -> list[int]:
-        steps = storage.steps_of(self._run)
-        best = sorted((s for s in steps if np.isfinite(self._losses.get(s, np.inf))), key=self._losses.__getitem__)
-        kept = {*steps[-self._keep :], *best[: self._keep_best]}
-        return [s for s in steps if s not in kept and not (self._keep_every and s % self._keep_every == 0)]
 
     def _settle(self) -> None:
         """Waits for the save in flight, and agrees with the other processes on how it went."""
@@ -246,7 +246,7 @@ class Checkpointer:
             return
         (step, written), self._saving = self._saving, None
         error = written.exception()
-        reasons = [reason for reason in _tell_all("" if error is None else _reason(error)) if reason]
+        reasons = [reason for (reason,) in _exchange("" if error is None else storage.reason(error)) if reason]
         if reasons:
             if self._primary:
                 self._attempt_removal()
@@ -262,62 +262,42 @@ class Checkpointer:
         if failure is not None:
             raise failure
 
-    def _restore(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, int, dict] | None, str]:
-        """The state of a checkpoint, or why it is damaged, as all processes see it."""
-        path, items, record, reason = storage.checkpoint_path(self._run, step), None, {}, ""
+    def _examine_newest(self, damaged: Mapping[int, str]) -> str:
+        """The newest step that is not in `damaged` and, after a blank, what is wrong with it; empty: there is none."""
+        step: int | str = "?"
+        try:
+            step = max(set(storage.steps_of(self._run)) - damaged.keys(), default="")
+            if step != "":
+                storage.verify(storage.checkpoint_path(self._run, step))
+            return str(step)
+        except (storage.Damaged, OSError) as error:
+            return f"{step} {_what_is_wrong(error)}"
+
+    def _load(self, step: int, abstract: TrainState) -> tuple[tuple[TrainState, int, dict[str, Any]] | None, str]:
+        """What `restore` returns, of a verified checkpoint; or what is wrong with it."""
+        path = storage.checkpoint_path(self._run, step)
         try:
             record = storage.read_record(path)
             items = storage.load(path, record, _items(abstract))
-        except storage.Damaged as error:
-            reason = str(error)
-        reason = next(filter(None, _tell_all(reason)), "")
-        if reason:
-            return None, reason
-        try:
-            storage.verify(items, record["digests"])
-        except storage.Damaged as error:
-            reason = str(error)
-        reason = next(filter(None, _tell_all(reason)), "")
-        if reason:
-            return None, reason
+        except (storage.Damaged, OSError) as error:
+            return None, _what_is_wrong(error)
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        state = TrainState(count, items["params"], items["optimizer"], items["guard"])
+        state = abstract.replace(step=count, params=items["params"], opt_state=items["optimizer"], guard=items["guard"])
         return (state, step, record["metadata"]), ""
 
+    def _stored_metric(self, step: int) -> float | None:
+        try:
+            return _finite(storage.read_record(storage.checkpoint_path(self._run, step))["metrics"].get(self._metric))
+        except (storage.Damaged, OSError):
+            return None
+
     def _set_aside(self, step: int) -> None:
-        self._losses.pop(step, None)
+        self._metrics.pop(step, None)
         if self._primary:
             try:
                 storage.set_aside(self._run, step)
             except OSError as error:
                 logging.warning("damaged checkpoint %d of %s cannot be set aside: %s", step, self._run, error)
-
-    def _verdict(self, step: int) -> str:
-        """Whether checkpoint `step` is there already, or why nothing can be written; empty: go on."""
-        folder = self._run / storage.FOLDER
-        try:
-            if step in storage.steps_of(self._run):
-                return _THERE
-            if self._losses and not folder.is_dir():  # never to be made anew, below the mount point of a lost mount
-                raise FileNotFoundError(errno.ENOENT, "", str(folder))
-            folder.mkdir(exist_ok=True)
-            storage.remove_leftovers(self._run)
-            probe = folder / f".probe-{os.getpid()}"
-            try:
-                probe.write_bytes(b"\0" * 4096)
-            finally:
-                probe.unlink(missing_ok=True)
-        except OSError as error:
-            return _reason(error)
-        return ""
-
-    def _newest(self, damaged: Mapping[int, str]) -> str:
-        """The newest step not known as damaged, empty where there is none, or why that cannot be told."""
-        try:
-            steps = storage.steps_of(self._run)
-        except OSError as error:
-            return _reason(error)
-        return str(max((step for step in steps if step not in damaged), default=""))
 
     def _attempt_removal(self) -> None:
         try:
@@ -325,30 +305,94 @@ class Checkpointer:
         except OSError as error:
             logging.warning("leftovers in %s cannot be removed: %s", self._run / storage.FOLDER, error)
 
-    def _agreed(self, mine: str) -> str:
-        """What process 0 says."""
-        return _tell_all(mine)[0]
+
+# ---- Weights for use on the host ------------------------------------------------------------------------------------
+
+
+def restore_params(run: str | Path, subtree: str | None = None, step: int | None = None) -> Restored:
+    """Weights of a run, on the host, whatever mesh or optimizer they were saved with, their files verified.
+
+    Args:
+      run: run folder.
+      subtree: restore only this part of the parameters, "encoder" or "decoder".
+      step: checkpoint; by default the latest that is not damaged.
+
+    Raises:
+      InputError: no run, no checkpoint or only damaged ones.
+    """
+    config = read_config(run)
+    steps = storage.steps_of(run)
+    if not (Path(run) / storage.FOLDER).is_dir():
+        raise InputError(f"{run} has no checkpoints: is it a run folder, and did the run reach its first checkpoint?")
+    if not steps or (step is not None and step not in steps):
+        raise InputError(f"{run} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
+    damaged = []
+    for number in steps[::-1] if step is None else [step]:
+        path = storage.checkpoint_path(run, number)
+        try:
+            storage.verify(path, "params")
+            record = storage.read_record(path)
+            wanted = {k: tree for k, tree in storage.empty_arrays(record, "params").items() if subtree in (None, k)}
+            return Restored(storage.load(path, record, {"params": wanted})["params"], config, number)
+        except storage.Damaged as error:
+            logging.warning("checkpoint %s is damaged: %s", path, error)
+            damaged.append(f"{number} ({error})")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {storage.reason(error)}") from error
+    raise InputError(f"{run} has only damaged checkpoints: {', '.join(damaged)}; restore one from a copy")
+
+
+def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+    """Makes a run folder of given weights (checkpoint 0), to be used like one of our own.
+
+    Args:
+      config: JSON, with the sections of a run's config that its readers need.
+      params: tree of NumPy arrays.
+    """
+    (Path(run) / storage.FOLDER).mkdir(parents=True, exist_ok=True)
+    storage.start_save(run, 0, {"params": jax.tree.map(np.asarray, dict(params))}, {}, {})()
+    write_config(run, config)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": state.opt_state, "guard": state.guard}
 
 
-def _tell_all(text: str) -> list[str]:
-    """What every process says, in order of processes; to be called by all of them."""
+def _not_finite(items: Mapping[str, Any]) -> str:
+    """Name of an array, of parameters or optimizer, of which this process holds a number that is not finite; or "".
+
+    Looks at the copy on the host that is written next, so that nothing is compiled and nothing is copied twice.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path({name: items[name] for name in ("params", "optimizer")})
+    with jax.transfer_guard("allow"), np.errstate(all="ignore"):
+        shards = [
+            (key, shard.data) for key, leaf in leaves for shard in leaf.addressable_shards if shard.replica_id == 0
+        ]
+        for _, data in shards:
+            data.copy_to_host_async()
+        for key, data in shards:
+            if jnp.issubdtype(data.dtype, jnp.inexact):
+                numbers = np.asarray(data).reshape(-1)
+                # A sum of squares reads faster than it can be asked of each number; only a large one needs the asking.
+                likely = numbers.dtype == np.float32 and np.isfinite(np.dot(numbers, numbers))
+                if not likely and not np.isfinite(numbers).all():
+                    return path_text(key)
+    return ""
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _exchange(*mine: str) -> list[tuple[str, ...]]:
+    """These texts of every process, in order of processes; to be called by all of them."""
     if jax.process_count() == 1:
-        return [text]
-    padded = np.frombuffer(text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0"), np.uint8)
+        return [mine]
+    padded = [text.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0") for text in mine]
     with jax.transfer_guard("allow"):
-        rows = multihost_utils.process_allgather(padded)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+        rows = multihost_utils.process_allgather(np.frombuffer(b"".join(padded), np.uint8).reshape(len(mine), -1))
+    return [tuple(bytes(text).rstrip(b"\0").decode(errors="ignore") for text in row) for row in rows]
 
 
-def _reason(error: BaseException) -> str:
-    """One line of what went wrong and what to do about it."""
-    cause = storage.root_cause(error)
-    number = cause.errno if isinstance(cause, OSError) else None
-    for code, (what, remedy) in _TROUBLE.items():
-        if code == number or os.strerror(code) in str(cause):
-            return f"{what}; {remedy}"
-    return storage.first_line(error)
+def _what_is_wrong(error: Exception) -> str:
+    return str(error) if isinstance(error, storage.Damaged) else _UNREADABLE + storage.reason(error)

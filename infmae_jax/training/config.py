@@ -117,13 +117,11 @@ class ObserveConfig:
 
     Attributes:
       wandb_project: Weights & Biases project; empty is off.
-      prometheus_file: a .prom file with the latest values for node_exporter, rewritten every 5 s; empty is off.
       profile_steps: "a-b" or "a": a profiler trace of these steps, on all hosts, in RUN/profile.
       layer_norms_every: duration between logs of every layer's parameter and gradient norm; "0 steps" is never.
     """
 
     wandb_project: str = ""
-    prometheus_file: str = ""
     profile_steps: str = ""
     layer_norms_every: str = "0 steps"
 

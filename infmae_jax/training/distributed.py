@@ -19,7 +19,7 @@ from data_pipelines.commands import EXIT_INTERRUPTED
 from data_pipelines.errors import InputError
 from infmae_jax.training import liaison
 from infmae_jax.training.config import DistributedConfig, flat
-from infmae_jax.training.record import package_versions
+from infmae_jax.training.run_folder import package_versions
 
 # How JAX calls the ways in which it finds out about a job.
 _DETECTION = {"tpu": ("gketpu", "gcetpu"), "slurm": ("slurm",), "open_mpi": ("ompi",)}

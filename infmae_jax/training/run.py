@@ -20,18 +20,16 @@ from PIL import Image
 from data_pipelines.commands import EXIT_INTERRUPTED
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
-from infmae_jax.training import workdir
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
 from infmae_jax.training.config import RunConfig, binding, to_config
 from infmae_jax.training.distributed import Alone
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.liaison import Liaison
-from infmae_jax.training.lock import workdir_lock
-from infmae_jax.training.metrics import EventLog, read_events
+from infmae_jax.training.writers import EventLog, read_events
 from infmae_jax.training.monitor import Monitor
 from infmae_jax.training.profiling import Profile
 from infmae_jax.training.program import Program
-from infmae_jax.training.record import write_record
+from infmae_jax.training.run_folder import claim, workdir_lock, write_record
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.stopping import StopRequest
 from infmae_jax.training.task import Batches, Position
@@ -115,7 +113,7 @@ class Run:
                 )
             )  # fmt: skip
             self._latest = self._checkpoints.latest_step() or 0
-            workdir.claim(folder, config, self._task.fingerprint, resuming=self._latest > 0, primary=self._primary)
+            claim(folder, config, self._task.fingerprint, resuming=self._latest > 0, primary=self._primary)
             self._identity = _identity(config)
             self._rollbacks, self._order = _rolled_back(folder, self._identity)
             self._stack = stack.pop_all()

@@ -1,38 +1,52 @@
-"""What a run folder holds besides its training state: its config, and weights for use on the host.
+"""What a run folder is, besides its checkpoints and logs: whose it is, what the run was asked to do, what exactly ran.
 
-RUN/config.json     what the run is: sections `model` and `data` (with `data.mask`), whatever the source
+RUN/config.json     the config, whatever the source of the weights: sections `model` and `data`, and what the task adds
+RUN/run_info.json   what exactly ran: parameters, devices, versions, data set
+RUN/.lock           keeps other runs out while one works there
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
 import json
-from collections.abc import Mapping
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from data_pipelines.masking import MaskConfig
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
-from infmae_jax.training import digests, storage
-from infmae_jax.training.config import from_config
+from data_pipelines.files import atomic_write
+from infmae_jax.training.config import differences, to_config
+from infmae_jax.training.sharding import path_text
+from infmae_jax.training.state import TrainState
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, RUN_INFO_NAME, LOCK_NAME = "config.json", "run_info.json", ".lock"
+_PACKAGES = ("infmae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
+_LARGEST_JSON = 1 << 26  # bytes
+_NAMES_OF_HOSTS = ("coordinator", "notice_url")  # keys of `distributed`
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """Weights and what is needed to use them. `params` is a tree of float32 NumPy arrays."""
+def local_path(workdir: str | Path) -> Path:
+    """A run folder as it was named by the user, with `~` expanded; InputError for the URL of an object store."""
+    if "://" in str(workdir) or str(workdir).startswith(("gs:/", "s3:/")):
+        raise InputError(
+            f"--workdir={workdir} is not a folder: a run needs locks, appending and renaming, which object stores do "
+            "not have; mount the bucket or a shared disk, name a folder there, and copy the run afterwards"
+        )
+    return Path(workdir).expanduser()
 
-    model: InfMAEConfig
-    mask: MaskConfig
-    image_size: tuple[int, int]
-    params: dict[str, Any]
-    step: int
+
+# ---- config.json ----------------------------------------------------------------------------------------------------
 
 
 def read_config(run: str | Path) -> dict[str, Any]:
@@ -41,101 +55,174 @@ def read_config(run: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore it or start a new run") from error
+        with path.open("rb") as file:
+            config = json.loads(file.read(_LARGEST_JSON))
+    except (ValueError, RecursionError) as error:
+        reason = "brackets within brackets" if isinstance(error, RecursionError) else error
+        raise InputError(f"{path} is not valid JSON ({reason}); restore it or start a new run") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not the config of a run: it holds no object; restore it or start a new run")
+    return config
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes RUN/config.json beside and renames it into place."""
-    path = Path(run) / CONFIG_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=1) + "\n")
-    temporary.replace(path)
+    """Writes RUN/config.json, whole or not at all."""
+    with atomic_write(Path(run) / CONFIG_NAME) as partial:
+        partial.write_text(json.dumps(config, indent=1) + "\n")
 
 
-def restore_params(run: str | Path, subtree: str | None = None, step: int | None = None) -> Restored:
-    """Weights of a run, on the host, whatever mesh or optimizer they were saved with, compared with their digests.
+def claim(workdir: Path, config: Any, data_record: dict[str, Any], resuming: bool, primary: bool) -> None:
+    """Writes the resolved config and data set; of a run that is resumed, checks that they are still the same.
+
+    What is written can be published: paths are relative to the run, or to the home folder, where they can be, and no
+    host is named. Of paths, the last part is compared: folders may move.
+    """
+    mine = {**to_config(config).to_dict(), "data_set": data_record}
+    if resuming:
+        changed = differences(
+            _with_texts(read_config(workdir), _last_part), _with_texts(mine, _last_part), config.FREE_KEYS
+        )
+        if changed:
+            raise InputError(
+                f"{workdir} holds a run with another config, which cannot be resumed: {'; '.join(changed)}. "
+                "Use the same values, or another --workdir"
+            )
+    elif primary:
+        mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
+        write_config(workdir, _with_texts(mine, lambda text: _portable(text, workdir)))
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested JSON, every part of its texts between commas changed."""
+    if isinstance(value, Mapping):
+        return {key: _with_texts(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_texts(item, change) for item in value]
+    return ",".join(map(change, value.split(","))) if isinstance(value, str) else value
+
+
+def _last_part(text: str) -> str:
+    return text if "://" in text else text.rstrip("/").rpartition("/")[2]
+
+
+def _portable(text: str, workdir: Path) -> str:
+    """An absolute path relative to the run, if they have a folder in common, or to the home folder, if it is there."""
+    if not os.path.isabs(text):
+        return text
+    run, home = os.path.abspath(workdir), os.path.expanduser("~")
+    if os.path.commonpath([run, text]) != "/":
+        return os.path.relpath(text, run)
+    return os.path.join("~", os.path.relpath(text, home)) if os.path.commonpath([home, text]) == home != "/" else text
+
+
+# ---- run_info.json --------------------------------------------------------------------------------------------------
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide what is computed, and of Python."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def write_record(
+    run: str | Path,
+    state: TrainState,
+    mesh: Mesh,
+    compiled: jax.stages.Compiled,
+    batch_size: int,
+    data: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes and returns RUN/run_info.json: parameter table, GFLOP per image (XLA's count), mesh, versions, data.
 
     Args:
-      run: run folder.
-      subtree: restore only this part of the parameters, "encoder" or "decoder".
-      step: checkpoint; by default the latest that is not damaged.
+      state: training state or its shapes, with shardings.
+      compiled: the training step for a global batch of `batch_size` images.
+      data: what the task says of its data set.
+    """
+    flops = compiled.cost_analysis().get("flops", 0.0) * mesh.size  # XLA counts the program of one device
+    memory = compiled.memory_analysis()
+    table = [
+        {"name": path_text(path), "shape": list(leaf.shape), "sharding": str(leaf.sharding.spec)}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+    ]
+    info = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "gflop_per_image": flops / batch_size / 1e9,
+        "device_memory_mib": memory and (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
+        "mesh": dict(mesh.shape),
+        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": package_versions(),
+        "data": data,
+        "parameter_table": table,
+    }
+    with atomic_write(Path(run) / RUN_INFO_NAME) as partial:
+        partial.write_text(json.dumps(info, indent=1) + "\n")
+    return info
+
+
+# ---- .lock ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def workdir_lock(run: str | Path) -> Iterator[None]:
+    """Keeps other runs out of the folder `run` (made if need be) while the block runs; of a job, process 0 takes it.
+
+    The kernel releases it however the process ends, and processes that this one starts do not hold it. A file system
+    that has no locks is used without, with a warning.
 
     Raises:
-      InputError: no run, no checkpoint or only damaged ones, or parameters that do not fit the run's own config.
+      InputError: another process works in `run`, or it cannot be written to.
     """
-    config = read_config(run)
-    model = from_config(InfMAEConfig, config["model"])
-    steps = storage.steps_of(run)
-    if not (Path(run) / storage.FOLDER).is_dir():
-        raise InputError(f"{run} has no checkpoints yet: let the run reach its first checkpoint")
-    if not steps or (step is not None and step not in steps):
-        raise InputError(f"{run} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
-    with storage.quiet():
-        step, params = _newest_whole(run, steps[::-1] if step is None else [step], subtree)
-    _check_shapes(params, model, run)
-    data = config.get("data", {})
-    mask = from_config(MaskConfig, data.get("mask", {}), "data.mask.")
-    return Restored(model, mask, tuple(data.get("image_size", (224, 224))), params, step)
+    path = local_path(run) / LOCK_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(
+            f"{run} cannot be used as --workdir: {error.strerror or error}; make it writable or choose another"
+        ) from error
+    try:
+        _lock(descriptor, run)
+        yield
+        _write(descriptor, "")
+    finally:
+        os.close(descriptor)
 
 
-def write_run(
-    run: str | Path,
-    model: InfMAEConfig,
-    mask: MaskConfig,
-    image_size: tuple[int, int],
-    params: Mapping[str, Any],
-    source: Mapping[str, Any],
-) -> None:
-    """Makes a run folder of given weights (checkpoint 0), to be used like one of our own.
-
-    Args:
-      params: tree of NumPy arrays.
-      source: where the weights come from, kept in the config.
-    """
-    items = {"params": jax.tree.map(np.asarray, dict(params))}
-    record = storage.make_record(0, digests.host_digests(items), {}, {})
-    (Path(run) / storage.FOLDER).mkdir(parents=True, exist_ok=True)
-    storage.start_save(run, 0, items, record)()
-    data = {"mask": dataclasses.asdict(mask), "image_size": image_size}
-    write_config(run, {"model": dataclasses.asdict(model), "data": data, "source": dict(source)})
+def _lock(descriptor: int, run: str | Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{run} is in use by {_holder(descriptor)}; wait for it, end it, or choose another --workdir"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        logging.warning("%s is on a file system without locks: see to it that no second run uses it", run)
+        return
+    _write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
 
 
-def abstract_params(model: InfMAEConfig) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters, without computing anything."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32)
-    ids_keep = jax.ShapeDtypeStruct((1, 1), np.int32)
-    return jax.eval_shape(InfMAE(model).init, jax.random.key(0), images, ids_keep)["params"]
+def _write(descriptor: int, text: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
 
 
-def _newest_whole(run: str | Path, steps: list[int], subtree: str | None) -> tuple[int, dict[str, Any]]:
-    """The first of `steps` that is not damaged, and its parameters."""
-    damaged = []
-    for step in steps:
-        path = storage.checkpoint_path(run, step)
-        try:
-            record = storage.read_record(path)
-            arrays = storage.empty_arrays(record, "params")
-            wanted = {key: tree for key, tree in arrays.items() if subtree in (None, key)}
-            items = storage.load(path, record, {"params": wanted})
-            storage.verify(items, record["digests"])
-            return step, items["params"]
-        except storage.Damaged as error:
-            logging.warning("checkpoint %s is damaged: %s", path, error)
-            damaged.append(f"{step} ({error})")
-    raise InputError(f"{run} has only damaged checkpoints: {', '.join(damaged)}; restore one from a copy")
-
-
-def _check_shapes(params: Mapping[str, Any], model: InfMAEConfig, run: str | Path) -> None:
-    expected = abstract_params(model)
-    for key, tree in params.items():
-        want = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(expected.get(key, {}))}
-        have = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(tree)}
-        wrong = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-        if wrong:
-            raise InputError(
-                f"checkpoint of {run} does not fit its config: {key}{wrong[0]} is {have.get(wrong[0])}, "
-                f"expected {want.get(wrong[0])}; use the checkpoint of the same variant"
-            )
+def _holder(descriptor: int) -> str:
+    """Who holds the lock, as far as its file says."""
+    try:
+        holder = json.loads(os.pread(descriptor, 4096, 0))
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
+        return f"process {holder['pid']} on {holder['host']} since {since}"
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return "another process"

@@ -1,46 +1,65 @@
-"""Checkpoints on disk: the one place that knows Orbax.
+"""Checkpoints on disk: files, their checksums, and the one place that knows Orbax.
 
 RUN/checkpoints/S   the state before batch S: items `params`, `optimizer`, `guard` (a conversion has `params` alone),
-                    and a record: metrics, metadata and a digest of every array (Orbax keeps no checksum of arrays)
+                    record.json (step, metrics, metadata, layout of every array), checksums.json of all other files
 RUN/damaged/S-n     a checkpoint S that was found damaged, set aside
 
-A checkpoint appears by the rename of a finished folder and goes by a rename before its removal, so that a folder with a
-plain number for a name is whole unless it was damaged later.
+Orbax writes a checkpoint under another name, its files get their checksums there, and it appears by a rename; it goes
+by a rename before its removal. So a folder with a plain number for a name is whole unless it was damaged later, and
+everything else is what a process that was stopped left behind. A verified checkpoint has all bits that were written:
+Orbax never sees a damaged file, of which it would print hundreds of lines.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-import gc
+import errno
+import hashlib
 import json
-import logging as standard_logging
 import os
 import shutil
-import sys
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import stat
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import digests
+from data_pipelines.files import atomic_write
 from infmae_jax.training.sharding import path_text
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
-_UNFINISHED = ".orbax-checkpoint-tmp"
-_LEAVING = ".removed"
-_LONGEST_REASON = 240
+CHECKSUMS_NAME, RECORD_NAME = "checksums.json", "record.json"
+_UNSEALED, _LEAVING = ".unsealed", ".removed"
+_LEFTOVERS = (_UNSEALED, _LEAVING, ".orbax-checkpoint-tmp")  # in names of what is not yet, or no longer, a checkpoint
 _LONGEST_SAVE_SECONDS = 600  # after which a process gives up waiting for another whose part failed
+_LONGEST_REASON = 240
+_LARGEST_JSON = 1 << 26  # bytes
+_HASHING_THREADS = 8  # they read and hash outside of Python's lock
+_NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+
+_TROUBLE = {
+    errno.ENOSPC: ("the disk is full", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
+    errno.EDQUOT: ("the disk quota is used up", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
+    errno.EFBIG: ("the file would be too large", "raise the limit on file sizes (ulimit -f)"),
+    errno.EROFS: ("the file system is read-only", "make it writable"),
+    errno.EACCES: ("permission is denied", "make the folder readable and writable"),
+    errno.EMFILE: ("too many files are open", "raise the limit on open files (ulimit -n)"),
+    errno.ENOENT: ("the folder is gone", "bring it back, or mount it again"),
+    errno.ESTALE: ("the mount is stale", "mount it again"),
+    errno.EIO: ("reading or writing fails", "check the disk or the mount"),
+}
 
 
 class Damaged(Exception):
-    """A checkpoint is not what was saved; the message says what is wrong with it."""
+    """A checkpoint is not what was saved; the message says in one line what is wrong with it."""
 
 
 def checkpoint_path(run: str | Path, step: int) -> Path:
@@ -50,58 +69,89 @@ def checkpoint_path(run: str | Path, step: int) -> Path:
 def steps_of(run: str | Path) -> list[int]:
     """Steps of the run's checkpoints, ascending; none where there is no such folder."""
     try:
-        return sorted(int(path.name) for path in (Path(run) / FOLDER).iterdir() if path.name.isdecimal())
+        names = [path.name for path in (Path(run) / FOLDER).iterdir()]
     except FileNotFoundError:
         return []
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
-def start_save(run: str | Path, step: int, items: Mapping[str, Any], record: Mapping[str, Any]) -> Callable[[], None]:
+def superfluous(
+    metrics: Mapping[int, float | None], keep: int, keep_best: int, keep_every: int, best_is_low: bool
+) -> list[int]:
+    """Which checkpoints are no longer kept.
+
+    Args:
+      metrics: of every checkpoint, by step, what tells which is best; None where it is not known.
+      keep, keep_best, keep_every: the latest so many, the best so many, the multiples of so many steps (0: none).
+    """
+    policies = ocp.training.preservation_policies
+    rules = [
+        policies.LatestN(keep),
+        policies.BestN(n=keep_best, get_metric_fn=float, reverse=best_is_low, keep_checkpoints_without_metrics=False),
+        *([policies.EveryNSteps(keep_every)] if keep_every else []),
+    ]
+    infos = [types.SimpleNamespace(step=step, metrics=metrics[step]) for step in sorted(metrics)]
+    kept = policies.AnyPreservationPolicy(rules).should_preserve(infos, context=policies.PreservationContext())
+    return [info.step for info, keeping in zip(infos, kept, strict=True) if not keeping]
+
+
+def start_save(
+    run: str | Path, step: int, items: Mapping[str, Any], metrics: Mapping[str, float], metadata: Mapping[str, Any]
+) -> Callable[[], None]:
     """Starts to write a checkpoint into the folder RUN/checkpoints; to be called by all processes.
 
     Args:
       items: trees of arrays, which may be changed when this returns.
-      record: JSON; see `make_record`.
+      metrics, metadata: JSON, kept in the record.
 
     Returns:
-      A function that waits for the end and raises what went wrong.
+      A function that waits for the end, makes the checkpoint appear, and raises what went wrong.
     """
-    with _saving_context():
-        response = ocp.save_checkpointables_async(checkpoint_path(run, step), dict(items), custom_metadata=dict(record))
-    return response.result
+    path = checkpoint_path(run, step)
+    unsealed = path.with_name(path.name + _UNSEALED)
+    arrays = {path_text(key): layout(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(dict(items))}
+    record = {"step": step, "metrics": dict(metrics), "metadata": dict(metadata), "arrays": arrays}
+    context = ocp.Context()
+    context.array.saving.use_replica_parallel = False  # it compiles programs that cut arrays up
+    context.asynchronous.timeout_secs = _LONGEST_SAVE_SECONDS
+    # Named processes meet through the coordinator. Orbax would otherwise let devices meet, from its own thread, in the
+    # midst of the training step's collectives.
+    context.multiprocessing.active_processes = set(range(jax.process_count()))
+    with context:
+        response = ocp.save_checkpointables_async(unsealed, dict(items))
 
+    def finish() -> None:
+        response.result()
+        if jax.process_index() == 0:
+            (unsealed / RECORD_NAME).write_text(json.dumps(record, indent=1))
+            seal(unsealed)
+            unsealed.rename(path)
 
-def make_record(
-    step: int, leaf_digests: Mapping[str, str], metrics: Mapping[str, float], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What is stored beside the arrays, with a checksum of its own.
-
-    Args:
-      leaf_digests: digest of every array, by "item/path".
-    """
-    record = {"step": step, "metrics": dict(metrics), "metadata": dict(metadata), "digests": dict(leaf_digests)}
-    return record | {"checksum": _checksum(record)}
+    return finish
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of the checkpoint at `path`.
+    """What is stored beside the arrays of a checkpoint: step, metrics, metadata, and "arrays": path -> layout.
 
     Raises:
-      Damaged: there is none, or it is not whole.
+      Damaged: there is none, or it is not that of this checkpoint.
     """
-    with _told_as_damage():
-        record = ocp.checkpointables_metadata(path).custom_metadata
-    if not record or "checksum" not in record:
-        raise Damaged("its record is gone")
-    record = dict(record)
-    if record.pop("checksum") != _checksum(record) or str(record["step"]) != path.name:
-        raise Damaged("its record is not what was saved")
+    with _damage_if_unreadable():
+        if (path / RECORD_NAME).exists():
+            record = _read_json(path / RECORD_NAME)
+        else:  # before files had checksums, arrays had: "float32[3,4] 00f1c2d37a8b9c0d"
+            _sizes(path)
+            record = dict(ocp.checkpointables_metadata(path).custom_metadata)
+            record["arrays"] = {name: text.split(" ")[0] for name, text in record["digests"].items()}
+        if str(record["step"]) != path.name:
+            raise ValueError(f"it is the record of step {record['step']}")
+        for name in ("metrics", "metadata", "arrays"):
+            record[name] = dict(record[name])
     return record
 
 
 def load(path: Path, record: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Items of the checkpoint at `path`, not yet compared with their digests.
-
-    Every process reads for itself, without waiting for another.
+    """Items of a verified checkpoint. Every process reads for itself, without waiting for another.
 
     Args:
       record: of this checkpoint.
@@ -112,8 +162,17 @@ def load(path: Path, record: Mapping[str, Any], abstract: Mapping[str, Any]) -> 
       InputError: the checkpoint is of something else than `abstract`.
       Damaged: it cannot be read.
     """
-    _check_layout(path, record["digests"], abstract)
-    with _told_as_damage(), _loading_context():
+    for key, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract)):
+        name = path_text(key)
+        have, want = record["arrays"].get(name, "missing"), layout(leaf)
+        if have != want:
+            raise InputError(f"{path} is of another model or optimizer: {name} is {have} there, here {want}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    # No barriers: a process that cannot read what others can must not leave them waiting.
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    with _damage_if_unreadable(), context:
         items = ocp.load_checkpointables(path, dict(abstract))
     for key, leaf in jax.tree_util.tree_leaves_with_path(items):
         if isinstance(leaf, jax.ShapeDtypeStruct):  # which a partial load leaves where it finds nothing
@@ -121,29 +180,28 @@ def load(path: Path, record: Mapping[str, Any], abstract: Mapping[str, Any]) -> 
     return items
 
 
+def layout(array: Any) -> str:
+    """Data type and shape: "float32[3,4]"."""
+    return f"{np.dtype(array.dtype)}[{','.join(map(str, array.shape))}]"
+
+
 def empty_arrays(record: Mapping[str, Any], item: str) -> dict[str, Any]:
-    """NumPy arrays in nested dicts, of the shapes and dtypes of a stored item, to be given to `load`."""
+    """NumPy arrays in nested dicts, of the layouts of a stored item, to be given to `load`.
+
+    Raises:
+      Damaged: the record describes no such arrays.
+    """
     tree: dict[str, Any] = {}
-    for path, digest in record["digests"].items():
-        name, *parents, last = path.split("/")
-        if name == item:
-            node = tree
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[last] = digests.empty_array(digest)
+    with _damage_if_unreadable():
+        for path, text in record["arrays"].items():
+            name, *parents, last = path.split("/")
+            if name == item:
+                node = tree
+                for key in parents:
+                    node = node.setdefault(key, {})
+                dtype, shape = text.rstrip("]").split("[")
+                node[last] = np.empty([int(size) for size in shape.split(",") if size], jnp.dtype(dtype))
     return tree
-
-
-def verify(items: Mapping[str, Any], expected: Mapping[str, str]) -> None:
-    """Compares arrays (all NumPy or all JAX; the latter in all processes at once) with their digests; else Damaged."""
-    if all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(items)):
-        found = digests.Fingerprint(digests.host_digests(items), (), ())
-    else:
-        found = digests.fingerprint(items)
-    wrong = digests.differing(found, expected)
-    if wrong:
-        more = f" and {len(wrong) - 1} more arrays" if len(wrong) > 1 else ""
-        raise Damaged(f"{wrong[0]}{more} differ from what was saved")
 
 
 def set_aside(run: str | Path, step: int) -> None:
@@ -166,25 +224,106 @@ def remove_leftovers(run: str | Path) -> None:
     folder = Path(run) / FOLDER
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
-            if _UNFINISHED in path.name or path.name.endswith(_LEAVING):
+            if any(word in path.name for word in _LEFTOVERS):
                 logging.info("removing %s, left by a process that was stopped", path)
                 shutil.rmtree(path)
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record, sort_keys=True).encode()):08x}"
+# ---- Checksums ------------------------------------------------------------------------------------------------------
 
 
-def _check_layout(path: Path, expected: Mapping[str, str], abstract: Mapping[str, Any]) -> None:
-    for key, leaf in jax.tree_util.tree_leaves_with_path(dict(abstract)):
-        name = path_text(key)
-        have, want = expected.get(name, "missing").split(" ")[0], digests.layout(leaf)
-        if have != want:
-            raise InputError(f"{path} is of another model or optimizer: {name} is {have} there, here {want}")
+def seal(folder: Path) -> None:
+    """Writes FOLDER/checksums.json: size and SHA-256 of every other file in it and below it."""
+    sizes = _sizes(folder)
+    digests = _digests(folder, sizes)
+    with atomic_write(folder / CHECKSUMS_NAME) as partial:
+        partial.write_text(json.dumps({name: [sizes[name], digests[name]] for name in sorted(sizes)}, indent=1))
 
 
-def first_line(error: BaseException) -> str:
-    """What went wrong at first, in one line."""
+def verify(folder: Path, item: str | None = None) -> None:
+    """Compares the files of a checkpoint with its checksums. Only plain files inside the folder are ever opened.
+
+    Args:
+      item: only the files of this item and of the checkpoint as a whole; None: of all items.
+
+    Raises:
+      Damaged: a file is missing or not what it was, or the folder holds a link or a device.
+      OSError: the process cannot read now (too many open files, no permission), which says nothing about the files.
+    """
+    sizes = _sizes(folder)
+    if not (folder / CHECKSUMS_NAME).exists() and "digests" in read_record(folder):
+        logging.warning("%s is from before checkpoints had checksums: it is used as it is", folder)
+        return
+    with _damage_if_unreadable():
+        entries = _read_json(folder / CHECKSUMS_NAME).items()
+        listed = {name: (int(size), str(digest)) for name, (size, digest) in entries}
+    wanted = {name: size for name, (size, _) in listed.items() if item in (None, name.split("/")[0]) or "/" not in name}
+    for name, size in wanted.items():
+        if sizes.get(name) != size:
+            found = f"is {sizes[name]} bytes, not {size}" if name in sizes else "is missing"
+            raise Damaged(f"it cannot be read: {name} {found}")
+    digests = _digests(folder, wanted)
+    wrong = [name for name in wanted if digests[name] != listed[name][1]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more files" if len(wrong) > 1 else ""
+        raise Damaged(f"{wrong[0]}{more} differ from what was saved")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with _open_file(path) as file:
+        return dict(json.loads(file.read(_LARGEST_JSON)))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, by path with slashes; Damaged where there is anything but files and folders."""
+    if folder.is_symlink():
+        raise Damaged("it cannot be read: it is a link")
+    found, folders = {}, [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                name = Path(entry.path).relative_to(folder).as_posix()
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                elif not entry.is_file(follow_symlinks=False):
+                    raise Damaged(f"it cannot be read: {name} is a link or a device, not a plain file")
+                elif name != CHECKSUMS_NAME:
+                    found[name] = entry.stat(follow_symlinks=False).st_size
+    return found
+
+
+def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
+    def digest(name: str) -> str:
+        with _damage_if_unreadable(), _open_file(folder / name) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _open_file(path: Path) -> BinaryIO:
+    """A plain file; a link or device that has taken its place meanwhile is neither followed nor waited for."""
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return file
+
+
+# ---- Errors ---------------------------------------------------------------------------------------------------------
+
+
+def reason(error: BaseException) -> str:
+    """One line of what went wrong at first and what to do about it."""
+    cause = root_cause(error)
+    number = cause.errno if isinstance(cause, OSError) else None
+    for code, (what, remedy) in _TROUBLE.items():
+        if code == number or os.strerror(code) in str(cause):
+            return f"{what}; {remedy}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     cause = root_cause(error)
     lines = [line.strip() for line in str(cause).split("[tensorstore_spec")[0].splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0][:_LONGEST_REASON] if lines else 'no message'}"
@@ -198,71 +337,17 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps back what Orbax prints of errors that it also raises: tracebacks in its log, and one for each reading that
-    was under way when the first one failed (400 kB of them for one damaged file of the smallest run)."""
-    loggers, hook = (logging.get_absl_logger(), standard_logging.getLogger("asyncio")), sys.unraisablehook
-
-    def tell(unraisable: sys.UnraisableHookArgs) -> None:
-        if not _is_echo(unraisable):
-            hook(unraisable)
-
-    for logger in loggers:
-        logger.addFilter(_is_news)
-    sys.unraisablehook = tell
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-            try:
-                yield
-            finally:
-                gc.collect()  # the last of them speak up when they are collected
-    finally:
-        sys.unraisablehook = hook
-        for logger in loggers:
-            logger.removeFilter(_is_news)
-
-
-def _is_news(record: standard_logging.LogRecord) -> bool:
-    unretrieved = record.name == "asyncio" and "exception was never retrieved" in record.getMessage()
-    return not unretrieved and f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _is_echo(unraisable: sys.UnraisableHookArgs) -> bool:
-    """Of a reading that ends after the one that waited for it: its event loop is gone, or nobody takes its error."""
-    code = getattr(unraisable.object, "cr_code", None)
-    if code is not None:
-        return f"{os.sep}orbax{os.sep}" in code.co_filename
-    return isinstance(unraisable.exc_value, RuntimeError) and "Event loop is closed" in str(unraisable.exc_value)
-
-
-@contextlib.contextmanager
-def _told_as_damage() -> Iterator[None]:
-    """Whatever reading raises means damage, but for running out of memory."""
+def _damage_if_unreadable() -> Iterator[None]:
+    """Whatever reading raises means damage, but for what the machine lacks: memory, open files, permission."""
     try:
         yield
+    except Damaged:
+        raise
     except Exception as error:
-        if isinstance(root_cause(error), (MemoryError, jax.errors.JaxRuntimeError)):
+        cause = root_cause(error)
+        if isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError)):
             raise
-        raise Damaged(f"it cannot be read ({first_line(error)})") from error
-
-
-def _saving_context() -> ocp.Context:
-    context = ocp.Context()
-    # Digests are of the first copy of an array, so that it is the one to be written, all of it.
-    context.array.saving.use_replica_parallel = False
-    context.asynchronous.timeout_secs = _LONGEST_SAVE_SECONDS
-    # Named processes meet through the coordinator. Orbax would otherwise let devices meet, from its own thread, in the
-    # midst of the training step's collectives.
-    context.multiprocessing.active_processes = set(range(ocp.multihost.process_count()))
-    return context
-
-
-def _loading_context() -> ocp.Context:
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    # No barriers: a process that finds damage where another does not must not leave it waiting.
-    me = ocp.multihost.process_index()
-    context.multiprocessing.active_processes = {me}
-    context.multiprocessing.primary_host = me
-    return context
+        for code in _NOT_DAMAGE:
+            if code == getattr(cause, "errno", None) or os.strerror(code) in str(cause):
+                raise OSError(code, os.strerror(code)) from error
+        raise Damaged(f"it cannot be read ({_first_line(error)})") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.masking import MaskConfig
-from infmae_jax.training.checkpoint import write_run
+from infmae_jax.interop.runs import write_run
 from tests.evaluation.conftest import SIZE
 
 REPOSITORY = Path(__file__).resolve().parents[2]

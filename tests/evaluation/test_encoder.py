@@ -8,7 +8,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
 from infmae_jax.evaluation.encoder import load_encoder, untrained_encoder
 from infmae_jax.models.infmae import InfMAE
-from infmae_jax.training.checkpoint import write_run
+from infmae_jax.interop.runs import write_run
 
 
 @pytest.fixture(scope="module")

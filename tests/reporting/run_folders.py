@@ -78,7 +78,7 @@ def make_run(folder, rows=(), events=(), config=True, record=True, pictures=()):
         (folder / "config.json").write_text(json.dumps(settings))
     if record:
         versions, table = {"jax": "0.10.2"}, [{"name": "encoder/x", "shape": [3, 4], "sharding": "PartitionSpec()"}]
-        (folder / "record.json").write_text(json.dumps({
+        (folder / "run_info.json").write_text(json.dumps({
             "parameters": 2934512, "gflop_per_image": 1.25, "mesh": {"data": 2, "fsdp": 1}, "devices": "2 x cpu",
             "versions": versions, "parameter_table": table,
         }))  # fmt: skip

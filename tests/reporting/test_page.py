@@ -78,7 +78,7 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt"]
 
 
-@pytest.mark.parametrize("present", ["config.json", "record.json", "metrics.jsonl", "events.jsonl"])
+@pytest.mark.parametrize("present", ["config.json", "run_info.json", "metrics.jsonl", "events.jsonl"])
 @pytest.mark.parametrize("state", ["whole", "cut", "empty", "rubbish"])
 def test_any_single_file_gives_a_page(eventful, tmp_path, present, state):
     alone = tmp_path / "alone"
@@ -87,7 +87,7 @@ def test_any_single_file_gives_a_page(eventful, tmp_path, present, state):
     content = {"whole": content, "cut": content[: len(content) * 2 // 3], "empty": b"", "rubbish": b"\xff\0{[" * 9}
     (alone / present).write_bytes(content[state])
     page = parse(write_report(alone))
-    assert "record.json is missing" in page.text or present == "record.json"
+    assert "run_info.json is missing" in page.text or present == "run_info.json"
     if present.endswith(".json") and state != "whole":
         assert f"{present} cannot be read" in page.text
     if present == "metrics.jsonl" and state == "cut":
@@ -139,7 +139,7 @@ def test_whatever_the_files_hold_there_is_a_page_without_foreign_tags(tmp_path_f
     steady = [{"time": NOW, "step": i, "event": "skip", **e} for i, e in enumerate(events)]
     write_lines(run / "metrics.jsonl", [{"step": i, **row} for i, row in enumerate(rows)])
     write_lines(run / "events.jsonl", events + steady)
-    for name in ("config.json", "record.json"):
+    for name in ("config.json", "run_info.json"):
         (run / name).write_text(json.dumps(settings))
     page = parse(write_report(run))
     assert page.count("script") == page.count("style") == page.count("title", **{}) - svg_titles(page) == 1
@@ -162,7 +162,7 @@ def test_everything_is_escaped(tmp_path, place):
         config = {evil: {"a": evil}, "duration": evil, "data": {"batch_size": evil}}
         (run / "config.json").write_text(json.dumps(config))
     if place == "version":
-        (run / "record.json").write_text(json.dumps({"devices": evil, "versions": {evil: evil}}))
+        (run / "run_info.json").write_text(json.dumps({"devices": evil, "versions": {evil: evil}}))
     page = parse(write_report(run))
     assert page.count("script") == 1 and page.count("img") == 0
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]

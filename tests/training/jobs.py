@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from infmae_jax.training.checkpoint import restore_params
-from infmae_jax.training.metrics import read_events
+from infmae_jax.training.writers import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax.training import storage
 from infmae_jax.training.checkpoint import Checkpointer, NonFiniteState, SaveFailed
 from tests.training.checkpoint_process import abstract_state, content, make_mesh, make_state
 from tests.training.damage import checkpoints, cut_in_half, flip_a_bit, largest_file
@@ -159,7 +160,7 @@ def test_any_damage_to_any_file_is_found_or_does_no_harm(saved, states, mesh, tm
         assert (run / "damaged" / "2-0").is_dir() == (step == 1)
         steps.append(step)
         shutil.rmtree(run)
-    assert {1, 2} == set(steps)
+    assert set(steps) == {1}  # today every change of every file is found
 
 
 def test_flipped_array_is_named_and_the_run_goes_on(saved, states, mesh, tmp_path):
@@ -169,7 +170,7 @@ def test_flipped_array_is_named_and_the_run_goes_on(saved, states, mesh, tmp_pat
         damage = {}
         with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
             assert checkpointer.restore(abstract_state(mesh))[1] == 1
-            assert "kernel" in damage[2] and "differ from what was saved" in damage[2]
+            assert "params/" in damage[2] and "differ from what was saved" in damage[2]  # the file is named
             checkpointer.save(states[2], 2)
         assert checkpoints(run) == ["1", "2"]
         assert sorted(path.name for path in (run / "damaged").iterdir()) == [f"2-{n}" for n in range(again + 1)]
@@ -192,6 +193,7 @@ def test_an_array_that_goes_by_another_name_is_missing(saved, states, mesh, tmp_
     listing = run / "checkpoints" / "2" / "params" / "_METADATA"
     assert "kernel" in listing.read_text()
     listing.write_text(listing.read_text().replace("kernel", "kernem"))
+    storage.seal(run / "checkpoints" / "2")  # as if it had been saved so
     damage = {}
     with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
         assert content(checkpointer.restore(abstract_state(mesh))[0]) == content(states[1])
@@ -250,13 +252,13 @@ def test_process_killed_inside_a_save_loses_only_that_save(tmp_path):
     run.mkdir()
     process = start(save=run, width=10 * WIDE)
     deadline = time.monotonic() + 120
-    unfinished = run / "checkpoints" / "2.orbax-checkpoint-tmp" / "params"
+    unfinished = run / "checkpoints" / "2.unsealed.orbax-checkpoint-tmp" / "params"
     while not unfinished.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert checkpoints(run) == ["1", "2.orbax-checkpoint-tmp"]
+    assert checkpoints(run) == ["1", "2.unsealed.orbax-checkpoint-tmp"]
 
     mesh, found = make_mesh(1), []
     with Checkpointer(run, on_damage=lambda *damage: found.append(damage)) as checkpointer:

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from infmae_jax.training.metrics import read_events
+from infmae_jax.training.writers import read_events
 from tests.training.jobs import ROOT, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
 
 STEPS = 20

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import InputError
-from infmae_jax.training.lock import workdir_lock
+from infmae_jax.training.run_folder import workdir_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import subprocess, sys
-from infmae_jax.training.lock import workdir_lock
+from infmae_jax.training.run_folder import workdir_lock
 with workdir_lock(sys.argv[1]):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], close_fds=False)
     print(child.pid, flush=True)

@@ -1,4 +1,4 @@
-"""Services that a run may report to: Prometheus and Weights & Biases."""
+"""Weights & Biases, if a run reports to it."""
 
 import contextlib
 import os
@@ -7,45 +7,11 @@ import types
 
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from data_pipelines.errors import InputError
 from infmae_jax.training.config import ObserveConfig
-from infmae_jax.training.metrics import MetricsWriter
-from tests.training.test_metrics import row, run_child, steps_of, write_rows
-
-# ---- Prometheus ------------------------------------------------------------------------------------------------------
-
-
-def test_prometheus_file_holds_the_latest_values(tmp_path):
-    path = tmp_path / "node" / "infmae.prom"
-    path.parent.mkdir()
-    run = tmp_path / 'a "run"'
-    with contextlib.closing(MetricsWriter(run, 0, observe=ObserveConfig(prometheus_file=str(path)))) as writer:
-        writer.write(row(0))
-        assert 'step{run="a \\"run\\""} 0.0' in path.read_text()  # the first row is there at once
-        writer.write({**row(7), "mfu": float("nan"), "param_norm/encoder/a": 1.5, "param_norm/encoder/b": 2.5})
-    text = path.read_text()
-    assert "# TYPE infmae_loss gauge" in text and "# HELP infmae_loss " in text
-    samples = {
-        (s.name, s.labels.get("layer")): s.value for f in text_string_to_metric_families(text) for s in f.samples
-    }
-    assert samples["infmae_step", None] == 7 and samples["infmae_loss", None] == 1 / 8
-    assert samples["infmae_param_norm", "encoder/b"] == 2.5 and np.isnan(samples["infmae_mfu", None])
-    assert samples["infmae_time", None] > 1e9
-    labels = {s.labels["run"] for f in text_string_to_metric_families(text) for s in f.samples}
-    assert labels == {'a "run"'}
-    assert [p.name for p in path.parent.iterdir()] == ["infmae.prom"]
-
-
-@pytest.mark.parametrize("name, message", [("infmae.txt", "does not end in .prom"), ("nowhere/a.prom", "nowhere")])
-def test_a_prometheus_file_that_nobody_would_read_is_refused(tmp_path, name, message):
-    observe = ObserveConfig(prometheus_file=str(tmp_path / name))
-    with pytest.raises(InputError, match=f"observe.prometheus_file=.*{message}"):
-        MetricsWriter(tmp_path, 0, observe=observe)
-
-
-# ---- Weights & Biases ------------------------------------------------------------------------------------------------
+from infmae_jax.training.writers import MetricsWriter
+from tests.training.test_writers import row, run_child, steps_of, write_rows
 
 WANDB = ObserveConfig(wandb_project="infrared")
 
@@ -144,7 +110,7 @@ def test_wandb_itself_offline(tmp_path):
     code = """
         import sys
         from infmae_jax.training.config import ObserveConfig
-        from infmae_jax.training.metrics import MetricsWriter
+        from infmae_jax.training.writers import MetricsWriter
 
         writer = MetricsWriter(sys.argv[1], 0, observe=ObserveConfig(wandb_project="infrared"), config={"a.b": 1})
         writer.write({"step": 0, "loss": 0.5})

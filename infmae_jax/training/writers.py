@@ -1,0 +1,466 @@
+"""What a run writes down while it trains: metrics.jsonl, events.jsonl, TensorBoard and, if asked for, Weights & Biases.
+
+Losing a line must never lose the run: where a file or service refuses (full disk, folder gone, network down), the
+failure is counted, the first one is a warning, and each later line is tried anew. No line is ever left half-written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import struct
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write
+from infmae_jax.training.config import ObserveConfig
+
+METRICS_NAME = "metrics.jsonl"
+EVENTS_NAME = "events.jsonl"
+_NON_FINITE = ("nan", "inf", "-inf")
+_BLOCK = 1 << 16  # bytes read at a time from the end of a file
+_LONGEST_LINE = 1 << 20  # bytes; no line of ours comes near
+
+
+def read_metrics(run: str | Path, at_most: int | None = None) -> list[dict[str, float]]:
+    """The logged steps of a run, in order: finite or not, all values are numbers, and `step` is a whole one.
+
+    Lines that are not whole (the process was killed) or hold no step, and values that are not numbers, are left out.
+
+    Args:
+      run: run folder.
+      at_most: of a longer file, about this many rows, evenly spread over it, the last one included: the time and
+        memory for a run of millions of steps stay those of a short one.
+    """
+    path = Path(run) / METRICS_NAME
+    rows = []
+    for line in _lines(path, at_most):
+        row = {key: value for key, value in _parse_line(line).items() if _is_number(value)}
+        if _is_step(row.get("step")):
+            rows.append(row)
+    return rows
+
+
+def read_events(run: str | Path) -> list[dict[str, Any]]:
+    """All events of a run, in order: each has `time` (unix seconds), `step`, `event` (its name) and details."""
+    events = map(_parse_line, _lines(Path(run) / EVENTS_NAME))
+    return [e for e in events if _is_step(e.get("step")) and _is_number(e.get("time")) and math.isfinite(e["time"])
+            and isinstance(e.get("event"), str)]  # fmt: skip
+
+
+class EventLog:
+    """Appends what happens to a run to RUN/events.jsonl; does nothing where `active` is False.
+
+    Numbers that JSON does not have are written as the texts "nan", "inf" and "-inf".
+    """
+
+    def __init__(self, run: str | Path, active: bool = True):
+        self._file = AppendOnlyFile(Path(run) / EVENTS_NAME) if active else None
+        self._guard = _Guard(EVENTS_NAME)
+
+    def write(self, event: str, step: int, **details: Any) -> None:
+        """One line: the time, the step that it happened at, the event's name, and what is known of it."""
+        if self._file is not None:
+            with self._guard:
+                self._file.append(_to_line({"time": time.time(), "step": int(step), "event": event, **details}))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class MetricsWriter:
+    """Writes logged steps to RUN/metrics.jsonl, RUN/tensorboard and what `observe` asks for.
+
+    Opening for a run resumed at `first_step` drops the rows of that step and later ones: they will be made again.
+    Does nothing where `active` is False.
+
+    Args:
+      run: run folder.
+      first_step: the step that will be made first.
+      active: on one process of a job.
+      observe: services besides the files.
+      config: flat, for Weights & Biases.
+
+    Attributes:
+      last_row_time: unix seconds of the last row found at opening, dropped or not; None without rows. It goes into
+        the `resume` event, from which the time lost to a restart is reckoned.
+      failures: writes that failed so far, over all files and services.
+
+    Raises:
+      InputError: `observe` names a service that cannot be used.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        first_step: int,
+        active: bool = True,
+        observe: ObserveConfig = ObserveConfig(),
+        config: Mapping[str, Any] | None = None,
+    ):
+        self.last_row_time: float | None = None
+        self._sinks: list[tuple[_Sink, _Guard]] = []
+        if not active:
+            return
+        self.last_row_time = _last_row_time(Path(run) / METRICS_NAME)
+        sinks: list[_Sink] = []
+        if observe.wandb_project:
+            sinks.append(_WeightsAndBiases(run, observe.wandb_project, config or {}))
+        sinks += [_JsonRows(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")]
+        self._sinks = [(sink, _Guard(sink.name, sink.errors)) for sink in sinks]
+        self.rewind(first_step)
+
+    @property
+    def failures(self) -> int:
+        return sum(guard.failures for _, guard in self._sinks)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """One object a logged step; `row` has the key "step". The time of writing is added, as `time`."""
+        stamped = {"step": row["step"], "time": time.time(), **row}
+        self._each(lambda sink: sink.write(stamped))
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """image: (H,W,3) uint8."""
+        self._each(lambda sink: sink.picture(name, image, step))
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
+        self._each(lambda sink: sink.rewind(step))
+
+    def close(self) -> None:
+        self._each(lambda sink: sink.close())
+
+    def _each(self, act: Callable[[_Sink], None]) -> None:
+        for sink, guard in self._sinks:
+            with guard:
+                act(sink)
+
+
+class AppendOnlyFile:
+    """A file to which whole pieces are appended: after a failure (OSError) it is as long as before.
+
+    Unbuffered, so that the process can be killed at any time, and opened when first used, so that opening can be tried
+    anew.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: io.FileIO | None = None
+        self._end = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of what was appended whole."""
+        self._opened()
+        return self._end
+
+    def append(self, data: bytes) -> None:
+        file = self._opened()
+        try:
+            written = file.write(data)
+            if written != len(data):
+                raise OSError(f"{self.path}: {written} of {len(data)} bytes written, is the disk full?")
+        except OSError:
+            file.truncate(self._end)
+            raise
+        self._end += len(data)
+
+    def truncate(self, end: int) -> None:
+        """Cuts everything from byte `end` on."""
+        self._opened().truncate(end)
+        self._end = end
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "ab", buffering=0)
+            # A process killed while it wrote leaves a piece of a line, which the next line must not continue.
+            self._end = next((end for _, end in _lines_from_the_end(self.path)), 0)
+            file.truncate(self._end)
+            self._file = file
+        return self._file
+
+
+class _Sink(Protocol):
+    """Takes logged steps. `errors` are the failures that a run must survive."""
+
+    name: str
+    errors: tuple[type[Exception], ...]
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """One logged step, with the keys `step` and `time`."""
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """image: (H,W,3) uint8."""
+
+    def rewind(self, step: int) -> None:
+        """Forgets `step` and later, as far as the service can."""
+
+    def close(self) -> None: ...
+
+
+class _JsonRows:
+    """metrics.jsonl: one object a logged step, steps growing."""
+
+    name, errors = METRICS_NAME, (OSError,)
+
+    def __init__(self, path: Path):
+        self._file = AppendOnlyFile(path)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._file.append(_to_line(row))
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        end = 0
+        if step > 0 and self._file.size:
+            for line, line_end in _lines_from_the_end(self._file.path):
+                found = _parse_line(line).get("step")
+                if _is_step(found) and found < step:
+                    end = line_end
+                    break
+        self._file.truncate(end)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    """Event files in `folder`, one record a logged step.
+
+    Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
+    """
+
+    name, errors = "tensorboard", (OSError,)
+
+    def __init__(self, folder: Path):
+        # A file for each process; TensorBoard reads them in the order of their names.
+        seconds, fraction = divmod(time.time_ns(), 10**9)
+        self._file = AppendOnlyFile(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}")
+
+    def write(self, row: Mapping[str, float]) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in _scalars(row).items()]
+        self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        height, width, channels = image.shape
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, format="PNG")
+        drawn = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
+        self._append(step=step, summary=Summary(value=[Summary.Value(tag=name, image=drawn)]))
+
+    def rewind(self, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        # TensorBoard drops what it has of this step and later when it reads a session start there.
+        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, **event: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        data = _record(Event(**{"wall_time": time.time(), **event}))
+        if self._file.size == 0:
+            data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
+        self._file.append(data)
+
+
+def _record(event: Any) -> bytes:
+    """A protocol buffer as TFRecord: length, its checksum, data, their checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
+
+
+class _WeightsAndBiases:
+    """A Weights & Biases run, the same one after restarts (RUN/wandb_id).
+
+    WANDB_MODE=offline works without network, and so does a run that finds no network when it starts: `wandb sync`
+    uploads its folder later. The service keeps what it has: after a rollback, the steps made again appear twice.
+
+    Raises:
+      InputError: the package is missing, or nobody is logged in.
+    """
+
+    name, errors = "observe.wandb_project", (Exception,)  # it is a network service: whatever it raises
+
+    def __init__(self, run: str | Path, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                "observe.wandb_project needs the package wandb: pip install 'infmae-jax[wandb]', or leave it empty"
+            ) from error
+        self._image = wandb.Image
+        kept_id = Path(run) / "wandb_id"
+        if not kept_id.is_file():
+            with atomic_write(kept_id) as partial:
+                partial.write_text(uuid.uuid4().hex)
+        options = {
+            "project": project,
+            "id": kept_id.read_text().strip(),
+            "name": Path(run).resolve().name,
+            "resume": "allow",
+            "dir": str(run),
+            "config": dict(config),
+            "settings": wandb.Settings(console="off", silent=True),
+        }
+        try:
+            self._run = wandb.init(**options)
+        except wandb.errors.CommError as error:
+            logging.warning("Weights & Biases cannot be reached, this run is kept for wandb sync: %s", error)
+            wandb.teardown()  # it keeps the failed one in use
+            self._run = wandb.init(**options, mode="offline")
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"observe.wandb_project={project}: {reason}, or set WANDB_MODE=offline, or leave it empty"
+            ) from error
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._run.log({"step": int(row["step"]), **_scalars(row)})
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        self._run.log({"step": step, name: self._image(image)})
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Guard(contextlib.AbstractContextManager):
+    """Swallows the failures of one file or service: counts them, and warns at the first."""
+
+    def __init__(self, name: str, errors: tuple[type[Exception], ...] = (OSError,)):
+        self._name, self._errors = name, errors
+        self.failures = 0
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if not isinstance(error, self._errors):
+            return False
+        self.failures += 1
+        if self.failures == 1:
+            logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", self._name, error)
+        return True
+
+
+def _scalars(row: Mapping[str, float]) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items() if key not in ("step", "time")}
+
+
+def _to_line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays, paths and exceptions as JSON, with text for the numbers that it does not have."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else repr(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    """What a line holds; empty where it is no JSON object, or one that nobody wrote with this module."""
+    try:
+        row = json.loads(line) if len(line) <= _LONGEST_LINE else None
+    except (ValueError, RecursionError):
+        row = None
+    row = row if isinstance(row, dict) else {}
+    return {key: float(value) if value in _NON_FINITE else value for key, value in row.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
+
+
+def _is_step(value: Any) -> bool:
+    return _is_number(value) and isinstance(value, int) and value >= 0
+
+
+def _last_row_time(path: Path) -> float | None:
+    for line, _ in _lines_from_the_end(path):
+        row = _parse_line(line)
+        if _is_step(row.get("step")):
+            return row["time"] if _is_number(row.get("time")) else None
+    return None
+
+
+def _lines(path: Path, at_most: int | None = None) -> Iterator[bytes]:
+    """Lines of a file from its beginning; of a long one about `at_most`, evenly spread in bytes, and the last."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if at_most is None or size <= at_most * len(file.readline(_LONGEST_LINE)):
+            file.seek(0)
+            yield from iter(lambda: file.readline(_LONGEST_LINE), b"")
+            return
+        for start in range(0, size, size // at_most + 1):
+            file.seek(start)
+            if start:
+                file.readline(_LONGEST_LINE)  # the end of a line
+            yield file.readline(_LONGEST_LINE)
+        for line, end in _lines_from_the_end(path):
+            if end > file.tell():
+                yield line
+            return
+
+
+def _lines_from_the_end(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(line, offset of the byte after its line feed) of the whole lines of a file, the last one first."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = os.fstat(file.fileno()).st_size
+        end, rest, skipped = start + 1, b"", 0  # as if a line feed came after what the file ends with
+        whole = False
+        while start > 0:
+            size = min(_BLOCK, start)
+            start -= size
+            file.seek(start)
+            rest, *lines = (file.read(size) + rest).split(b"\n")
+            for line in reversed(lines):
+                if whole:
+                    yield line, end
+                end -= len(line) + skipped + 1
+                whole, skipped = True, 0
+            if len(rest) > _LONGEST_LINE:
+                skipped, rest = skipped + len(rest), b""
+        if whole:
+            yield rest, end
