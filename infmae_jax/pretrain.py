@@ -15,9 +15,10 @@ from ml_collections import config_flags
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax import embedded, pictures, report
-from infmae_jax.training import distributed, loop
+from infmae_jax.training import loop
 from infmae_jax.training.config import PretrainConfig, from_config, to_config
 from infmae_jax.training.goodput import Goodput
+from infmae_jax.training.hosts import distributed
 from infmae_jax.training.metrics import METRICS_NAME
 from infmae_jax.training.pretraining import PretrainTask
 
@@ -42,9 +43,9 @@ def main(argv: list[str]) -> int:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
     config = embedded.with_shards(config, workdir)
     task = PretrainTask(config)
-    with distributed.joined(config.distributed, to_config(config), task.data_record) as group:
+    with distributed.joined(config.distributed, to_config(config), task.data_record) as peers:
         primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, group, clock, at_end=_report)
+        result = loop.train(task, config, workdir, peers, clock, at_end=_report)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")

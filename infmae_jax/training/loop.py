@@ -18,10 +18,10 @@ from data_pipelines.errors import InputError
 from infmae_jax.training import sharding, workdir
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
 from infmae_jax.training.config import PretrainConfig
-from infmae_jax.training.distributed import Alone
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.liaison import Liaison
+from infmae_jax.training.hosts.peers import NoPeers, Peers
+from infmae_jax.training.hosts.stop import StopRequest
 from infmae_jax.training.lock import workdir_lock
 from infmae_jax.training.metrics import EventLog
 from infmae_jax.training.monitor import Monitor, Signs, make_layer_norms
@@ -30,7 +30,6 @@ from infmae_jax.training.profiling import Profile
 from infmae_jax.training.record import write_record
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.step import make_train_step, stop_flags
-from infmae_jax.training.stopping import StopRequest
 from infmae_jax.training.task import Task
 
 
@@ -58,14 +57,14 @@ def train(
     task: Task,
     config: PretrainConfig,
     run: str | Path,
-    group: Liaison | Alone = Alone(),
+    peers: Peers | NoPeers = NoPeers(),
     clock: Goodput | None = None,
     at_end: Callable[[Path], None] = lambda run: None,
 ) -> Result:
     """Trains until `config.duration`, resuming from the latest whole checkpoint of the folder `run` if there is one.
 
     Args:
-      group: the other processes of the job, see `distributed.joined`.
+      peers: the other processes of the job, see `distributed.joined`.
       clock: counts where the time goes, from its creation on.
       at_end: called on process 0 with the run folder when a run that was begun or resumed ends, whatever ends it.
 
@@ -75,14 +74,14 @@ def train(
       SaveFailed: a checkpoint could not be written and `config.on_save_failure` is "stop".
     """
     with contextlib.ExitStack() as stack:
-        return _train(task, config, Path(run), group, clock or Goodput(), at_end, stack)
+        return _train(task, config, Path(run), peers, clock or Goodput(), at_end, stack)
 
 
 def _train(
     task: Task,
     config: PretrainConfig,
     run: Path,
-    group: Liaison | Alone,
+    peers: Peers | NoPeers,
     clock: Goodput,
     at_end: Callable[[Path], None],
     stack: contextlib.ExitStack,
@@ -147,7 +146,7 @@ def _train(
             state = jax.jit(create, out_shardings=shardings)(key)
             return (state.replace(params=initial) if initial is not None else state), 0, 0
 
-    group.progress(latest, "restoring")
+    peers.progress(latest, "restoring")
     state, done, order = restored()
     first = done
     if done:
@@ -163,7 +162,7 @@ def _train(
         config.guards.spike_factor, spike_warmup,
     )  # fmt: skip
     flags = stop_flags(mesh)
-    group.progress(done, "compiling")
+    peers.progress(done, "compiling")
     began = time.perf_counter()
     with clock.spend("compiling"):
         compiled = train_step.lower(abstract, batch_spec, flags[0]).compile()
@@ -192,7 +191,7 @@ def _train(
         """Saves, unless updates are being skipped just now: what comes back from a rollback should be sound."""
         if monitor.settle().in_a_row and not last:
             return
-        group.progress(step, "saving")
+        peers.progress(step, "saving")
         try:
             with clock.spend("saving"):
                 since = time.perf_counter()
@@ -209,7 +208,7 @@ def _train(
     def draw(step: int) -> None:
         """Every host computes the picture, one writes it."""
         path = run / "pictures" / f"step_{step:08d}.png" if primary else None
-        group.progress(step, "drawing")
+        peers.progress(step, "drawing")
         with clock.spend("picture"), jax.transfer_guard("allow"):
             monitor.picture(task.picture(state.params, path), step)
 
@@ -237,7 +236,7 @@ def _train(
             save(done)
         if picture_every and done % picture_every == 0:
             draw(done)
-        group.progress(done)
+        peers.progress(done)
         with clock.spend("data_wait"):
             batch = sharding.place_batch(next(batches), mesh)
         with clock.spend("stepping"), profile.step(done, metrics):

@@ -1,0 +1,181 @@
+"""Authenticated lines between the processes of a job: whoever does not know the job's secret is neither heard nor told.
+
+Both ends send a random greeting. From it and the secret comes a key for this connection; every later line is
+`MAC JSON`, its MAC (HMAC-SHA256) over the sender, the line's number and the text. So nothing can be forged, replayed,
+reordered or reflected. Lines are not encrypted: who reads the network reads them.
+"""
+
+import contextlib
+import hmac
+import json
+import os
+import re
+import secrets
+import select
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.commands import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED
+from data_pipelines.errors import InputError
+
+SECRET_VARIABLE = "INFMAE_JOB_SECRET"
+_SECRET_FILE = "~/.cache/infmae/job_secret"
+_SHORTEST_SECRET = 16
+_LONGEST_LINE = 1 << 20
+_LONGEST_GREETING = 64
+_LONGEST_TEXT = 4000
+_CODES = (1, 2, 3, EXIT_PREEMPTED, EXIT_LOST, EXIT_INTERRUPTED)  # without 0: nobody can end a job as "done"
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_TEXT and value.isprintable()
+
+
+def _code(value: Any) -> bool:
+    return type(value) is int and value in _CODES
+
+
+def _facts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(fact, str) for fact in value.values())
+
+
+# What a message of each kind holds, and what its values must be.
+_FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
+    "knock": {}, "open": {}, "bye": {},
+    "welcome": {"host": _text, "pid": _count},
+    "hello": {"index": _count, "host": _text, "pid": _count, "facts": _facts},
+    "progress": {"step": _count, "activity": _text},
+    "failed": {"code": _code, "message": _text},
+    "end": {"code": _code, "message": _text},
+}  # fmt: skip
+
+
+class Refused(ConnectionError):
+    """The other end does not know the job's secret, or sends what this project does not send."""
+
+
+def job_secret() -> bytes:
+    """The secret that all processes of a job share: INFMAE_JOB_SECRET, or else this user's own, made on first use.
+
+    The user's own lies in ~/.cache/infmae/job_secret. It serves processes that share a machine or a home folder;
+    elsewhere the launcher must set the variable.
+
+    Raises:
+      InputError: the secret is short, or its file cannot be used or can be read by others.
+    """
+    secret, source = os.environ.get(SECRET_VARIABLE, "").encode(), SECRET_VARIABLE
+    if not secret:
+        path = Path(os.path.expanduser(_SECRET_FILE))
+        source = str(path)
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile("w", dir=path.parent) as new:
+                    new.write(secrets.token_hex(32))
+                    new.flush()
+                    with contextlib.suppress(FileExistsError):  # another process was first
+                        os.link(new.name, path)
+            status, secret = path.stat(), path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be used ({error.strerror}): set {SECRET_VARIABLE} to the same random text in all processes"
+            ) from error
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:
+            raise InputError(f"{path} is open to other users: remove it, and a new one is made")
+    if len(secret) < _SHORTEST_SECRET:
+        raise InputError(
+            f"{source} must hold at least {_SHORTEST_SECRET} characters, the same in all processes; try: openssl rand -hex 32"
+        )
+    return secret
+
+
+class Line:
+    """One end of a connection between process 0 and another one."""
+
+    def __init__(self, connection: socket.socket, secret: bytes, process_0: bool, deadline: float):
+        """Exchanges greetings; process 0 and the other end must say which of the two they are.
+
+        Raises:
+          OSError: no greeting before the deadline (monotonic seconds).
+        """
+        self._socket, self._pending, self._lock = connection, b"", threading.Lock()
+        self._sent = self._received = 0
+        self._names = (b"0", b"1") if process_0 else (b"1", b"0")
+        ours = secrets.token_hex(16).encode()
+        connection.sendall(ours + b"\n")
+        theirs = self._read(deadline, _LONGEST_GREETING)
+        if not re.fullmatch(rb"[0-9a-f]{32}", theirs):
+            raise Refused("this is no greeting")
+        self._key = hmac.digest(secret, ours + theirs if process_0 else theirs + ours, "sha256")
+
+    def send(self, kind: str, **content: Any) -> None:
+        """Sends a message; that the connection is closed is noticed by whoever reads."""
+        text = json.dumps({"kind": kind, **content}).encode()
+        with self._lock, contextlib.suppress(OSError):
+            self._sent += 1
+            self._socket.sendall(self._mac(self._names[0], self._sent, text) + b" " + text + b"\n")
+
+    def receive(self, deadline: float, *kinds: str) -> dict[str, Any]:
+        """The next message, which must be one of `kinds`.
+
+        Raises:
+          TimeoutError: none came before the deadline (monotonic seconds).
+          ConnectionError: the connection has ended, or carried something else (`Refused`).
+        """
+        mac, _, text = self._read(deadline, _LONGEST_LINE).partition(b" ")
+        self._received += 1
+        if not hmac.compare_digest(mac, self._mac(self._names[1], self._received, text)):
+            raise Refused("the other end does not know the job's secret")
+        try:
+            message = json.loads(text)
+        except (ValueError, RecursionError):
+            message = None
+        if not _valid(message) or message["kind"] not in kinds:
+            raise Refused("this is not a message of this version of the project")
+        return message
+
+    def closed(self) -> bool:
+        """Whether the other end has gone; at once."""
+        try:
+            readable, _, _ = select.select([self._socket], [], [], 0)
+            return bool(readable) and not self._socket.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
+        self._socket.close()
+
+    def _mac(self, sender: bytes, number: int, text: bytes) -> bytes:
+        return hmac.digest(self._key, b"%s %d %s" % (sender, number, text), "sha256").hex().encode()
+
+    def _read(self, deadline: float, longest: int) -> bytes:
+        """The next line, without its end."""
+        while b"\n" not in self._pending:
+            if len(self._pending) > longest:
+                raise Refused("the line is too long")
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left)
+            if not (data := self._socket.recv(1 << 16)):
+                raise ConnectionError("the connection has ended")
+            self._pending += data
+        line, _, self._pending = self._pending.partition(b"\n")
+        return line
+
+
+def _valid(message: Any) -> bool:
+    """Whether a message has the fields of its kind, with values of the right types and ranges."""
+    if not isinstance(message, dict) or (fields := _FIELDS.get(str(message.get("kind")))) is None:
+        return False
+    return message.keys() == {"kind", *fields} and all(valid(message[name]) for name, valid in fields.items())
