@@ -47,10 +47,7 @@ def joined(config: DistributedConfig, settings: ConfigDict, data: Mapping[str, A
         return
     (host, port), count, index, local_devices = _place(config)
     # The port below: those that JAX picks reach up to the last one.
-    peers = meet(
-        (host, port - 1), index, count, _facts(settings, data), config.timeout_seconds, config.heartbeat_seconds,
-        config.stall_seconds,
-    )  # fmt: skip
+    peers = meet((host, port - 1), index, count, _facts(settings, data), config)
     bind = bind_host(host)
     try:
         jax.distributed.initialize(

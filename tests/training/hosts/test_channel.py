@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.commands import EXIT_LOST
 from data_pipelines.errors import InputError
 from infmae_jax.training.hosts import channel
 
@@ -39,15 +38,15 @@ def refused(line):
         line.receive(time.monotonic() + 5, "progress", "end", "bye")
 
 
-def sent(line, raw, kind="progress", **content):
-    line.send(kind, **(content or {"step": 7, "activity": "training"}))
+def sent(line, raw):
+    line.send("progress", 7, "training")
     return raw.recv(1 << 16)
 
 
 def test_a_line_arrives():
     with wire() as (coordinator, other, raw, raw_other):
         raw_other.sendall(sent(coordinator, raw))
-        assert other.receive(time.monotonic() + 5, "progress") == {"kind": "progress", "step": 7, "activity": "training"}
+        assert other.receive(time.monotonic() + 5, "progress") == ("progress", 7, "training")
 
 
 def test_replayed_reordered_and_reflected_lines_are_refused():
@@ -107,29 +106,24 @@ def test_a_slow_stranger_has_no_more_time_than_a_silent_one():
 
 
 @pytest.mark.parametrize(
-    "kind, content",
+    "message",
     [
-        ("end", {"code": 0, "message": "finished"}),
-        ("end", {"code": True, "message": ""}),
-        ("end", {"code": 256, "message": ""}),
-        ("end", {"code": EXIT_LOST, "message": "\x1b]0;title\x07"}),
-        ("end", {"code": EXIT_LOST, "message": "a" * 10**4}),
-        ("end", {"code": EXIT_LOST}),
-        ("progress", {"step": -1, "activity": ""}),
-        ("progress", {"step": "7", "activity": ""}),
-        ("progress", {"step": 1e9, "activity": ""}),
-        ("progress", {"step": 1, "activity": "", "more": 1}),
-        ("bye", {"more": 1}),
-        ("welcome", {"host": "h", "pid": 1}),  # not expected now
-        ("none", {}),
-        ([], {}),
+        ("progress", -1, ""), ("progress", "7", ""), ("progress", 1e9, ""), ("progress", True, ""),
+        ("progress", 1 << 60, ""), ("progress", 1, None), ("welcome", 0, ""), ("none", 0, ""), ([], 0, ""),
     ],
-)
-def test_messages_are_checked_though_their_sender_is_known(kind, content):
+)  # fmt: skip
+def test_messages_are_checked_though_their_sender_is_known(message):
     with wire() as (coordinator, other, raw, raw_other):
-        coordinator.send(kind, **content)
+        coordinator.send(*message)
         raw_other.sendall(raw.recv(1 << 16))
         refused(other)
+
+
+def test_what_is_printed_moves_no_cursor():
+    with wire() as (coordinator, other, raw, raw_other):
+        coordinator.send("end", 2, "\x1b]0;title\x07 and \u202e")
+        raw_other.sendall(raw.recv(1 << 16))
+        assert other.receive(time.monotonic() + 5, "end") == ("end", 2, " ]0;title  and  ")
 
 
 @pytest.fixture

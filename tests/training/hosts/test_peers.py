@@ -21,6 +21,7 @@ import pytest
 
 from data_pipelines.commands import EXIT_LOST
 from data_pipelines.errors import InputError
+from infmae_jax.training.config import DistributedConfig
 from infmae_jax.training.hosts import channel
 from infmae_jax.training.hosts import peers as hosts
 
@@ -45,16 +46,17 @@ def port():
         return server.getsockname()[1]
 
 
-def meeting(port, claims, count, timeout=20.0, silence=60.0, stall=0.0, leave=os._exit):
+def meeting(port, claims, count, timeout=20.0, silence=60.0, stall=0.0, leave=None):
     """`meet` in a thread for each process: futures by process."""
+    leave = leave or (lambda index, code: os._exit(code))
+    config = DistributedConfig(timeout_seconds=timeout, heartbeat_seconds=silence, stall_seconds=stall)
     pool = concurrent.futures.ThreadPoolExecutor(len(claims))
     return {
         index: pool.submit(
-            hosts.meet, ("127.0.0.1", port), index, count, claim, timeout, silence, stall,
-            functools.partial(leave, index) if leave is not os._exit else leave,
+            hosts.meet, ("127.0.0.1", port), index, count, claim, config, functools.partial(leave, index)
         )
         for index, claim in claims.items()
-    }  # fmt: skip
+    }
 
 
 class Job:
@@ -74,8 +76,8 @@ class Job:
     def freeze(self, index, closed=False):
         """Nothing comes from this process any more; `closed`: nor from its connections, as when it was killed."""
         self.peers[index]._closing.set()
-        for _, line in self.peers[index]._others.values() if closed else ():
-            line.close()
+        for member in self.peers[index]._others if closed else ():
+            member.line.close()
 
     def ended(self, *indices):
         with self.changed:
@@ -148,7 +150,7 @@ def dead_member(port, index):
     line = connect(port)
     line.send("knock")
     line.receive(time.monotonic() + 5, "open")
-    line.send("hello", index=index, host="h", pid=1, facts={})
+    line.send("hello", index, json.dumps(["h, pid 1", {}]))
     time.sleep(0.2)
     yield
     line.close()
@@ -165,8 +167,8 @@ def connect(port, secret=SECRET):
             time.sleep(0.01)
 
 
-HELLO = json.dumps({"kind": "hello", "index": 1, "host": "h", "pid": 1, "facts": {}}).encode() + b"\n"
-END = json.dumps({"kind": "end", "code": 0, "message": "finished"}).encode() + b"\n"
+HELLO = json.dumps(["hello", 1, json.dumps(["h", {}])]).encode() + b"\n"
+END = json.dumps(["end", 0, "finished"]).encode() + b"\n"
 STRANGERS = {
     "silent": b"",
     "http": b"GET / HTTP/1.1\r\n\r\n",
@@ -226,7 +228,7 @@ def test_a_stranger_at_the_port_of_process_0_learns_nothing(port):
     with socket.create_server(("127.0.0.1", port)) as server:
         met = meeting(port, {1: {"config data.shards": "/private"}}, 2, timeout=1.5)
         connection, _ = server.accept()
-        connection.sendall(b"0" * 32 + b"\n" + b"0" * 64 + b' {"kind": "open"}\n')
+        connection.sendall(b"0" * 32 + b"\n" + b"0" * 64 + b' ["open", 0, ""]\n')
         connection.settimeout(5)
         heard = b""
         with contextlib.suppress(OSError):
@@ -291,10 +293,10 @@ def test_a_failure_right_behind_the_welcome_is_heard():
         soon = time.monotonic() + 5
         first = pool.submit(channel.Line, ends[0], SECRET.encode(), True, soon)
         other, coordinator = channel.Line(ends[1], SECRET.encode(), False, soon), first.result()
-        coordinator.send("welcome", host="h", pid=1)
-        coordinator.send("end", code=2, message="shard 7 is damaged")
-        assert other.receive(soon, "welcome")["pid"] == 1
-        assert other.receive(soon, "end") == {"kind": "end", "code": 2, "message": "shard 7 is damaged"}
+        coordinator.send("welcome", text="h, pid 1")
+        coordinator.send("end", 2, "shard 7 is damaged")
+        assert other.receive(soon, "welcome") == ("welcome", 0, "h, pid 1")
+        assert other.receive(soon, "end") == ("end", 2, "shard 7 is damaged")
 
 
 def test_an_error_that_echoes_a_death_leaves_the_word_to_the_watcher(job):
