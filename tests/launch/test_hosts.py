@@ -86,7 +86,8 @@ def test_codes_that_forbid_a_restart_are_the_highest(checkout):
     raised = [int(line) for line in checkout.run("bash", "-c", script).stdout.split()]
     forbidding = raised[1:4]
     assert min(forbidding) > max(code for code in raised if code not in forbidding) and max(forbidding) < 256
-    lowered = checkout.run("bash", "-c", "source launch/steps.sh; for c in 241 242 243 75; do lower_final_code $c; done")
+    script = "source launch/steps.sh; for code in 241 242 243 75; do lower_final_code $code; done"
+    lowered = checkout.run("bash", "-c", script)
     assert lowered.stdout.split() == ["1", "2", "3", "75"]
 
 

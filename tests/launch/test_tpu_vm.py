@@ -135,14 +135,16 @@ def test_other_actions(action, existing, checkout):
 def worker(checkout):
     """The checkout with everything a TPU VM's worker has; the metadata server answers from the environment."""
     checkout.stub("curl", 'case ${!#} in */infmae-image) echo "$IMAGE" ;; */infmae-mount) echo "$MOUNT" ;; '
-                  '*/infmae-arguments) echo "$ARGUMENTS" ;; */infmae-secret) echo "$SECRET" ;; *) exit 22 ;; esac')  # fmt: skip
+                  '*/infmae-arguments) echo "$ARGUMENTS" ;; '
+                  '*/infmae-secret) echo "$SECRET" ;; *) exit 22 ;; esac')  # fmt: skip
     checkout.stub("docker", 'if [ "$1" = container ]; then exit 1; fi')
     checkout.stub("mountpoint", "exit 1")
     for name in ("mkdir", "mount", "mount.nfs", "gcsfuse", "gcloud", "apt-get"):
         checkout.stub(name)
     checkout.environment |= {
         "INFMAE_STATE": str(checkout.root / "state"), "INFMAE_RETRY_SECONDS": "0", "IMAGE": "registry.example/infmae:1",
-        "MOUNT": "10.0.0.2:/share", "SECRET": SECRET, "ARGUMENTS": "--config=c.py '--workdir=/mnt/infmae/a b' '--config.x=$HOME'",
+        "MOUNT": "10.0.0.2:/share", "SECRET": SECRET,
+        "ARGUMENTS": "--config=c.py '--workdir=/mnt/infmae/a b' '--config.x=$HOME'",
     }  # fmt: skip
     return checkout
 

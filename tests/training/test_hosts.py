@@ -50,8 +50,11 @@ def train(shards, runs, processes, devices, port=None):
             process.kill()
 
 
-STRANGERS = (b"", b"GET / HTTP/1.1\r\n\r\n", b'["end", 0, "finished"]\n', b"0" * 32 + b"\n" + b"1" * 64 + b' ["hello", 1, "[]"]\n',
-             b'{"kind": "hello", "index": 1, "host": "h", "pid": 1, "facts": {}}\n', bytes(1000))  # fmt: skip
+STRANGERS = (
+    b"", bytes(1000), b"GET / HTTP/1.1\r\n\r\n", b'["end", 0, "finished"]\n',
+    b"0" * 32 + b"\n" + b"1" * 64 + b' ["hello", 1, "[]"]\n',
+    b'{"kind": "hello", "index": 1, "host": "h", "pid": 1, "facts": {}}\n',
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -87,7 +90,7 @@ def losses(run):
 
 
 def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, pytestconfig):
-    """Also with strangers at the ports, who learn nothing. Two virtual devices a process; one process has one device."""
+    """With strangers at the ports, who learn nothing. Two virtual devices per process; one process has one device."""
     long = pytestconfig.getoption("--long")
     jobs = {2: tuple(MESHES), 4: tuple(MESHES)} if long else {2: ("mixed",)}
     train(shards, [{"run": str(tmp_path / "one"), "mesh": MESHES["data"], "steps": STEPS}], 1, 1)

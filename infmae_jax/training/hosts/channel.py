@@ -1,8 +1,8 @@
 """Authenticated lines between the processes of a job: whoever does not know the job's secret is neither heard nor told.
 
-Both ends send a random greeting. From it and the secret comes a key for this connection; every later line is
-`MAC [KIND, NUMBER, TEXT]`, its MAC (HMAC-SHA256) over the sender, the line's number and the rest. So nothing can be forged, replayed,
-reordered or reflected. Lines are not encrypted: who reads the network reads them.
+Both ends send a random greeting. The secret and both greetings make a key for this connection; every later line is
+`MAC [KIND, NUMBER, TEXT]`, its MAC (HMAC-SHA256) over the sender, the line's place in the order and the rest. So
+nothing can be forged, replayed, reordered or reflected. Lines are not encrypted: whoever reads the network reads them.
 """
 
 import contextlib
@@ -53,13 +53,14 @@ def job_secret() -> bytes:
             status, secret = path.stat(), path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{path} cannot be used ({error.strerror}): set {SECRET_VARIABLE} to the same random text in all processes"
+                f"{path} cannot be used ({error.strerror}): set {SECRET_VARIABLE}, the same random text for all"
             ) from error
         if status.st_uid != os.getuid() or status.st_mode & 0o077:
             raise InputError(f"{path} is open to other users: remove it, and a new one is made")
     if len(secret) < _SHORTEST_SECRET:
         raise InputError(
-            f"{source} must hold at least {_SHORTEST_SECRET} characters, the same in all processes; try: openssl rand -hex 32"
+            f"{source} must hold at least {_SHORTEST_SECRET} characters, the same in all processes; "
+            "openssl rand -hex 32 makes some"
         )
     return secret
 

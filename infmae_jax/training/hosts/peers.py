@@ -114,7 +114,7 @@ def meet(
 
 
 def bind_host(host: str) -> str:
-    """Where process 0 listens for a coordinator of this name: this machine only if the name says so, else everywhere."""
+    """Where process 0 listens for a coordinator of this name: "" is everywhere."""
     return "127.0.0.1" if host == "localhost" or host.startswith("127.") else ""
 
 
@@ -145,8 +145,9 @@ class _Gathering:
         while not self._over:
             try:
                 connection, _ = listener.accept()
-            except OSError:  # the listener is closed, or there are too many connections just now
-                time.sleep(0.01)
+            except OSError:
+                if not self._over:
+                    time.sleep(0.01)  # too many connections just now
                 continue
             if self._greetings.acquire(blocking=False):
                 threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
@@ -161,7 +162,7 @@ class _Gathering:
             line.send("open")
             _, index, text = line.receive(limit, "hello")
             name, facts = json.loads(text)
-            self._admit(Member(index, name, facts, line))
+            self._admit(Member(index, str(name), dict(facts), line))
         except Exception as error:  # whatever a stranger sends ends its connection and nothing else
             connection.close()
             self._refused += isinstance(error, Refused)

@@ -19,7 +19,7 @@ SECRET = b"a secret of these tests"
 
 @contextlib.contextmanager
 def wire(secrets=(SECRET, SECRET)):
-    """Two ends of a connection, and the two sockets behind them: what one sends waits in `raw` until it is passed on."""
+    """Two ends of a connection and the sockets behind them: what one end sends waits there until it is passed on."""
     sockets = [socket.socketpair() for _ in range(2)]
     (first, raw_first), (second, raw_second) = sockets
     deadline = time.monotonic() + 5

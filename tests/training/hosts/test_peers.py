@@ -245,7 +245,8 @@ def test_processes_with_different_secrets_do_not_meet(port, monkeypatch, caplog)
         monkeypatch.setenv(channel.SECRET_VARIABLE, "the secret of another job")
         second = meeting(port, {1: {}}, 2, timeout=2.0)
         errors = errors_of(first | second)
-    assert "process 1 of 2 did not arrive" in str(errors[0]) and "connections without the job's secret" in str(errors[0])
+    assert "process 1 of 2 did not arrive" in str(errors[0])
+    assert "connections without the job's secret were refused" in str(errors[0])
     assert "does not share this process's INFMAE_JOB_SECRET" in caplog.text
     assert isinstance(errors[1], hosts.ProcessesMissing)
 
@@ -284,7 +285,15 @@ def test_a_failure_ends_all_with_the_same_code(job, failing, capsys):
     running.peers[failing].fail(2, "shard 7 is damaged\x1b[2J")
     assert running.ended(*{0, 1, 2} - {failing}) == [2, 2]
     errors = capsys.readouterr().err
-    assert errors.count(f"process {failing} ") == errors.count("failed: shard 7 is damaged") == 2 and "\x1b" not in errors
+    assert errors.count(f"process {failing} ") == errors.count("failed: shard 7 is damaged") == 2
+    assert "\x1b" not in errors
+
+
+@pytest.mark.parametrize("code", [0, 7, 256])
+def test_no_process_can_end_a_job_as_done(job, code):
+    running = job(2)
+    running.peers[1]._send("end", code, "finished")
+    assert running.ended(0) == [EXIT_LOST]
 
 
 def test_a_failure_right_behind_the_welcome_is_heard():
