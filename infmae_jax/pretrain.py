@@ -16,9 +16,10 @@ from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax import embedded, pictures, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
-from infmae_jax.training import distributed, loop
+from infmae_jax.training import loop
 from infmae_jax.training.config import from_config, to_config
 from infmae_jax.training.goodput import Goodput
+from infmae_jax.training.hosts import distributed
 from infmae_jax.training.run_folder import local_path
 from infmae_jax.training.writers import METRICS_NAME, read_metrics
 

@@ -58,6 +58,7 @@ json_list() {
   printf '['
   for word in "$@"; do
     word=${word//\\/\\\\} word=${word//\"/\\\"} word=${word//$'\n'/\\n} word=${word//$'\t'/\\t}
+    if [[ $word == *[[:cntrl:]]* ]]; then fail "an argument after -- holds a control character: ${word@Q}"; fi
     printf '%s"%s"' "$separator" "${word//\$/\$\$}"
     separator=', '
   done
@@ -78,10 +79,12 @@ render() {
 }
 
 check_options
+secret=$(job_secret)
 declare -A values=(
   [NAME]=$name [NAMESPACE]=$namespace [RESTARTS]=$restarts [SLICES]=$slices [HOSTS]=$hosts [CLAIM]=$claim
   [CHIPS_PER_HOST]=$chips_per_host [SERVICE_ACCOUNT]=$service_account [GRACE_SECONDS]=$grace_seconds
-  [CPU]=$cpu [MEMORY]=$memory [IMAGE]="\"$image\"" [RESTART_CODES]="[$(IFS=, && echo "${restart_codes[*]}")]"
+  [CPU]=$cpu [MEMORY]=$memory [IMAGE]="\"$image\"" [SECRET]="\"$secret\""
+  [RESTART_CODES]="[$(IFS=, && echo "${restart_codes[*]}")]"
 )
 if [ "$target" = tpu ]; then
   selector="cloud.google.com/gke-tpu-accelerator: $accelerator, cloud.google.com/gke-tpu-topology: $topology"

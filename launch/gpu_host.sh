@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains on the GPUs of this host, and starts again when a restart mends it (see restart.sh).
+# Pretrains on the GPUs of this host, and starts again when a restart helps (see restart.sh).
 #
 #   launch/gpu_host.sh [OPTIONS] -- --config=FILE.py --workdir=RUN [--config.key=value ...]
 #
@@ -36,7 +36,7 @@ for folder in "${folder_list[@]}"; do
   volumes+=("--volume=$folder:$folder")
 done
 # --init: signals reach the training from its first moment. The caller's user, so that what it writes is the caller's.
-# Docker's own --restart cannot tell exit codes apart and would repeat mistakes for ever.
+# Docker's own --restart cannot tell exit codes apart and would repeat mistakes forever.
 last_step "$launch/restart.sh" "--times=$times" -- \
   docker run --rm --init "--name=$name" --gpus=all "--user=$(id -u):$(id -g)" "--shm-size=$shm_size" \
   --ulimit=memlock=-1 --stop-timeout=120 --volume=infmae-cache:/cache "${volumes[@]}" \

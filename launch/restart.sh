@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command again while it ends for a reason that a restart mends.
+# Runs a command again while it ends for a reason that a restart cures.
 #
 #   launch/restart.sh [OPTIONS] -- COMMAND...
 #
 # Restarted: exit codes 75 (preempted and saved), 76 (another process of the job lost) and deaths by SIGABRT, SIGKILL,
 # SIGSEGV and SIGTERM (134, 137, 139, 143). Everything else ends it with the command's exit code: 0 done, 1 unexpected,
-# 2 something for you to mend, 3 numbers diverged, 130 Ctrl-C.
+# 2 something for you to fix, 3 numbers diverged, 130 Ctrl-C.
 #
 # SIGTERM and SIGINT are passed on to the command, which is waited for and not started again. Between two runs, SIGTERM
 # ends with 75 and SIGINT with 130, as the command itself would.
@@ -50,7 +50,7 @@ run_command() {
   while :; do
     interrupted='' status=0
     wait "$child" || status=$?
-    if [ "$status" -ne 127 ]; then code=$status; fi # 127: it has ended, and its status was told before
+    if [ "$status" -ne 127 ]; then code=$status; fi # 127: it has ended, and its status is known already
     if [ -z "$interrupted" ]; then break; fi # a signal ends `wait` early, with a status that is not the command's
   done
   child=

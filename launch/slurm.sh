@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a pretraining job to Slurm: one process a GPU on one or several nodes, requeued when a restart mends it.
+# Submits a pretraining job to Slurm: one process a GPU on one or several nodes, requeued when a restart helps.
 #
 #   launch/slurm.sh --partition=P --time=HH:MM:SS [OPTIONS] -- --config=FILE.py --workdir=RUN [--config.key=value ...]
 #
@@ -15,7 +15,7 @@
 #   --job_name=NAME      (infmae)
 #   --logs=DIR           absolute folder for the job's log (this checkout's runs/slurm)
 #   --save_seconds=N     SIGTERM so long before the time limit, to save and requeue (120)
-#   --requeues=N         give up after so many (50)
+#   --requeues=N         give up after N of them (50)
 #   --dry-run            print the commands and do nothing
 set -euo pipefail
 launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

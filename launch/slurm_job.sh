@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The batch script that slurm.sh submits: starts one training process a task, and requeues the job when a restart
-# mends how they ended.
+# can help.
 #
 #   sbatch ... launch/slurm_job.sh [--requeues=N] [--dry-run] -- --config=FILE.py --workdir=RUN ...
 set -euo pipefail
@@ -14,6 +14,9 @@ need_number requeues
 # SIGTERM reaches this script when the job is cancelled or preempted: then Slurm decides what comes next, not we.
 cancelled=
 trap 'cancelled=true' TERM
+
+INFMAE_JOB_SECRET=$(job_secret)
+export INFMAE_JOB_SECRET # srun hands it to all tasks
 
 code=0
 # Not --kill-on-bad-exit: the first process to leave after a save must not end those that still write. Processes that

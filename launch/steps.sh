@@ -97,6 +97,7 @@ need_choice() {
 
 # need_pinned_image IMAGE: it must name a tag other than "latest", or a digest.
 need_pinned_image() {
+  if [[ ! $1 =~ ^[A-Za-z0-9._:/@-]+$ ]]; then fail "--image must be letters, digits and . _ - : / @, got ${1@Q}"; fi
   if [[ ! ${1##*/} =~ ^[^:@]+(:[^:@]+|@sha256:[0-9a-f]{64})$ || $1 == *:latest ]]; then
     fail "--image must end in a tag other than latest (or a digest), so that a restart gets the same code; got '$1'"
   fi
@@ -109,6 +110,15 @@ need_shared_workdir() {
     if [[ $word == --workdir=/mnt/infmae/?* ]]; then return 0; fi
   done
   fail "after --, --workdir=/mnt/infmae/... is needed: $1 is mounted there, and a run must outlive its machines"
+}
+
+# The secret by which the processes of a job know each other: the caller's, or a new one.
+job_secret() {
+  local _secret=${INFMAE_JOB_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
+  if [[ ! $_secret =~ ^[A-Za-z0-9._-]{16,}$ ]]; then
+    fail "INFMAE_JOB_SECRET must be at least 16 letters, digits and . _ -; openssl rand -hex 32 makes one"
+  fi
+  echo "$_secret"
 }
 
 # The words as a command line for bash.

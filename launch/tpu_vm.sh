@@ -20,7 +20,7 @@
 #   --slices=N                  slices of this type, joined by the data centre network (1)
 # OPTIONS:
 #   --wait_at_most=DURATION     for a free slice; then the request fails and is made again (24h)
-#   --times=N                   ask for a new slice so often (50)
+#   --times=N                   ask for a new slice at most N times (50)
 #   --poll=SECONDS              between two looks (60)
 #   --keep                      do not delete the slice at the end: it goes on costing money
 #   --dry-run                   print the commands and do nothing
@@ -29,7 +29,7 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$launch/steps.sh"
 
 project='' zone='' name='' accelerator_type='' runtime_version='' capacity='' image='' mount=''
-service_account='' slices=1 wait_at_most=24h times=50 poll=60 keep='' existing=''
+secret='' service_account='' slices=1 wait_at_most=24h times=50 poll=60 keep='' existing=''
 action=${1:---help}
 if [ $# -gt 0 ]; then shift; fi
 if [[ $action == --* ]]; then parse_options "" "$action"; fi
@@ -53,6 +53,8 @@ check_job() {
   need_pinned_image "$image"
   need_shared_workdir --mount
   case $mount in gs://?* | ?*:/?*) ;; *) fail "--mount must be HOST:/SHARE or gs://BUCKET, got $mount" ;; esac
+  if [[ $mount${arguments[*]} == *'|'* ]]; then fail "neither --mount nor an argument after -- may hold a |"; fi
+  secret=$(job_secret)
 }
 
 create() {
@@ -64,7 +66,8 @@ create() {
   fi
   if [ "$capacity" != on_demand ]; then options+=("--$capacity"); fi
   if [ -n "$service_account" ]; then options+=("--service-account=$service_account"); fi
-  settings="infmae-image=$image|infmae-mount=$mount|infmae-arguments=$(quote "${arguments[@]}")"
+  settings="infmae-image=$image|infmae-mount=$mount|infmae-secret=$secret"
+  settings+="|infmae-arguments=$(quote "${arguments[@]}")"
   # ^|^ makes | the separator: arguments contain commas.
   step "${queue[@]}" create "$name" "${where[@]}" "${options[@]}" "--valid-until-duration=$wait_at_most" \
     --scopes=cloud-platform "--metadata-from-file=startup-script=$launch/tpu_worker.sh" "--metadata=^|^$settings"
@@ -167,7 +170,7 @@ case $action in
     check_job
     step gcloud compute tpus tpu-vm scp "$launch/tpu_worker.sh" "$name:tpu_worker.sh" "${where[@]}" --quiet --worker=all
     step "${ssh[@]}" "${everywhere[@]}" "--command=$(quote sudo env "INFMAE_IMAGE=$image" "INFMAE_MOUNT=$mount" \
-      "INFMAE_ARGUMENTS=$(quote "${arguments[@]}")" bash tpu_worker.sh)"
+      "INFMAE_ARGUMENTS=$(quote "${arguments[@]}")" "INFMAE_SECRET=$secret" bash tpu_worker.sh)"
     ;;
   status)
     if [ -z "$existing" ]; then list; fi

@@ -6,6 +6,7 @@
 #
 #   INFMAE_IMAGE       infmae-image        image made by launch/image.sh --target=tpu
 #   INFMAE_MOUNT       infmae-mount        HOST:/SHARE (NFS) or gs://BUCKET (needs gcsfuse), mounted at /mnt/infmae
+#   INFMAE_SECRET      infmae-secret       by which the workers of the job know each other
 #   INFMAE_ARGUMENTS   infmae-arguments    arguments of the training, quoted for a shell
 #
 #   sudo bash tpu_worker.sh [--help | --dry-run]
@@ -63,6 +64,8 @@ note starting:0
 
 image=$(setting image)
 mount=$(setting mount)
+INFMAE_JOB_SECRET=$(setting secret 2>/dev/null || true) # slices requested before there was one have none
+export INFMAE_JOB_SECRET
 quoted=$(setting arguments)
 arguments=()
 eval "arguments=($quoted)" # written by tpu_vm.sh, quoted
@@ -87,6 +90,6 @@ step docker pull "$image"
 # Root and privileged: the TPU's device files belong to root, and this machine serves nothing else.
 step docker run --detach --name=infmae --init --privileged --user=root --network=host --shm-size=16g \
   --ulimit=memlock=-1 --stop-timeout=120 --log-opt=max-size=50m --log-opt=max-file=3 \
-  --volume=/var/cache/infmae:/cache "--volume=$folder:$folder" \
+  --env=INFMAE_JOB_SECRET --volume=/var/cache/infmae:/cache "--volume=$folder:$folder" \
   "$image" launch/restart.sh -- python -m infmae_jax.pretrain --config.distributed.method=tpu \
   "--config.distributed.notice_url=$metadata/preempted?wait_for_change=true" "${arguments[@]}"

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from infmae_jax.training import sharding
 from infmae_jax.training.config import RunConfig
-from infmae_jax.training.distributed import Alone
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.liaison import Liaison
+from infmae_jax.training.hosts.peers import NoPeers, Peers
+from infmae_jax.training.hosts.stop import StopRequest
 from infmae_jax.training.program import Program
 from infmae_jax.training.run import Result, Run
-from infmae_jax.training.stopping import StopRequest
 from infmae_jax.training.task import Task
 
 
@@ -20,7 +19,7 @@ def train(
     task: Task,
     config: RunConfig,
     folder: str | Path,
-    peers: Liaison | Alone = Alone(),
+    peers: Peers | NoPeers = NoPeers(),
     clock: Goodput | None = None,
     at_end: Callable[[Path], None] = lambda folder: None,
 ) -> Result:

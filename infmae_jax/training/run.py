@@ -22,16 +22,15 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed
 from infmae_jax.training.config import RunConfig, binding, to_config
-from infmae_jax.training.distributed import Alone
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.liaison import Liaison
+from infmae_jax.training.hosts.peers import NoPeers, Peers
+from infmae_jax.training.hosts.stop import StopRequest
 from infmae_jax.training.writers import EventLog, read_events
 from infmae_jax.training.monitor import Monitor
 from infmae_jax.training.profiling import Profile
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import claim, workdir_lock, write_record
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.stopping import StopRequest
 from infmae_jax.training.task import Batches, Position
 
 
@@ -77,7 +76,7 @@ class Run:
         program: Program,
         folder: Path,
         stop: StopRequest,
-        peers: Liaison | Alone,
+        peers: Peers | NoPeers,
         clock: Goodput,
         at_end: Callable[[Path], None],
     ):

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+SECRET = "0123456789abcdef" * 4
+
 # Words of a call end in a zero byte, calls in a one. What arrives on standard input counts as one more word.
 RECORDING = r"""#!/usr/bin/env bash
 {
@@ -37,6 +39,7 @@ class Checkout:
         self._calls.touch()
         self.environment = {
             "PATH": f"{self._bin}:{os.environ['PATH']}", "HOME": str(folder), "CALLS": str(self._calls),
+            "INFMAE_JOB_SECRET": SECRET,
         }  # fmt: skip
         self.python = self.root / ".venv" / "bin" / "python"
         self.stub("python", path=self.python)

@@ -1,4 +1,4 @@
-"""GKE: the manifest against the schemas, and what it says; xpk's command line."""
+"""GKE: the manifest against the schemas, and what it says."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.launch.conftest import check_dry_run
+from tests.launch.conftest import SECRET, check_dry_run
 
 TRAINING = ["--config=configs/pretrain/inf30_base.py", "--workdir=/mnt/infmae/run1"]
 GPU = ["--target=gpu", "--accelerator=nvidia-h100-80gb", "--hosts=2", "--chips_per_host=8", "--claim=runs",
@@ -154,6 +154,26 @@ def test_gpu_hosts(checkout):
     }  # fmt: skip
 
 
+def test_all_pods_share_a_secret(checkout):
+    _, _, container = parts(manifest_of(checkout, GPU))
+    assert container["env"] == [{"name": "INFMAE_JOB_SECRET", "value": SECRET}]
+    del checkout.environment["INFMAE_JOB_SECRET"]
+    made = {parts(manifest_of(checkout, GPU))[2]["env"][0]["value"] for _ in range(2)}
+    assert len(made) == 2 and all(re.fullmatch("[0-9a-f]{64}", secret) for secret in made)
+
+
+@pytest.mark.parametrize("image", ['i:1"', "i:1\n", 'i:1", x: "y', "i:1\\", "i: 1", "${IMAGE}:1", "i:1}"])
+def test_an_image_that_would_change_the_manifest_is_refused(image, checkout):
+    result = checkout.run("launch/gke.sh", "--dry-run", *GPU, f"--image={image}", "--", *TRAINING)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "--image must be letters, digits" in result.stderr
+
+
+def test_control_characters_are_refused(checkout):
+    result = checkout.run("launch/gke.sh", "--dry-run", *GPU, "--", *TRAINING, "--config.x=\x01\r")
+    assert result.returncode == 2 and result.stdout == "" and "control character" in result.stderr
+
+
 def test_one_gpu_host_needs_no_coordinator(checkout):
     _, _, container = parts(manifest_of(checkout, [*GPU, "--hosts=1"]))
     assert container["args"] == ["--config.distributed.method=none", *TRAINING]
@@ -192,15 +212,3 @@ def test_a_placeholder_without_a_value_is_an_error(checkout):
     path.write_text(path.read_text() + "  suspend: ${SUSPEND}\n")
     result = checkout.run("launch/gke.sh", "--dry-run", *GPU, "--", *TRAINING)
     assert result.returncode == 2 and "${SUSPEND} has no value" in result.stderr and result.stdout == ""
-
-
-def test_xpk(checkout):
-    checkout.stub("xpk")
-    options = ["--project=p", "--zone=us-west4-a", "--cluster=c", "--tpu_type=v5litepod-16", "--capacity=on_demand",
-               "--storage=runs", "--image=registry.example/infmae:1"]  # fmt: skip
-    training = [*TRAINING, "--config.x=a b"]
-    (call,) = check_dry_run(checkout, "launch/xpk.sh", *options, "--", *training)
-    assert call[:3] == ["xpk", "workload", "create"] and {"--on-demand", "--restart-on-exit-codes=75,76"} <= set(call)
-    (command,) = [word.removeprefix("--command=") for word in call if word.startswith("--command=")]
-    assert shlex.split(command) == ["exec", "python", "-m", "infmae_jax.pretrain",
-                                    "--config.distributed.method=tpu", *training]  # fmt: skip

@@ -52,99 +52,78 @@ def test_slurm_submission(checkout):
     assert (checkout.root / "runs" / "slurm").is_dir()  # Slurm makes no folder for the log
 
 
-# Slurm in small: a process a task, the highest exit code of all. Tasks' process ids go to the file `tasks`.
-SRUN = """
-while [[ $1 == --* ]]; do shift; done
-trap : TERM
-set -m
-for SLURM_PROCID in $(seq 0 $((TASKS - 1))); do
-  export SLURM_PROCID
-  "$@" &
-  echo $! >>tasks
-done
-highest=0
-for task in $(cat tasks); do
-  while :; do
-    code=0
-    wait "$task" || code=$?
-    kill -0 "$task" 2>/dev/null || break
-  done
-  if [ "$code" -gt "$highest" ]; then highest=$code; fi
-done
-exit "$highest"
-"""
-
-
 @pytest.fixture
 def slurm(checkout):
-    """The checkout with srun and scontrol; the training ends with the code that CODES has for its task."""
-    checkout.stub("srun", SRUN)
+    """The checkout with scontrol, and an srun that ends with the exit code CODE."""
+    checkout.stub("srun", 'echo "$INFMAE_JOB_SECRET" >>secrets; exit "$CODE"')
     checkout.stub("scontrol")
-    checkout.stub("python", 'read -ra codes <<<"$CODES"; exit "${codes[SLURM_PROCID]}"', checkout.python)
-    checkout.environment |= {"SLURM_JOB_ID": "42", "TASKS": "2"}
+    checkout.environment |= {"SLURM_JOB_ID": "42", "CODE": "0"}
     return checkout
 
 
 @pytest.mark.parametrize(
-    "codes, code, requeued",
+    "reported, code, requeued",
     [
-        ("0 0", 0, False),
-        ("75 75", 75, True),
-        ("76 137", 137, True),  # one process killed, the other noticed
-        ("2 76", 2, False),  # a mistake on one host: the other one's 76 must not win
-        ("76 3", 3, False),
-        ("1 76", 1, False),
-        ("137 1", 1, False),
-        ("130 130", 130, False),
-        ("76 0", 76, True),
+        (0, 0, False), (75, 75, True), (76, 76, True), (137, 137, True), (130, 130, False),
+        (241, 1, False), (242, 2, False), (243, 3, False),  # as restart.sh --raise_final raises 1, 2, 3
     ],
-)
-def test_slurm_requeues_by_exit_code(codes, code, requeued, slurm):
-    slurm.environment["CODES"] = codes
+)  # fmt: skip
+def test_slurm_requeues_by_exit_code(reported, code, requeued, slurm):
+    slurm.environment["CODE"] = str(reported)
     result = slurm.run("launch/slurm_job.sh", "--", *TRAINING)
     assert result.returncode == code, result.stderr
-    calls = slurm.take_calls()
-    trainings = [call for call in calls if call[0] == "python"]
-    assert trainings == [["python", *PRETRAIN, "--config.distributed.method=slurm", *TRAINING]] * 2
-    assert [call for call in calls if call[0] == "scontrol"] == [["scontrol", "requeue", "42"]] * requeued
+    srun, *rest = slurm.take_calls()
+    assert srun[srun.index("launch/restart.sh") :] == [
+        "launch/restart.sh", "--times=0", "--raise_final", "--", ".venv/bin/python", *PRETRAIN,
+        "--config.distributed.method=slurm", *TRAINING,
+    ]  # fmt: skip
+    assert rest == [["scontrol", "requeue", "42"]] * requeued
+
+
+def test_codes_that_forbid_a_restart_are_the_highest(checkout):
+    """Slurm reports the highest exit code of a step's tasks: a mistake on one host must outbid the others' 76."""
+    script = "source launch/steps.sh; for code in $(seq 0 143); do raise_final_code $code; done"
+    raised = [int(line) for line in checkout.run("bash", "-c", script).stdout.split()]
+    forbidding = raised[1:4]
+    assert min(forbidding) > max(code for code in raised if code not in forbidding) and max(forbidding) < 256
+    script = "source launch/steps.sh; for code in 241 242 243 75; do lower_final_code $code; done"
+    lowered = checkout.run("bash", "-c", script)
+    assert lowered.stdout.split() == ["1", "2", "3", "75"]
+
+
+def test_tasks_share_a_secret_that_each_attempt_makes(slurm):
+    del slurm.environment["INFMAE_JOB_SECRET"]
+    for _ in range(2):
+        assert slurm.run("launch/slurm_job.sh", "--", *TRAINING).returncode == 0
+    secrets = (slurm.root / "secrets").read_text().split()
+    assert len(set(secrets)) == 2 and all(len(secret) == 64 for secret in secrets)
+    slurm.environment["INFMAE_JOB_SECRET"] = "short"
+    result = slurm.run("launch/slurm_job.sh", "--", *TRAINING)
+    assert result.returncode == 2 and "INFMAE_JOB_SECRET must be at least 16" in result.stderr
 
 
 def test_slurm_gives_up_requeueing(slurm):
-    slurm.environment |= {"CODES": "76 76", "SLURM_RESTART_COUNT": "3"}
+    slurm.environment |= {"CODE": "76", "SLURM_RESTART_COUNT": "3"}
     result = slurm.run("launch/slurm_job.sh", "--requeues=3", "--", *TRAINING)
     assert result.returncode == 76 and "gave up after 3 requeues" in result.stderr
     assert "scontrol" not in [call[0] for call in slurm.take_calls()]
 
 
 def test_slurm_job_dry_run(slurm):
-    result = slurm.run("launch/slurm_job.sh", "--dry-run", "--", *TRAINING)
-    assert result.returncode == 0 and slurm.take_calls() == []
-    slurm.environment["CODES"] = "0 0"
-    slurm.run("bash", "-c", result.stdout)
-    printed = slurm.take_calls()[0]
-    (slurm.root / "tasks").unlink()
-    slurm.run("launch/slurm_job.sh", "--", *TRAINING)
-    assert slurm.take_calls()[0] == printed
+    assert check_dry_run(slurm, "launch/slurm_job.sh", "--", *TRAINING)[0][0] == "srun"
 
 
 @pytest.mark.parametrize("cancelled", [False, True])
-def test_slurm_sigterm(cancelled, slurm):
-    """Before the time limit only the tasks are told: they save and the job is requeued. `scancel` tells all."""
-    slurm.stub(
-        "python",
-        "trap 'echo saved >>saves; exit 75' TERM; echo >>ready; while :; do sleep 0.05; done",
-        slurm.python,
-    )
+def test_a_cancelled_slurm_job_is_not_requeued(cancelled, slurm):
+    """Before the time limit only the tasks get SIGTERM: they save and the job is requeued. `scancel` tells all."""
+    slurm.stub("srun", "trap '' TERM; touch ready; while [ ! -e saved ]; do sleep 0.02; done; exit 75")
     process = slurm.start("launch/slurm_job.sh", "--", *TRAINING)
-    ready, deadline = slurm.root / "ready", time.monotonic() + 30
-    while not (ready.exists() and ready.read_text() == "\n\n"):
+    deadline = time.monotonic() + 30
+    while not (slurm.root / "ready").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     if cancelled:
         process.send_signal(signal.SIGTERM)
-    for task in (slurm.root / "tasks").read_text().split():
-        os.kill(int(task), signal.SIGTERM)
+    (slurm.root / "saved").touch()
     assert process.wait(30) == 75, process.stderr.read()
-    assert (slurm.root / "saves").read_text() == "saved\nsaved\n"
-    requeued = ["scontrol", "requeue", "42"] in slurm.take_calls()
-    assert requeued == (not cancelled)
+    assert (["scontrol", "requeue", "42"] in slurm.take_calls()) == (not cancelled)

@@ -79,8 +79,13 @@ def test_help_names_every_option_and_unknown_ones_are_refused(script, checkout):
          "--workdir=/mnt/infmae/r", "--accelerator must be lower-case"),
         ("gke.sh --target=gpu --accelerator=a --hosts=1 --chips_per_host=1 --claim=c --capacity=spot --image=i:1 -- "
          "--workdir=runs/r", "--workdir=/mnt/infmae/"),
-        ("xpk.sh --project=p --zone=z --cluster=c --tpu_type=t --storage=s --capacity=cheap",
+        ("gke.sh --target=gpu --accelerator=a --hosts=1 --chips_per_host=1 --claim=c --capacity=cheap",
          "--capacity must be one of spot, on_demand; got cheap"),
+        ("gpu_host.sh '--image=i:1\nx' --folders=/data", "--image must be letters, digits and"),
+        ("tpu_vm.sh start --existing --project=p --zone=z --name=n --image=i:1 '--mount=h:/s|infmae-image=j' -- "
+         "--workdir=/mnt/infmae/r", "may hold a |"),
+        ("tpu_vm.sh start --existing --project=p --zone=z --name=n --image=i:1 --mount=h:/s -- "
+         "--workdir=/mnt/infmae/r '--config.x=a|infmae-mount=b'", "may hold a |"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(command, message, checkout):

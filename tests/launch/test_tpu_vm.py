@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launch.conftest import words_of
+from tests.launch.conftest import SECRET, words_of
 
 TRAINING = ["--config=configs/pretrain/inf30_base.py", "--workdir=/mnt/infmae/a b", "--config.data.shards=/x,/y"]
 WHERE = ["--project=p", "--zone=us-west4-a", "--name=run1"]
@@ -105,6 +105,7 @@ def test_request(capacity, flag, checkout):
     assert {"--node-count=2", "--node-prefix=run1", "--service-account=a@b"} <= set(create)
     (metadata,) = [word for word in create if word.startswith("--metadata=")]
     assert metadata.startswith("--metadata=^|^infmae-image=registry.example/infmae:1|infmae-mount=10.0.0.2:/share|")
+    assert f"|infmae-secret={SECRET}|" in metadata
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -127,20 +128,23 @@ def test_other_actions(action, existing, checkout):
     if action == "start":  # the command that arrives on the workers holds the training's arguments unharmed
         command = calls[1][-1].removeprefix("--command=")
         assert words_of(words_of(command)[0][4].removeprefix("INFMAE_ARGUMENTS=")) == [TRAINING]
+        assert f"INFMAE_SECRET={SECRET}" in words_of(command)[0]
 
 
 @pytest.fixture
 def worker(checkout):
     """The checkout with everything a TPU VM's worker has; the metadata server answers from the environment."""
     checkout.stub("curl", 'case ${!#} in */infmae-image) echo "$IMAGE" ;; */infmae-mount) echo "$MOUNT" ;; '
-                  '*/infmae-arguments) echo "$ARGUMENTS" ;; *) exit 22 ;; esac')  # fmt: skip
+                  '*/infmae-arguments) echo "$ARGUMENTS" ;; '
+                  '*/infmae-secret) echo "$SECRET" ;; *) exit 22 ;; esac')  # fmt: skip
     checkout.stub("docker", 'if [ "$1" = container ]; then exit 1; fi')
     checkout.stub("mountpoint", "exit 1")
     for name in ("mkdir", "mount", "mount.nfs", "gcsfuse", "gcloud", "apt-get"):
         checkout.stub(name)
     checkout.environment |= {
         "INFMAE_STATE": str(checkout.root / "state"), "INFMAE_RETRY_SECONDS": "0", "IMAGE": "registry.example/infmae:1",
-        "MOUNT": "10.0.0.2:/share", "ARGUMENTS": "--config=c.py '--workdir=/mnt/infmae/a b' '--config.x=$HOME'",
+        "MOUNT": "10.0.0.2:/share", "SECRET": SECRET,
+        "ARGUMENTS": "--config=c.py '--workdir=/mnt/infmae/a b' '--config.x=$HOME'",
     }  # fmt: skip
     return checkout
 
@@ -157,10 +161,13 @@ LOOKING = {"curl", "mountpoint"}
 )
 def test_worker(mount, mounted, worker):
     worker.environment["MOUNT"] = mount
+    worker.stub("docker", 'echo "$INFMAE_JOB_SECRET" >secret; if [ "$1" = container ]; then exit 1; fi')
     result = worker.run("launch/tpu_worker.sh")
     assert result.returncode == 0, result.stderr
     calls = [c for c in worker.take_calls() if c[0] not in LOOKING and c[:2] != ["docker", "container"]]
     *before, pull, run_call = calls
+    assert "--env=INFMAE_JOB_SECRET" in run_call and SECRET not in " ".join(run_call)  # it comes by the environment
+    assert (worker.root / "secret").read_text() == f"{SECRET}\n"
     assert before == [["mkdir", "-p", "/mnt/infmae"], mounted,
                       ["gcloud", "auth", "configure-docker", "registry.example", "--quiet"]]  # fmt: skip
     assert pull == ["docker", "pull", "registry.example/infmae:1"]

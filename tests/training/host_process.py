@@ -16,8 +16,9 @@ from configs import common
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.infmae import variant
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
-from infmae_jax.training import distributed, loop, sharding
+from infmae_jax.training import loop, sharding
 from infmae_jax.training.config import DistributedConfig, MeshConfig, from_config, to_config
+from infmae_jax.training.hosts import distributed
 
 
 class EndingEarly(PretrainTask):
@@ -56,13 +57,13 @@ def make_config(shards, mesh, steps):
 def main(shards, runs, distributed_config):
     configs = [make_config(shards, run["mesh"], run["steps"]) for run in runs]
     config = dataclasses.replace(configs[0], distributed=DistributedConfig(**distributed_config))
-    with distributed.joined(config.distributed, to_config(config), {"fingerprint": "same"}) as group:
+    with distributed.joined(config.distributed, to_config(config), {"fingerprint": "same"}) as peers:
         whole = sharding.make_mesh
         for run, config in zip(runs, configs, strict=True):
             chosen = jax.devices()[: run["devices"]] if run.get("devices") else None
             sharding.make_mesh = lambda mesh, chosen=chosen: whole(mesh, chosen)
             task = PretrainTask(config) if run.get("until") is None else EndingEarly(config, run["until"])
-            result = loop.train(task, config, run["run"], group)
+            result = loop.train(task, config, run["run"], peers)
             assert result.interrupted == (run.get("until") is not None)
 
 

@@ -5,12 +5,16 @@ With --long also on four processes, on data-parallel and fsdp meshes, and with m
     launch/test.sh tests/training/test_hosts.py --long
 """
 
+import collections
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 
@@ -21,9 +25,9 @@ STEPS = 20
 MESHES = {"data": {"data": -1}, "fsdp": {"data": 1, "fsdp": -1}, "mixed": {"data": -1, "fsdp": 2}}
 
 
-def train(shards, runs, processes, devices):
+def train(shards, runs, processes, devices, port=None):
     """Trains `runs` in a job of real processes with so many virtual devices each."""
-    port = free_port()
+    port = port or free_port()
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     started = []
     for index in range(processes):
@@ -46,20 +50,59 @@ def train(shards, runs, processes, devices):
             process.kill()
 
 
+STRANGERS = (
+    b"", bytes(1000), b"GET / HTTP/1.1\r\n\r\n", b'["end", 0, "finished"]\n',
+    b"0" * 32 + b"\n" + b"1" * 64 + b' ["hello", 1, "[]"]\n',
+    b'{"kind": "hello", "index": 1, "host": "h", "pid": 1, "facts": {}}\n',
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def strangers(job):
+    """Connect to the coordinator's port and the one below, again and again, from before the job listens to its end.
+
+    Yields:
+      what they were told, by what they said.
+    """
+    heard, over = collections.defaultdict(list), threading.Event()
+
+    def visit(port, said):
+        while not over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                connection.sendall(said)
+                connection.settimeout(0.5)
+                heard[port, said].append(connection.recv(1 << 16))
+            over.wait(0.05)
+
+    threads = [threading.Thread(target=visit, args=(port, said)) for port in (job, job - 1) for said in STRANGERS]
+    for thread in threads:
+        thread.start()
+    try:
+        yield heard
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
 def losses(run):
     return np.array([row["loss"] for row in rows_of(run)])
 
 
 def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, pytestconfig):
-    """Two virtual devices a process; one process has one device."""
+    """With strangers at the ports, who learn nothing. Two virtual devices per process; one process has one device."""
     long = pytestconfig.getoption("--long")
     jobs = {2: tuple(MESHES), 4: tuple(MESHES)} if long else {2: ("mixed",)}
     train(shards, [{"run": str(tmp_path / "one"), "mesh": MESHES["data"], "steps": STEPS}], 1, 1)
     one = losses(tmp_path / "one")
     assert len(one) == STEPS
     for processes, meshes in jobs.items():
-        runs = {mesh: str(tmp_path / f"{processes} {mesh}") for mesh in meshes}
-        train(shards, [{"run": run, "mesh": MESHES[m], "steps": STEPS} for m, run in runs.items()], processes, 2)
+        runs, port = {mesh: str(tmp_path / f"{processes} {mesh}") for mesh in meshes}, free_port()
+        with strangers(port) as heard:
+            tasks = [{"run": run, "mesh": MESHES[m], "steps": STEPS} for m, run in runs.items()]
+            train(shards, tasks, processes, 2, port)
+        assert {said for _, said in heard} == set(STRANGERS)
+        assert all(len(answer) in (0, 33) for (at, _), answers in heard.items() if at < port for answer in answers)
         for run in runs.values():
             np.testing.assert_allclose(losses(run), one, rtol=1e-6)
 

@@ -1,6 +1,4 @@
-"""Who asks a run to end: signals and the platform's notice. The loop agrees on it between hosts, saves and ends."""
-
-from __future__ import annotations
+"""Stop requests, from signals and preemption notices. The loop agrees on them between hosts, saves and ends."""
 
 import signal
 import threading
@@ -21,7 +19,7 @@ class StopRequest:
     """SIGTERM, SIGINT or a preemption notice ask the loop to save and end; a second SIGINT ends the process at once.
 
     Attributes:
-      code: 0 while nobody asked; then the exit code to end with, EXIT_PREEMPTED or EXIT_INTERRUPTED.
+      code: 0 without a request; then the exit code to end with, EXIT_PREEMPTED or EXIT_INTERRUPTED.
       looping: set by the loop when it begins. Until then SIGINT ends the process at once, as there is nothing to save;
         SIGTERM is remembered (in a job of several processes JAX's own handler would swallow it).
     """
@@ -37,7 +35,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
         self._ended = threading.Event()
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._request)
@@ -67,6 +65,6 @@ class StopRequest:
                 self._ended.wait(_POLL_SECONDS)
             except (OSError, ValueError, urllib.error.URLError) as error:
                 if not warned and not isinstance(error, TimeoutError):
-                    logging.warning("distributed.notice_url=%s cannot be read (%s); trying on", self._url, error)
+                    logging.warning("distributed.notice_url=%s cannot be read (%s); trying again", self._url, error)
                     warned = True
                 self._ended.wait(_RETRY_SECONDS)

@@ -3,8 +3,8 @@
 import pytest
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import distributed
 from infmae_jax.training.config import DistributedConfig
+from infmae_jax.training.hosts import distributed
 
 SLURM = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9",
@@ -45,7 +45,7 @@ def test_mistakes_are_named(config, message):
 def test_the_source_digest_tells_other_code_apart(tmp_path, monkeypatch):
     here = distributed.source_digest()
     assert here == distributed.source_digest()
-    copy = tmp_path / "infmae_jax" / "training" / "distributed.py"
+    copy = tmp_path / "infmae_jax" / "training" / "hosts" / "distributed.py"
     copy.parent.mkdir(parents=True)
     copy.write_text("changed = True\n")
     monkeypatch.setattr(distributed, "__file__", str(copy))

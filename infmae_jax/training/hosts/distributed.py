@@ -1,7 +1,5 @@
 """Several processes as one job: found, checked, watched. Nothing here runs when `distributed.method` is "none"."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging
@@ -17,8 +15,8 @@ from ml_collections import ConfigDict
 
 from data_pipelines.commands import EXIT_INTERRUPTED
 from data_pipelines.errors import InputError
-from infmae_jax.training import liaison
 from infmae_jax.training.config import DistributedConfig, flat
+from infmae_jax.training.hosts.peers import NoPeers, Peers, bind_host, meet
 from infmae_jax.training.run_folder import package_versions
 
 # How JAX calls the ways in which it finds out about a job.
@@ -27,22 +25,13 @@ METHODS = ("none", *_DETECTION, "addresses")
 _LOCAL_KEYS = ("distributed.", "data.shards", "data.workers", "data.threads", "data.cache", "compilation_cache")
 
 
-class Alone:
-    """The liaison of a job of one process."""
-
-    def progress(self, step: int, activity: str = liaison.LOOPING) -> None:
-        """Nobody listens."""
-
-
 @contextlib.contextmanager
-def joined(
-    config: DistributedConfig, settings: ConfigDict, data: Mapping[str, Any]
-) -> Iterator[liaison.Liaison | Alone]:
+def joined(config: DistributedConfig, settings: ConfigDict, data: Mapping[str, Any]) -> Iterator[Peers | NoPeers]:
     """Joins this process to its job, before anything uses a device.
 
     All processes must agree on config (paths and speed keys left out), source code, package versions and data set;
-    afterwards on the number of devices. When this process fails, the others are told and end with the same exit code;
-    when another one dies, hangs or fails, this one ends.
+    afterwards on the number of devices. When this process fails, the others hear of it and end with the same exit
+    code; when another one dies, hangs or fails, this one ends.
 
     Args:
       config: how to find the others.
@@ -51,39 +40,37 @@ def joined(
 
     Raises:
       InputError: a wrong setting, or processes that do not agree.
-      liaison.ProcessesMissing: not all arrived within `config.timeout_seconds`.
+      peers.ProcessesMissing: not all arrived within `config.timeout_seconds`.
     """
     if config.method == "none":
-        yield Alone()
+        yield NoPeers()
         return
-    address, count, index, local_devices = _place(config)
-    facts = _facts(settings, data)
+    (host, port), count, index, local_devices = _place(config)
     # The port below: those that JAX picks reach up to the last one.
-    group = liaison.meet(
-        (address[0], address[1] - 1), index, count, facts, config.timeout_seconds, config.heartbeat_seconds,
-        config.stall_seconds,
-    )  # fmt: skip
+    peers = meet((host, port - 1), index, count, _facts(settings, data), config)
+    bind = bind_host(host)
     try:
         jax.distributed.initialize(
-            f"{address[0]}:{address[1]}",
+            f"{host}:{port}",
             count,
             index,
             local_devices,
             initialization_timeout=config.timeout_seconds,
-            # The liaison is to speak first: JAX ends a process without saying why.
+            coordinator_bind_address=f"{bind}:{port}" if bind else None,
+            # Our own message is to come first: JAX ends a process without saying why.
             heartbeat_timeout_seconds=2 * config.heartbeat_seconds,
         )
         _check_devices()
-        yield group
+        yield peers
     except BaseException as error:
         code, message = _verdict(error)
-        group.fail(code, message)
+        peers.fail(code, message)
         if code == 1:
             traceback.print_exception(error)
         print(f"error: {message}", file=sys.stderr, flush=True)
         # JAX's own goodbye would wait for processes that have ended.
         os._exit(code)
-    group.close()
+    peers.close()
     jax.distributed.shutdown()
 
 
@@ -140,7 +127,7 @@ def _facts(settings: ConfigDict, data: Mapping[str, Any]) -> dict[str, str]:
 
 def source_digest() -> str:
     """SHA-256 over this project's Python files: which code runs, whatever its version is called."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     digest = hashlib.sha256()
     for package in ("data_pipelines", "infmae_jax"):
         for path in sorted((root / package).rglob("*.py")):

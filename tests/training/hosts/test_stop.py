@@ -9,7 +9,7 @@ import time
 import pytest
 
 from data_pipelines.commands import EXIT_INTERRUPTED, EXIT_PREEMPTED
-from infmae_jax.training.stopping import StopRequest
+from infmae_jax.training.hosts.stop import StopRequest
 
 
 def wait_until(condition):
