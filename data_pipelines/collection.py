@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from array_record.python import array_record_data_source
 
-from data_pipelines.decode import decode_record_pixels
 from data_pipelines.duplicates import Confirm
 from data_pipelines.intensity import to_uint8
 from data_pipelines.parts import Candidate, read_part, records_path
-from data_pipelines.records import decode_record
+from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.sources import Rejection
 
 # List of (H, W) uint8 images, all of any sizes -> (n, D) float features.
@@ -67,7 +66,7 @@ class Collection:
     def pixels(self, index: int) -> np.ndarray:
         """The stored pixels of one candidate, (H, W) uint8 or uint16."""
         (stored,) = self.picked([index])
-        return decode_record_pixels(decode_record(stored))
+        return decode_pixels(decode_example(stored))
 
 
 def collect(folder: str, part_count: int) -> Collection:

@@ -18,14 +18,15 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
-from data_pipelines.augment import MEAN, STD, Box, crop_box, resize
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.examples import ExampleSource
-from data_pipelines.masking import MaskConfig, mask_from_ids, token_grid, token_scores
+from data_pipelines.examples import decode_pixels
+from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
 from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
-from data_pipelines.records import Record, read_manifest, verify_shards
+from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
+from data_pipelines.shards import read_manifest, verify_shards
+from data_pipelines.transforms import MEAN, STD, Crop, draw_crop, resize
 
 FRAME = (255, 140, 0)
 MASKED_GRAY = 60
@@ -48,7 +49,7 @@ class Sample:
 
     key: str
     stored: np.ndarray
-    box: Box
+    box: Crop
     crop: np.ndarray
     ids_keep: np.ndarray
 
@@ -83,18 +84,15 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     """The samples of the first batch, together with the images that they were cut from."""
     with train_batches(config) as batches:
         batch = next(batches)
-    source = ExampleSource(local_folders(config.shards), config.intensity)
-
-    def load(record: Record) -> tuple[Record, np.ndarray]:
-        return record, source.image(record)
-
+    reader = ExampleReader(local_folders(config.shards), config.split)
     samples = []
     for position, index in enumerate(record_indices(config, 0)):
-        (record, stored), _ = source.read(int(index), load)
+        example = reader.first_whole(int(index))
+        stored = config.intensity.apply(decode_pixels(example), example)
         # The box is what a sample's generator is asked for first.
-        box = crop_box(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
+        box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
         crop, ids_keep = batch["image"][position, ..., 0], batch["ids_keep"][position]
-        samples.append(Sample(record.key, stored, box, crop, ids_keep))
+        samples.append(Sample(example.key, stored, box, crop, ids_keep))
     return samples
 
 
@@ -103,12 +101,12 @@ def describe_samples(samples: Sequence[Sample], config: PipelineConfig) -> list[
     crops = np.stack([sample.crop for sample in samples])
     scores = token_scores(crops, config.mask).astype(np.float64)
     if config.mask.score == "gray_mean":
-        scores /= config.mask.patch**2  # sums to gray levels
+        scores /= PATCH**2  # sums to gray levels
     kept = mask_from_ids(np.stack([sample.ids_keep for sample in samples]), scores.shape[-1]) == 0
     scaled = crops / 255.0
     shares = [sample.box.height * sample.box.width / sample.stored.size for sample in samples]
-    rows, columns = token_grid(*config.image_size, config.mask.patch)
-    entropies = token_scores(crops, MaskConfig(score="entropy", patch=config.mask.patch))
+    rows, columns = token_grid(*config.image_size)
+    entropies = token_scores(crops, MaskConfig(score="entropy"))
     return [
         f"{len(samples)} training samples of {config.image_size[0]}x{config.image_size[1]}",
         f"  crops        {np.mean(shares):.0%} of the image on average ({min(shares):.0%} to {max(shares):.0%})",
@@ -155,17 +153,17 @@ def _stored_tile(sample: Sample, size: tuple[int, int]) -> Image.Image:
 
 def _token_tiles(sample: Sample, mask: MaskConfig) -> list[Image.Image]:
     """Crop, scores with kept tokens framed, visible tokens."""
-    rows, columns = token_grid(*sample.crop.shape, mask.patch)
+    rows, columns = token_grid(*sample.crop.shape)
     scores = token_scores(sample.crop, mask).astype(np.float64).reshape(rows, columns)
     spread = scores.max() - scores.min()
     levels = (255 * (scores - scores.min()) / (spread or 1.0)).astype(np.uint8)
-    heat = Image.fromarray(np.kron(levels, np.ones((mask.patch, mask.patch), np.uint8))).convert("RGB")
+    heat = Image.fromarray(np.kron(levels, np.ones((PATCH, PATCH), np.uint8))).convert("RGB")
     draw = ImageDraw.Draw(heat)
     for token in sample.ids_keep.tolist():
-        top, left = token // columns * mask.patch, token % columns * mask.patch
-        draw.rectangle((left, top, left + mask.patch - 1, top + mask.patch - 1), outline=FRAME)
+        top, left = token // columns * PATCH, token % columns * PATCH
+        draw.rectangle((left, top, left + PATCH - 1, top + PATCH - 1), outline=FRAME)
     masked = mask_from_ids(sample.ids_keep, rows * columns).reshape(rows, columns)
-    hidden = np.kron(masked, np.ones((mask.patch, mask.patch))) > 0
+    hidden = np.kron(masked, np.ones((PATCH, PATCH))) > 0
     visible = np.where(hidden, np.uint8(MASKED_GRAY), sample.crop)
     return [Image.fromarray(sample.crop).convert("RGB"), heat, Image.fromarray(visible).convert("RGB")]
 

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_pipelines.curation import Filters, apply_filters
-from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_record
+from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_example
 from data_pipelines.duplicates import FEATURE_SIZE, fingerprint_image
 from data_pipelines.intensity import count_values, to_uint8
-from data_pipelines.records import Record, encode_record, write_shard
+from data_pipelines.examples import Example, encode_example
+from data_pipelines.shards import write_shard
 from data_pipelines.sources import Rejection, Source, SourceReader, SourceUnreadable
 
 
@@ -98,8 +99,8 @@ def examine_part(folder: str, number: int, sources: Sequence[Source], filters: F
                 except (SourceUnreadable, ImageRefused) as refusal:
                     rejections.append(Rejection(source.key, refusal.reason, refusal.detail))
                     continue
-                record = make_record(source.key, data, image)
-                stored = encode_record(record)
+                record = make_example(source.key, data, image)
+                stored = encode_example(record)
                 candidates.append(_describe(record, image.pixels, len(stored)))
                 kinds.update(_kinds(image))
                 code, feature = fingerprint_image(image.pixels)
@@ -134,7 +135,7 @@ def _kinds(image: DecodedImage) -> Iterator[str]:
             yield f"with {name}"
 
 
-def _describe(record: Record, pixels: np.ndarray, size: int) -> Candidate:
+def _describe(record: Example, pixels: np.ndarray, size: int) -> Candidate:
     """Returns the row of an accepted image whose encoded record has `size` bytes."""
     gray = to_uint8(pixels)
     histogram = count_values(gray)

@@ -38,7 +38,7 @@ from data_pipelines.curation import Filters
 from data_pipelines.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
 from data_pipelines.errors import InputError
 from data_pipelines.parts import examine_part, rows_path
-from data_pipelines.records import MANIFEST_NAME, Manifest, Shard, describe_shard, read_manifest, write_shard
+from data_pipelines.shards import MANIFEST_NAME, Manifest, Shard, describe_shard, read_manifest, write_shard
 from data_pipelines.report import PICTURES_NAME, REPORT_NAME
 from data_pipelines.results import REJECTED_NAME, write_results
 from data_pipelines.sources import Listing, Rejection, Source, list_sources, split_into_parts

@@ -14,7 +14,7 @@ import numpy as np
 from data_pipelines.collection import Collection
 from data_pipelines.decode import ImageRefused, decode_image
 from data_pipelines.parts import Candidate
-from data_pipelines.records import Manifest, Shard, fingerprint_shards, write_manifest
+from data_pipelines.shards import Manifest, Shard, fingerprint_splits, make_split, write_manifest
 from data_pipelines.report import (
     PICTURES_NAME,
     Tile,
@@ -92,15 +92,16 @@ def describe_set(kept: Sequence[Candidate], shards: Sequence[Shard], settings: d
     pixels = sum(image.height * image.width for image in kept)
     mean = sum(image.pixel_sum for image in kept) / pixels
     variance = sum(image.pixel_square_sum for image in kept) / pixels - mean**2
+    splits = {"train": make_split(shards)}
     return Manifest(
-        count=len(kept),
-        shards=tuple(shards),
+        splits=splits,
+        classes={},
         sizes=dict(Counter(f"{image.width}x{image.height}" for image in kept)),
         bit_depths=dict(Counter(str(image.bit_depth) for image in kept)),
         mean=mean,
         std=max(variance, 0.0) ** 0.5,
         entropy=sum(image.entropy for image in kept) / len(kept),
-        fingerprint=fingerprint_shards(shards),
+        fingerprint=fingerprint_splits(splits),
         settings=settings,
     )
 

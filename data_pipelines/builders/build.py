@@ -14,7 +14,7 @@ from etils import epath
 
 from data_pipelines.builders.common import InfraredBuilder, source_name
 from data_pipelines.errors import InputError
-from data_pipelines.records import MANIFEST_NAME, read_manifest
+from data_pipelines.shards import MANIFEST_NAME, read_manifest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,13 +14,13 @@ from absl import logging
 
 from data_pipelines.builders.manifest import describe_split
 from data_pipelines.curation import Filters, apply_filters
-from data_pipelines.decode import ImageRefused, decode_image, make_record
+from data_pipelines.decode import ImageRefused, decode_image, make_example
 from data_pipelines.errors import InputError
-from data_pipelines.records import Record, write_manifest
+from data_pipelines.examples import Example, IMAGE, KEY, SOURCE, source_text
+from data_pipelines.shards import write_manifest
 from data_pipelines.sources import Source, SourceReader, SourceUnreadable
-from data_pipelines.tfds_examples import IMAGE, KEY, SOURCE, source_text
 
-Example = dict[str, Any]
+TfdsExample = dict[str, Any]
 # Annotations are in the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
 KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 SPLITS = ("train", "val", "validation", "test")
@@ -97,7 +97,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             **options,
         )
 
-    def _generate(self, items: Iterable[Any], make: Callable[[Any], Iterator[tuple[str, Example]]]) -> Any:
+    def _generate(self, items: Iterable[Any], make: Callable[[Any], Iterator[tuple[str, TfdsExample]]]) -> Any:
         """Examples of all items; `make` must be picklable, Beam runs it elsewhere."""
         if not self._beam:
             return itertools.chain.from_iterable(map(make, items))
@@ -145,7 +145,7 @@ def objects_feature(names: Sequence[str] | None) -> tfds.features.Sequence:
 
 def box_object(
     x: float, y: float, width: float, height: float, size: tuple[int, int], label: int, area: float, crowd: bool
-) -> Example | None:
+) -> TfdsExample | None:
     """One object from a pixel box (corner and extent) in an image of `size` rows and columns; clipped to the image.
 
     None when nothing of it lies inside.
@@ -159,24 +159,24 @@ def box_object(
     return {"bbox": box, "label": label, "area": area, "is_crowd": crowd}
 
 
-def image_example(record: Record) -> Example:
-    return {IMAGE: record.payload, KEY: record.key, SOURCE: source_text(record)}
+def image_example(record: Example) -> TfdsExample:
+    return {IMAGE: record.image, KEY: record.key, SOURCE: source_text(record)}
 
 
-def examine(reader: SourceReader, source: Source, filters: Filters, bit_depth: int) -> Record:
+def examine(reader: SourceReader, source: Source, filters: Filters, bit_depth: int) -> Example:
     """The record of a listed file.
 
     Raises:
       SourceUnreadable, ImageRefused: it is left out; `reason` and `detail` say why.
     """
     data = reader.read(source, filters.max_file_bytes)
-    record = make_record(source.key, data, apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters))
+    record = make_example(source.key, data, apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters))
     if record.bit_depth != bit_depth:
         raise ImageRefused("bit_depth", f"{record.bit_depth} bit a pixel, the set is of {bit_depth}")
     return record
 
 
-def part_examples(part: Sequence[Source], filters: Filters, bit_depth: int) -> Iterator[tuple[str, Example]]:
+def part_examples(part: Sequence[Source], filters: Filters, bit_depth: int) -> Iterator[tuple[str, TfdsExample]]:
     """Key and example of each usable file of a part of a listing; the others are logged and left out."""
     with SourceReader() as reader:
         for source in part:
@@ -188,7 +188,7 @@ def part_examples(part: Sequence[Source], filters: Filters, bit_depth: int) -> I
             yield record.key, image_example(record)
 
 
-def annotated_record(path: Path, key: str, bit_depth: int) -> Record:
+def annotated_record(path: Path, key: str, bit_depth: int) -> Example:
     """The record of an annotated image file, uncropped.
 
     Raises:

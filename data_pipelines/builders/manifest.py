@@ -12,16 +12,16 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 from etils import epath
 
-from data_pipelines.decode import decode_record_pixels
 from data_pipelines.intensity import to_uint8
-from data_pipelines.records import Manifest, Record, decode_record, describe_shard, fingerprint_shards
+from data_pipelines.examples import Example, decode_example, decode_pixels
+from data_pipelines.shards import Manifest, describe_shard, fingerprint_splits, make_split
 
 
-def split_records(folder: epath.Path, info: tfds.core.SplitInfo) -> Iterator[Record]:
+def split_records(folder: epath.Path, info: tfds.core.SplitInfo) -> Iterator[Example]:
     """The records of a split whose shards lie in `folder`, in shard order."""
     source = array_record_data_source.ArrayRecordDataSource([os.fspath(folder / name) for name in info.filenames])
     for index in range(len(source)):
-        yield decode_record(source[index])
+        yield decode_example(source[index])
 
 
 def describe_split(folder: epath.Path, info: tfds.core.SplitInfo, settings: Mapping[str, Any]) -> Manifest:
@@ -29,7 +29,7 @@ def describe_split(folder: epath.Path, info: tfds.core.SplitInfo, settings: Mapp
     sizes, depths = Counter(), Counter()
     total, entropies = np.zeros(256, np.int64), []
     for record in split_records(folder, info):
-        histogram = np.bincount(to_uint8(decode_record_pixels(record)).ravel(), minlength=256)
+        histogram = np.bincount(to_uint8(decode_pixels(record)).ravel(), minlength=256)
         share = histogram[histogram > 0] / histogram.sum()
         entropies.append(float(-(share * np.log2(share)).sum()))
         total += histogram
@@ -41,14 +41,15 @@ def describe_split(folder: epath.Path, info: tfds.core.SplitInfo, settings: Mapp
     shards = tuple(
         describe_shard(folder / name, count) for name, count in zip(info.filenames, info.shard_lengths, strict=True)
     )
+    splits = {info.name: make_split(shards)}
     return Manifest(
-        count=info.num_examples,
-        shards=shards,
+        splits=splits,
+        classes={},
         sizes=dict(sizes),
         bit_depths=dict(depths),
         mean=mean,
         std=max(variance, 0.0) ** 0.5,
         entropy=float(np.mean(entropies)),
-        fingerprint=fingerprint_shards(shards),
+        fingerprint=fingerprint_splits(splits),
         settings=settings,
     )

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from data_pipelines.builders.common import InfraredBuilder, box_object, image_example, objects_feature
 from data_pipelines.builders.masks import TARGET
 from data_pipelines.decode import encode_png
-from data_pipelines.records import Record
+from data_pipelines.examples import Example
 from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, SURFACES, generate_scene, is_val
 
 _MASK = tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")
@@ -62,7 +62,7 @@ class SyntheticThermal(InfraredBuilder):
 
 def _example(index: int, seed: int, size: tuple[int, int]):
     scene = generate_scene(seed, index, size)
-    record = Record(f"synthetic/{seed}/{index:08d}.png", encode_png(scene.image), "png", *size, 8, {"seed": seed})
+    record = Example(f"synthetic/{seed}/{index:08d}.png", encode_png(scene.image), "png", *size, 8, {"seed": seed})
     objects = [
         box_object(box.x, box.y, box.width, box.height, size, CATEGORIES.index(box.category), box.area, False)
         for box in scene.boxes

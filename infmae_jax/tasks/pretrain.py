@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines import masking, pipeline, records
+from data_pipelines import masking, pipeline, shards
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
@@ -57,7 +57,7 @@ class PretrainConfig(RunConfig):
 
     # Shard sets may move: their fingerprints are compared.
     FREE_KEYS: ClassVar[tuple[str, ...]] = (
-        *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch", "data.cache",
+        *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch",
         "data.max_corrupt", "picture_every", "colormap",
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ class PretrainTask(Task):
         folders = local_folders(self.config.data.shards)
         return {
             "images": self.num_examples,
-            "fingerprints": [records.read_manifest(folder).fingerprint for folder in folders],
+            "fingerprints": [shards.read_manifest(folder).fingerprint for folder in folders],
         }
 
     def init(self, key: jax.Array) -> Any:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from data_pipelines.builders import SceneConfig
 from data_pipelines.builders.build import build
-from data_pipelines.decode import decode_record_pixels
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, fixed_batch, num_examples, record_keys, train_batches
-from data_pipelines.records import decode_record, open_source, read_manifest, verify_shards
+from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.shards import ShardReader, read_manifest, verify_shards
 from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, generate_scene, write_dataset
 
 SIZE = (64, 80)
@@ -38,8 +38,8 @@ def boxes(scenes, tmp_path_factory):
 
 
 def records(folder):
-    source = open_source(folder)
-    return {record.key: record for record in (decode_record(source[index]) for index in range(len(source)))}
+    source = ShardReader(folder)
+    return {record.key: record for record in (decode_example(source[index]) for index in range(len(source)))}
 
 
 def test_synthetic_thermal_holds_the_scenes(tmp_path):
@@ -156,7 +156,7 @@ def test_every_file_is_accounted_for(tmp_path, name):
     assert len(read_manifest(built.folder).shards) == 3
     assert sum("more.zip" in key for key in stored) == 5
     for index in range(10):
-        pixels = decode_record_pixels(stored[f"raw/a/b/{index}.png"])
+        pixels = decode_pixels(stored[f"raw/a/b/{index}.png"])
         assert np.array_equal(pixels, np.asarray(Image.open(root / f"a/b/{index}.png")))
 
 
@@ -166,7 +166,7 @@ def test_sixteen_bit_images_come_back_bit_identical(tmp_path):
     expected = np.asarray(Image.open(root / "deep.png"))
     ((key, record),) = records(built.folder).items()
     assert key == "raw/deep.png" and record.bit_depth == 16
-    assert np.array_equal(decode_record_pixels(record), expected)
+    assert np.array_equal(decode_pixels(record), expected)
     (example,) = tfds.builder_from_directory(built.folder).as_data_source("train")
     assert example["image"].dtype == np.uint16 and np.array_equal(example["image"][..., 0], expected)
     assert read_manifest(built.folder).bit_depths == {"16": 1}
@@ -213,8 +213,7 @@ assert "tensorflow" not in sys.modules
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True)
     reading = f"""
 import sys
-from data_pipelines.records import decode_record, open_source
-assert decode_record(open_source({str(boxes)!r})[0]).width == 80
+assert decode_example(ShardReader({str(boxes)!r})[0]).width == 80
 assert "tensorflow_datasets" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", reading], check=True, timeout=120)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.augment import resize
+from data_pipelines.transforms import resize
 from data_pipelines.errors import InputError
 from data_pipelines.inspect import draw_samples, inspect, training_samples
 from data_pipelines.masking import MaskConfig
