@@ -13,11 +13,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from data_pipelines.builders.manifest import describe_split
-from data_pipelines.curation import Filters, apply_filters
+from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.decode import ImageRefused, decode_image, make_record
 from data_pipelines.errors import InputError
 from data_pipelines.records import Record, write_manifest
-from data_pipelines.sources import Source, SourceReader, SourceUnreadable
+from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
 from data_pipelines.tfds_examples import IMAGE, KEY, SOURCE, source_text
 
 Example = dict[str, Any]

@@ -14,10 +14,10 @@ import tensorflow_datasets as tfds
 
 from data_pipelines.builders.common import SPLITS, FolderBuilder, examine, part_examples
 from data_pipelines.builders.manifest import split_records
-from data_pipelines.curation import Filters
+from data_pipelines.prepare.curate import Filters
 from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
-from data_pipelines.sources import (
+from data_pipelines.prepare.inputs import (
     Listing,
     Rejection,
     Source,

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines.decode import decode_record_pixels
-from data_pipelines.duplicates import DuplicateRule
+from data_pipelines.prepare.duplicates import DuplicateRule
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.records import decode_record, open_source
 from tests.data_pipelines.planted import synthetic_scenes

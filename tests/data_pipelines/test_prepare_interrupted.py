@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipelines.decode import REFUSALS, decode_record_pixels
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import prepare
+from data_pipelines.prepare.collect import examine_part
 from data_pipelines.records import decode_record, open_source
 from data_pipelines.workers import worker_pool
 from tests.data_pipelines.damaged import damaged_files
@@ -54,15 +55,13 @@ def test_finished_parts_are_not_done_again(tmp_path, monkeypatch):
     write_images(tmp_path / "in", 300)
     calls = []
 
-    def interrupted(folder, number, sources, filters):
-        from data_pipelines.parts import examine_part
-
+    def interrupted(folder, number, *options):
         calls.append(number)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return examine_part(folder, number, sources, filters)
+        return examine_part(folder, number, *options)
 
-    monkeypatch.setattr("data_pipelines.prepare.examine_part", interrupted)
+    monkeypatch.setattr("data_pipelines.prepare.run.examine_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
     prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
@@ -77,7 +76,7 @@ def test_second_run_into_the_same_output_is_refused(tmp_path, monkeypatch):
             prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipelines.prepare.examine_part", meanwhile)
+    monkeypatch.setattr("data_pipelines.prepare.run.examine_part", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
 

@@ -7,9 +7,9 @@ import zipfile
 
 import pytest
 
-from data_pipelines.archives import Source
+from data_pipelines.prepare.archives import Source
 from data_pipelines.errors import InputError
-from data_pipelines.sources import SourceReader, SourceUnreadable, list_sources, split_into_parts
+from data_pipelines.prepare.inputs import SourceReader, SourceUnreadable, list_sources, split_into_parts
 
 FILES = {"b.png": b"bb", "a/x.jpg": b"x" * 5000, "a/y.jpg": b"", "c d/ü.tif": b"umlaut"}
 LIMIT = 1 << 20
