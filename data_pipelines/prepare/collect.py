@@ -85,7 +85,9 @@ def read_image(
     return record, image
 
 
-def examine_part(folder: str, number: int, sources: Sequence[Source], filters: Filters, encoding: str = "source") -> int:
+def examine_part(
+    folder: str, number: int, sources: Sequence[Source], filters: Filters, encoding: str = "source"
+) -> int:
     """Examines `sources` and writes part `number` into `folder`. Returns the number of files examined."""
     candidates: list[Candidate] = []
     rejections: list[Rejection] = []

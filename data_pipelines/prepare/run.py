@@ -204,7 +204,11 @@ def _examine_all(
     """Examines the parts that are not done yet."""
     folder = os.path.join(work, "parts")
     done = {number for number in range(len(parts)) if os.path.exists(rows_path(folder, number))}
-    tasks = [(folder, number, part, config.filters, config.encoding) for number, part in enumerate(parts) if number not in done]
+    tasks = [
+        (folder, number, part, config.filters, config.encoding)
+        for number, part in enumerate(parts)
+        if number not in done
+    ]
     finished_files = sum(len(parts[number]) for number in done)
     with progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar:
         for examined in run_all(examine_part, tasks):
