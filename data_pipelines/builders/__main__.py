@@ -8,9 +8,9 @@ from absl import flags
 
 import data_pipelines.builders  # noqa: F401  registers the builders
 from data_pipelines.builders.build import build
-from data_pipelines.prepare.results import REJECTED_NAME
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.prepare.results import REJECTED_NAME
 
 _DATASET = flags.DEFINE_string(
     "dataset", None, "inf30, image_folder, coco_boxes, class_masks, small_targets; or NAME/CONFIG.",

@@ -109,9 +109,9 @@ class Grid:
         if image.annotations and (uncertain or not (upright or turned)):
             what = f"EXIF orientation {orientation}, " if orientation > 1 else ""
             written = "no size" if image.size is None else f"{stated[0]:g}x{stated[1]:g}"
+            decoded = f"{path} decodes to {size[0]}x{size[1]} ({what}{example.attributes['format']})"
             raise InputError(
-                f"{path} decodes to {size[0]}x{size[1]} ({what}{example.attributes['format']}), its annotations are for "
-                f"{written}: it is not certain where its boxes lie; correct them, or the file"
+                f"{decoded}, its annotations are for {written}: it is not certain where the boxes lie; correct one"
             )
         grid = cls(size, stated, orientation if turned and not upright else 1, path)
         if grid._orientation > 1:

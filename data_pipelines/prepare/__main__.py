@@ -12,9 +12,10 @@ from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule
+from data_pipelines.prepare.labelled import prepare_table
 from data_pipelines.prepare.results import PICTURES_NAME, REJECTED_NAME, REPORT_NAME
 from data_pipelines.prepare.run import ENCODINGS, PrepareConfig, prepare
-from data_pipelines.records import MANIFEST_NAME
+from data_pipelines.shards import MANIFEST_NAME
 
 
 def _define_flags() -> None:
@@ -22,6 +23,8 @@ def _define_flags() -> None:
     filters, rule = defaults.filters, defaults.duplicates
     flags.DEFINE_multi_string("input", [], "Folder, glob pattern, image, zip or tar file; repeat for several.")
     flags.DEFINE_string("output", None, "New folder for the shards.")
+    flags.DEFINE_string("table", None, "CSV of labelled images (columns file, split, labels), instead of --input.")
+    flags.DEFINE_multi_string("label", [], "With --table: a column of class names; repeat for several.")
     flags.DEFINE_integer("workers", None, "Processes; default one per core, 0 works in this process.", 0)
     flags.DEFINE_integer("min_side", filters.min_side, "Drop images with both sides under this; 0 keeps all.", 0)
     flags.DEFINE_integer("min_levels", filters.min_levels, "Drop images of fewer gray levels; 0 keeps all.", 0)
@@ -59,6 +62,12 @@ def main(arguments: Sequence[str]) -> None:
     values = flags.FLAGS.flag_values_dict()
     if not values["output"]:
         raise InputError("no output given: pass --output=SHARDS")
+    if values["table"]:
+        manifest = prepare_table(values["table"], values["label"], values["output"], encoding=values["encoding"])
+        for name, names in manifest.classes.items():
+            print(f"{name}: {len(names)} classes, {printable(', '.join(names[:8]))}")
+        print(", ".join(f"{printable(name)} {split.count}" for name, split in manifest.splits.items()))
+        return
     report = prepare(values["input"], values["output"], _config_from_flags(values), values["workers"])
     rejected = ", ".join(f"{reason} {count}" for reason, count in report.rejected.items())
     print(f"found {report.found} files, kept {report.kept}" + (f", rejected {rejected}" if rejected else ""))

@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from array_record.python import array_record_data_source
 
-from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, decode_record_pixels, make_record
+from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_example
+from data_pipelines.examples import Example, decode_example, decode_pixels, encode_example
 from data_pipelines.files import atomic_write
 from data_pipelines.intensity import count_values, to_uint8
 from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
 from data_pipelines.prepare.inputs import Rejection, Source, SourceReader, SourceUnreadable
-from data_pipelines.records import Record, decode_record, encode_record, write_shard
+from data_pipelines.shards import write_shard
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def _fingerprints_path(folder: str, number: int) -> str:
 
 def read_image(
     reader: SourceReader, source: Source, filters: Filters, encoding: str = "source"
-) -> tuple[Record, DecodedImage]:
+) -> tuple[Example, DecodedImage]:
     """Reads, decodes and filters one listed file.
 
     Args:
@@ -79,10 +80,11 @@ def read_image(
     """
     data = reader.read(source, filters.max_file_bytes)
     image = apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters)
-    record = make_record(source.key, data, image)
+    example = make_example(source.key, data, image)
     if encoding == "raw":
-        record = dataclasses.replace(record, payload=image.pixels.tobytes(), encoding="raw")
-    return record, image
+        little_endian = image.pixels.astype(image.pixels.dtype.newbyteorder("<"), copy=False)
+        example = dataclasses.replace(example, image=little_endian.tobytes(), encoding="raw")
+    return example, image
 
 
 def examine_part(
@@ -98,12 +100,12 @@ def examine_part(
         with SourceReader() as reader:
             for source in sources:
                 try:
-                    record, image = read_image(reader, source, filters, encoding)
+                    example, image = read_image(reader, source, filters, encoding)
                 except (SourceUnreadable, ImageRefused) as refusal:
                     rejections.append(Rejection(source.key, refusal.reason, refusal.detail))
                     continue
-                stored = encode_record(record)
-                candidates.append(describe_image(record, image.pixels, len(stored)))
+                stored = encode_example(example)
+                candidates.append(describe_image(example, image.pixels, len(stored)))
                 kinds.update(_kinds(image))
                 fingerprints.append(fingerprint_image(image.pixels))
                 yield stored
@@ -134,7 +136,7 @@ def _kinds(image: DecodedImage) -> Iterator[str]:
             yield f"with {name}"
 
 
-def describe_image(record: Record, pixels: np.ndarray, size: int) -> Candidate:
+def describe_image(example: Example, pixels: np.ndarray, size: int) -> Candidate:
     """Returns the row of an image (H, W) whose encoded example has `size` bytes."""
     histogram = count_values(to_uint8(pixels))
     levels = np.arange(256) / 255
@@ -142,10 +144,10 @@ def describe_image(record: Record, pixels: np.ndarray, size: int) -> Candidate:
     content = hashlib.blake2b(f"{pixels.shape}{pixels.dtype.str}".encode(), digest_size=16)
     content.update(pixels.tobytes())
     return Candidate(
-        key=record.key,
-        height=record.height,
-        width=record.width,
-        bit_depth=record.bit_depth,
+        key=example.key,
+        height=example.height,
+        width=example.width,
+        bit_depth=example.bit_depth,
         bytes=size,
         content=content.hexdigest(),
         pixel_sum=float(histogram @ levels),
@@ -201,7 +203,7 @@ class Collection:
     def pixels(self, index: int) -> np.ndarray:
         """The stored pixels of one candidate, (H, W) uint8 or uint16."""
         (stored,) = self.picked([index])
-        return decode_record_pixels(decode_record(stored))
+        return decode_pixels(decode_example(stored))
 
 
 def collect(folder: str, part_count: int) -> Collection:

@@ -1,8 +1,8 @@
 """Exact and near duplicates: an anchor image for each scene, the others of the scene removed.
 
-InfMAE (Inf30 construction) keeps one anchor per scene; DuGI-MAE calls an image a duplicate of the anchor when the cosine
-similarity of their features exceeds 0.85. Here images are taken in an order of preference (see `prepare`: depth, then
-size, then listing order); the first of a scene is its anchor, and a later one is removed when, for one anchor,
+InfMAE (Inf30 construction) keeps one anchor per scene; DuGI-MAE calls an image a duplicate of the anchor when the
+cosine similarity of their features exceeds 0.85. Here images are taken in an order of preference (see `prepare`: depth,
+then size, then listing order); the first of a scene is its anchor, and a later one is removed when, for one anchor,
 
 1. their 64-bit perceptual hashes differ in at most `radius` bits (the cheap test, on every pair), and
 2. the cosine similarity of their small-image features exceeds `threshold`.

@@ -26,7 +26,7 @@ from data_pipelines.prepare.archives import (
     is_archive,
     list_archive,
 )
-from data_pipelines.records import MANIFEST_NAME, SHARD_SUFFIX
+from data_pipelines.shards import MANIFEST_NAME, SHARD_SUFFIX
 
 __all__ = ["PLAN_NAME", "Listing", "Rejection", "Source", "SourceReader", "SourceUnreadable", "list_sources",
            "split_into_parts"]  # fmt: skip

@@ -19,7 +19,7 @@ from data_pipelines.files import atomic_write
 from data_pipelines.intensity import to_uint8
 from data_pipelines.prepare.collect import Candidate, Collection
 from data_pipelines.prepare.inputs import Listing, Rejection, Source, SourceReader, SourceUnreadable
-from data_pipelines.records import Manifest, Shard, fingerprint_shards, write_manifest
+from data_pipelines.shards import Manifest, Split, fingerprint_splits, write_manifest
 
 REJECTED_NAME = "rejected.csv"
 REPORT_NAME = "report.json"
@@ -59,7 +59,7 @@ def write_results(
     collection: Collection,
     kept: Sequence[int],
     rejections: Sequence[Rejection],
-    shards: Sequence[Shard],
+    split: Split,
     settings: Mapping[str, Any],
     pictures: bool,
     seconds: float,
@@ -72,7 +72,7 @@ def write_results(
       collection: the examined files.
       kept: indices of the kept candidates.
       rejections: every file that is not kept.
-      shards: the shards in order.
+      split: the written shards, the split "train".
       settings: stored in the manifest; the counts of rejected files are added.
       pictures: draw contact sheets and histograms.
       seconds: duration of this run so far.
@@ -80,7 +80,7 @@ def write_results(
     rejections = sorted(rejections, key=lambda rejection: rejection.key)
     rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
     images = [collection.candidates[index] for index in kept]
-    manifest = describe_set(images, shards, {**settings, "rejected": rejected})
+    manifest = describe_set(images, {"train": split}, {}, {**settings, "rejected": rejected})
     write_rejected(os.path.join(folder, REJECTED_NAME), rejections)
     if pictures:
         _draw_pictures(os.path.join(folder, PICTURES_NAME), listing, collection, kept, rejections)
@@ -112,20 +112,25 @@ def write_rejected(path: str | os.PathLike, rejections: Iterable[Rejection]) -> 
         writer.writerows(map(csv_cell, dataclasses.astuple(rejection)) for rejection in rejections)
 
 
-def describe_set(kept: Sequence[Candidate], shards: Sequence[Shard], settings: dict[str, Any]) -> Manifest:
-    """Returns the manifest of the kept images: counts, sizes, and statistics under the default intensity mapping."""
-    pixels = sum(image.height * image.width for image in kept)
-    mean = sum(image.pixel_sum for image in kept) / pixels
-    variance = sum(image.pixel_square_sum for image in kept) / pixels - mean**2
+def describe_set(
+    images: Sequence[Candidate],
+    splits: Mapping[str, Split],
+    classes: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+) -> Manifest:
+    """Returns the manifest of a set: counts, sizes, statistics of its images under the default intensity mapping."""
+    pixels = max(sum(image.height * image.width for image in images), 1)
+    mean = sum(image.pixel_sum for image in images) / pixels
+    variance = sum(image.pixel_square_sum for image in images) / pixels - mean**2
     return Manifest(
-        count=len(kept),
-        shards=tuple(shards),
-        sizes=dict(Counter(f"{image.width}x{image.height}" for image in kept)),
-        bit_depths=dict(Counter(str(image.bit_depth) for image in kept)),
+        splits=splits,
+        classes={name: tuple(names) for name, names in classes.items()},
+        sizes=dict(Counter(f"{image.width}x{image.height}" for image in images)),
+        bit_depths=dict(Counter(str(image.bit_depth) for image in images)),
         mean=mean,
         std=max(variance, 0.0) ** 0.5,
-        entropy=sum(image.entropy for image in kept) / len(kept),
-        fingerprint=fingerprint_shards(shards),
+        entropy=sum(image.entropy for image in images) / max(len(images), 1),
+        fingerprint=fingerprint_splits(splits),
         settings=settings,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
 from data_pipelines.prepare.inputs import PLAN_NAME, Listing, Rejection, Source, list_sources, split_into_parts
 from data_pipelines.prepare.results import write_results
-from data_pipelines.records import Manifest, Shard, describe_shard, read_manifest, write_shard
+from data_pipelines.shards import Manifest, Shard, describe_shard, make_split, read_manifest, write_shard
 from data_pipelines.workers import RunAll, worker_pool
 
 PART_SIZE = 256
@@ -44,8 +45,8 @@ class PrepareConfig:
     Attributes:
       filters: what one image must satisfy.
       duplicates: when two images are the same scene.
-      encoding: "source" stores the source's own bytes where they are a one-channel JPEG, else PNG; "raw" stores the pixels
-        uncompressed, which costs two to ten times the space and saves the decoding at each step of training.
+      encoding: "source" stores the source's own bytes where they are a one-channel JPEG, else PNG; "raw" stores the
+        pixels uncompressed, which costs two to ten times the space and saves the decoding at each step of training.
       shard_bytes: a shard is closed when it holds at least this many bytes.
       pictures: draw contact sheets and histograms.
     """
@@ -136,7 +137,7 @@ def _fill(
         collection,
         kept,
         [*rejections, *duplicates],
-        shards,
+        make_split(shards),
         settings={"plan": plan, "config": dataclasses.asdict(config)},
         pictures=config.pictures,
         seconds=time.monotonic() - started,
@@ -195,7 +196,10 @@ def _start_or_resume(work: str, plan: str) -> None:
         with atomic_write(plan_file) as path:
             path.write_text(plan)
     for name in ("parts", "result"):
-        os.makedirs(os.path.join(work, name), exist_ok=True)
+        folder = os.path.join(work, name)
+        os.makedirs(folder, exist_ok=True)
+        for unfinished in glob.glob(os.path.join(glob.escape(folder), ".*.partial-*")):
+            os.remove(unfinished)
 
 
 def _examine_all(

@@ -12,7 +12,7 @@ from data_pipelines.synthetic.stage import Stage
 
 @dataclass(frozen=True)
 class Map:
-    """A camera looking straight down: pixels a metre, turn of the street grid (radians), centre pixel."""
+    """A camera looking straight down: pixels per metre, turn of the street grid (radians), centre pixel."""
 
     stage: Stage
     scale: float
@@ -42,18 +42,16 @@ def aerial(stage: Stage) -> None:
     stage.paint(everything, stage.material(material) + stage.uniform(0.2, 0.8) * texture, "ground")
     for _ in range(stage.integers(0, 4)):
         plot = ground.box(*stage.uniform(-reach, reach, 2), *stage.uniform(0.3, 1.2, 2) * reach)
-        if plot is not None:
-            other = stage.material("soil" if stage.random() < 0.5 else "grass")
-            stage.paint(plot, other + 0.4 * texture[plot.rows, plot.columns], "ground")
+        stage.paint(
+            plot, lambda _: stage.material("soil" if stage.random() < 0.5 else "grass") + 0.4 * texture, "ground"
+        )
     north = stage.uniform(-0.5, 0.5) * reach
     width = stage.uniform(5, 12)
     asphalt = stage.material("asphalt")
-    roads = [ground.box(0, north, 4 * reach, width)]
+    stage.paint(ground.box(0, north, 4 * reach, width), asphalt + 0.4 * texture, "road")
     if stage.random() < 0.5:
-        roads.append(ground.box(stage.uniform(-0.5, 0.5) * reach, 0, stage.uniform(4, 9), 4 * reach))
-    for road in roads:
-        if road is not None:
-            stage.paint(road, asphalt + 0.4 * texture[road.rows, road.columns], "road")
+        crossing = ground.box(stage.uniform(-0.5, 0.5) * reach, 0, stage.uniform(4, 9), 4 * reach)
+        stage.paint(crossing, asphalt + 0.4 * texture, "road")
     for _ in range(stage.integers(0, 4)):
         side = 1 if stage.random() < 0.5 else -1
         depth = stage.uniform(8, 18)
@@ -74,26 +72,19 @@ def _paint_roof(stage: Stage, ground: Map, east: float, north: float, length: fl
         half = ground.box(east, north - depth / 4, length, depth / 2)
         stage.paint(half, top + stage.uniform(1, 4) * (1 + stage.sun), "building")
     for _ in range(stage.integers(1, 6)):
-        unit = ground.box(
-            east + stage.uniform(-0.4, 0.4) * length,
-            north + stage.uniform(-0.35, 0.35) * depth,
-            *stage.uniform(1, 3, 2),
-        )
+        along, across = stage.uniform(-0.4, 0.4) * length, stage.uniform(-0.35, 0.35) * depth
+        unit = ground.box(east + along, north + across, *stage.uniform(1, 3, 2))
         stage.paint(unit, top + stage.uniform(3, 16), "building")
 
 
 def _paint_cars(stage: Stage, ground: Map, reach: float, north: float, width: float) -> None:
-    places = [
-        (east, north + sign * width / 4)
-        for east, sign in zip(stage.uniform(-reach, reach, 4), stage.choice([-1, 1], 4))
-    ]
-    crosswise = [False] * len(places)
+    driving = zip(stage.uniform(-reach, reach, 4), stage.choice([-1, 1], 4))
+    places = [(east, north + sign * width / 4, False) for east, sign in driving]
     if stage.random() < 0.6:
         start, count = stage.uniform(-reach, 0), int(stage.integers(4, 14))
         row = north + (1 if stage.random() < 0.5 else -1) * (width / 2 + 3)
-        places += [(start + 2.7 * i, row) for i in range(count) if stage.random() < 0.75]
-        crosswise += [True] * (len(places) - 4)
-    for (east, place), across in zip(places, crosswise):
+        places += [(start + 2.7 * i, row, True) for i in range(count) if stage.random() < 0.75]
+    for east, place, across in places:
         length, breadth = stage.uniform(4, 5.2), stage.uniform(1.75, 2.0)
         size = (breadth, length) if across else (length, breadth)
         body = ground.box(east, place, *size)
@@ -119,9 +110,7 @@ def _paint_trees_and_people(stage: Stage, reach: float, ground: Map, texture: np
         x, y = ground.place(*stage.uniform(-reach, reach, 2))
         radius = stage.uniform(1.2, 4.5) * ground.scale
         crown = stage.ellipse(x, y, radius, radius * stage.uniform(0.8, 1.2), rough)
-        if crown is not None:
-            window = (crown.rows, crown.columns)
-            stage.paint(crown, leaf + 1.2 * rough[window] + 0.4 * texture[window], "vegetation")
+        stage.paint(crown, leaf + 1.2 * rough + 0.4 * texture, "vegetation")
     for _ in range(stage.integers(1, 9)):
         x, y = ground.place(*stage.uniform(-0.8 * reach, 0.8 * reach, 2))
         if not (3 <= x < stage.width - 3 and 3 <= y < stage.height - 3):
@@ -131,5 +120,5 @@ def _paint_trees_and_people(stage: Stage, reach: float, ground: Map, texture: np
         long, short = max(0.5 * ground.scale, 1.1), max(0.28 * ground.scale, 0.9)
         if stage.random() < 0.5:
             long, short = short, long
-        small = np.pi * long * short < 40
-        stage.paint(stage.ellipse(x, y, long, short), heat, "person", number, target=bool(small))
+        small = bool(np.pi * long * short < 40)
+        stage.paint(stage.ellipse(x, y, long, short), heat, "person", number, target=small)

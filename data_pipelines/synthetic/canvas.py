@@ -131,6 +131,10 @@ class Canvas:
         """An upright rectangle."""
         return self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
 
+    def trapezoid(self, x0: float, y0: float, half0: float, x1: float, y1: float, half1: float) -> Patch | None:
+        """Two level sides, of half widths `half0` and `half1`, with their centres at (x0, y0) and (x1, y1)."""
+        return self.polygon([(x0 - half0, y0), (x0 + half0, y0), (x1 + half1, y1), (x1 - half1, y1)])
+
     def ellipse(
         self, x: float, y: float, radius_x: float, radius_y: float, rough: np.ndarray | None = None
     ) -> Patch | None:

@@ -13,7 +13,7 @@ from data_pipelines.synthetic.stage import Stage
 
 def paint_sky(stage: Stage) -> None:
     """Clear sky grows colder towards the zenith; clouds are near the air's temperature."""
-    rows = np.arange(stage.height, dtype=np.float32)[:, None]
+    rows = stage.rows
     elevation = np.maximum(stage.horizon - rows, 0) / np.float32(stage.focal)
     sky = stage.air - 2 - stage.sky_drop * (1 - np.exp(-elevation / np.float32(0.22)))
     stretch = stage.uniform(1.5, 5)
@@ -27,17 +27,16 @@ def paint_ground(stage: Stage, material: str, spread: float) -> None:
     """A textured plane from the horizon to the viewer; `spread` is the texture's strength in degrees."""
     texture = ground_texture(stage, stage.uniform(0.9, 1.4), float(np.exp(stage.uniform(-2.5, -0.5))))
     patch = stage.below(np.full(stage.width, stage.horizon))
-    if patch is not None:
-        stage.paint(patch, stage.material(material) + spread * texture[patch.rows], "ground")
+    stage.paint(patch, lambda _: stage.material(material) + spread * texture, "ground")
 
 
 def ground_texture(stage: Stage, roughness: float, grain: float) -> np.ndarray:
-    """A fractal texture lying on the ground plane, (H, W); `grain` in metres a texel. It fades out where unresolved."""
+    """A fractal texture lying on the ground plane, (H, W); `grain`: metres per texel. It fades out where unresolved."""
     side = 256
     tile = stage.tile(side, roughness)
-    rows = np.arange(stage.height, dtype=np.float32)[:, None]
+    rows = stage.rows
     distance = stage.distance(rows)
-    right = (np.arange(stage.width, dtype=np.float32)[None, :] - stage.column) * distance / stage.focal / grain
+    right = (stage.columns - stage.column) * distance / stage.focal / grain
     # Turned against the viewing direction: along the axes the texels would show as a chequerboard.
     angle = stage.uniform(0.4, 1.1)
     across = math.cos(angle) * right - math.sin(angle) * distance / grain
@@ -59,28 +58,25 @@ def paint_treeline(stage: Stage, height: float) -> None:
     shape = stage.outline(stage.uniform(0.7, 1.1))
     outline = stage.horizon + 1 - height * np.clip(1 + 0.35 * shape, 0, 3)
     patch = stage.below(outline, int(stage.horizon) + 2)
-    if patch is not None:
-        leaves = stage.grain()
-        stage.paint(patch, stage.material("foliage") + 0.9 * leaves[patch.rows], "vegetation")
+    stage.paint(patch, lambda _: 0.9 * stage.grain() + stage.material("foliage"), "vegetation")
 
 
 def paint_road(stage: Stage, half_width: float, centre: float = 0.0) -> None:
     """A straight road towards the vanishing point; widths in metres."""
     near, far = max(stage.focal * stage.camera / max(stage.height + 20 - stage.horizon, 1), 0.5), 400.0
-    corners = [
-        stage.place(centre + sign * half_width, z)[:2] for sign, z in ((-1, far), (1, far), (1, near), (-1, near))
-    ]
-    surface = stage.polygon(corners)
+
+    def strip(left: float, right: float) -> Patch | None:
+        return stage.polygon(
+            [stage.place(*corner)[:2] for corner in ((left, far), (right, far), (right, near), (left, near))]
+        )
+
+    surface = strip(centre - half_width, centre + half_width)
     if surface is None:
         return
-    wear = ground_texture(stage, 1.0, 0.3)[surface.rows, surface.columns]
-    stage.paint(surface, stage.material("asphalt") + 0.5 * wear, "road")
+    wear = 0.5 * ground_texture(stage, 1.0, 0.3)
+    stage.paint(surface, stage.material("asphalt") + wear, "road")
     for track in (-0.5, 0.5):
-        corners = [
-            stage.place(centre + half_width * (track + d), z)[:2]
-            for d, z in ((-0.07, far), (0.07, far), (0.07, near), (-0.07, near))
-        ]
-        tyres = stage.polygon(corners)
+        tyres = strip(centre + half_width * (track - 0.07), centre + half_width * (track + 0.07))
         if tyres is not None:
             faint = Patch(tyres.rows, tyres.columns, tyres.coverage * np.float32(0.5))
             stage.paint(faint, stage.material("asphalt") + 1.5, "road")
@@ -96,12 +92,10 @@ def paint_facade(stage: Stage, across: float, near: float, far: float) -> None:
     front = stage.polygon(corners)
     if front is None:
         return
-    columns = np.arange(front.columns.start, front.columns.stop, dtype=np.float32)[None, :]
-    rows = np.arange(front.rows.start, front.rows.stop, dtype=np.float32)[:, None]
+    rows, columns = front.grid()
     offset = columns - stage.column
-    distance = np.clip(
-        stage.focal * across / np.where(np.abs(offset) < 1, np.sign(across), offset), near * 0.5, far * 2
-    )
+    slope = np.where(np.abs(offset) < 1, np.sign(across), offset)
+    distance = np.clip(stage.focal * across / slope, near * 0.5, far * 2)
     level = stage.camera - (rows - stage.horizon) * distance / stage.focal
     pitch, storey = stage.uniform(2.2, 3.6), stage.uniform(2.8, 3.6)
     sill = ((level / storey) % 1 > 0.35) & ((level / storey) % 1 < 0.8) & (level < height - 0.4) & (level > 0.3)
@@ -171,10 +165,10 @@ def field(stage: Stage) -> None:
 
 def paint_furrows(stage: Stage) -> None:
     """Plough lines on the ground already painted, meeting at a vanishing point of their own."""
-    rows = np.arange(stage.height, dtype=np.float32)[:, None]
+    rows = stage.rows
     vanish = stage.column + stage.uniform(-0.8, 0.8) * stage.width
     scale = stage.focal / np.maximum(stage.distance(rows), 1e-3)
-    across = (np.arange(stage.width, dtype=np.float32)[None, :] - vanish) / np.maximum(scale, 1e-3)
+    across = (stage.columns - vanish) / np.maximum(scale, 1e-3)
     spacing = stage.uniform(0.7, 1.8)
     # Lines closer than four pixels, across or (far to the side) along the rows, would alias: they fade out.
     steepness = np.abs(across) / np.maximum(rows - stage.horizon, 1e-3) / spacing
@@ -213,9 +207,7 @@ def coast(stage: Stage) -> None:
         shore = stage.outline(1.4)
         slope = np.linspace(-1, 1, stage.width) * stage.uniform(-0.35, 0.35) * stage.height
         patch = stage.below(stage.uniform(0.78, 1.0) * stage.height + slope + 0.03 * stage.height * shore)
-        if patch is not None:
-            rocks = stage.grain()[patch.rows]
-            stage.paint(patch, stage.material("soil") + 1.6 * rocks, "ground")
+        stage.paint(patch, lambda _: 1.6 * stage.grain() + stage.material("soil"), "ground")
 
 
 def paint_water(stage: Stage) -> None:
@@ -224,13 +216,13 @@ def paint_water(stage: Stage) -> None:
     if patch is None:
         return
     water = 0.5 * stage.air + 0.5 * 12 + stage.normal(0, 2)
-    rows = np.arange(stage.height, dtype=np.float32)[:, None]
+    rows = stage.rows
     grazing = np.exp(-np.maximum(rows - stage.horizon, 0) / np.float32(0.2 * stage.focal))
     waves = ground_texture(stage, stage.uniform(0.3, 0.7), float(np.exp(stage.uniform(-1.2, 0.6))))
     ripples = stage.noise(0.5, stage.uniform(5, 12))
     mirrored = 0.12 * stage.sky_drop * (0.5 + grazing)
     temperature = water - mirrored * (1 + 0.5 * waves + 0.7 * ripples * (0.3 + grazing)) + 0.3 * waves
-    stage.paint(patch, temperature[patch.rows], "water")
+    stage.paint(patch, temperature, "water")
 
 
 def industrial(stage: Stage) -> None:
@@ -242,12 +234,10 @@ def industrial(stage: Stage) -> None:
         half, height = stage.uniform(10, 30) * scale, stage.uniform(6, 14) * scale
         ribs = 0.5 * np.sign(np.sin(np.arange(stage.width, dtype=np.float32) / stage.uniform(1.5, 5)))[None, :]
         hall = stage.rectangle(x - half, foot - height, x + half, foot)
-        if hall is not None:
-            stage.paint(hall, stage.material("wall") + ribs[:, hall.columns], "building")
+        stage.paint(hall, lambda part: stage.material("wall") + ribs[:, part.columns], "building")
     for distance in stage.distances(0.2, 1.4, stage.integers(3, 8)):
         x, foot, scale = stage.somewhere(0.5, distance)
-        draw = (paint_tank, paint_pipes, paint_chimney)[stage.integers(3)]
-        draw(stage, x, foot, scale)
+        (paint_tank, paint_pipes, paint_chimney)[stage.integers(3)](stage, x, foot, scale)
     for _ in range(stage.integers(0, 4)):
         distance = stage.nearest * np.exp(stage.uniform(0.1, 1.2))
         x, foot, scale = stage.somewhere(0.5, distance)
@@ -263,9 +253,8 @@ def paint_tank(stage: Stage, x: float, foot: float, scale: float) -> None:
     patch = stage.rectangle(x - radius, foot - height, x + radius, foot)
     if patch is None:
         return
-    columns = (np.arange(patch.columns.start, patch.columns.stop, dtype=np.float32) - x)[None, :] / radius
-    rows = np.arange(patch.rows.start, patch.rows.stop, dtype=np.float32)[:, None]
-    rounding = -3.0 * np.clip(np.abs(columns), 0, 1) ** 3
+    rows, columns = patch.grid()
+    rounding = -3.0 * np.clip(np.abs((columns - x) / radius), 0, 1) ** 3
     full = np.clip((rows - (foot - stage.uniform(0.2, 0.9) * height)) / 2, 0, 1)
     shell = stage.material("metal")
     stage.paint(patch, shell + rounding + full * stage.uniform(-5, 30), "machinery")
@@ -277,48 +266,33 @@ def paint_pipes(stage: Stage, x: float, foot: float, scale: float) -> None:
     length, level = stage.uniform(8, 30) * scale, foot - stage.uniform(0.4, 1.5) * scale
     for post in np.linspace(-0.5, 0.5, 5):
         left = x + post * length
-        stage.paint(
-            stage.rectangle(left - 0.08 * scale, level - 3 * scale, left + 0.08 * scale, foot),
-            stage.material("metal"),
-            "machinery",
-        )
+        pole = stage.rectangle(left - 0.08 * scale, level - 3 * scale, left + 0.08 * scale, foot)
+        stage.paint(pole, stage.material("metal"), "machinery")
     for _ in range(stage.integers(2, 6)):
         half = stage.uniform(0.1, 0.35) * scale
         heat = stage.air + stage.choice([-6.0, 2.0, 12.0, 35.0]) + stage.normal(0, 2)
         run = stage.rectangle(x - length / 2, level - half, x + length / 2, level + half)
         stage.paint(run, heat, "machinery")
-        flange = x + stage.uniform(-0.45, 0.45) * length
-        stage.paint(
-            stage.rectangle(flange - half / 2, level - 1.5 * half, flange + half / 2, level + 1.5 * half),
-            heat + stage.uniform(-3, 10),
-            "machinery",
-        )
+        left = x + stage.uniform(-0.45, 0.45) * length
+        flange = stage.rectangle(left - half / 2, level - 1.5 * half, left + half / 2, level + 1.5 * half)
+        stage.paint(flange, heat + stage.uniform(-3, 10), "machinery")
         level -= stage.uniform(0.5, 1.0) * scale
 
 
 def paint_chimney(stage: Stage, x: float, foot: float, scale: float) -> None:
     """A tapering stack, hotter towards its mouth, with a plume that drifts and thins out."""
     height, half = stage.uniform(8, 22) * scale, stage.uniform(0.3, 0.9) * scale
-    stack = stage.polygon(
-        [(x - half, foot), (x + half, foot), (x + 0.7 * half, foot - height), (x - 0.7 * half, foot - height)]
-    )
+    stack = stage.trapezoid(x, foot, half, x, foot - height, 0.7 * half)
     heat = stage.uniform(5, 40)
-    if stack is not None:
-        rows = np.arange(stack.rows.start, stack.rows.stop, dtype=np.float32)[:, None]
-        rise = np.clip((foot - rows) / height, 0, 1)
-        stage.paint(stack, stage.material("wall") + heat * 0.5 * rise, "machinery")
+    rise = np.clip((foot - stage.rows) / height, 0, 1)
+    stage.paint(stack, lambda part: stage.material("wall") + heat * 0.5 * rise[part.rows], "machinery")
     if stage.random() < 0.6:
         drift = stage.uniform(-0.8, 0.8)
         rough = stage.grain()
         for step in range(9):
             radius = half * (0.9 + 0.45 * step)
-            puff = stage.ellipse(
-                x + drift * step * 1.2 * half * (1 + 0.2 * step),
-                foot - height - step * 1.3 * half,
-                radius,
-                radius,
-                rough,
-            )
+            across = x + drift * step * 1.2 * half * (1 + 0.2 * step)
+            puff = stage.ellipse(across, foot - height - step * 1.3 * half, radius, radius, rough)
             if puff is not None:
                 window = (puff.rows, puff.columns)
                 opacity = puff.coverage * np.float32(0.55 * np.exp(-step / 3.5))

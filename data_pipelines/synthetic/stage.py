@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipelines.synthetic.canvas import Canvas, fractal_noise
+from data_pipelines.synthetic.canvas import Canvas, Patch, fractal_noise
 
 # Degrees Celsius over the air at night, and what full sun adds: thermal mass, moisture and emissivity in two numbers.
 MATERIALS = {
@@ -29,7 +29,9 @@ class Stage(Canvas):
       sky_drop: how much colder a clear sky is at its zenith, degrees.
       clouds: cover, 0 to 1.
       horizon, column: row of the horizon, column that the camera looks along (after `look`).
-      focal: length in pixels. camera: height in metres.
+      focal, camera: length in pixels, height in metres.
+      nearest: distance of the nearest ground in the picture, metres.
+      rows, columns: pixel numbers, (H, 1) and (1, W) float32.
     """
 
     def __init__(self, height: int, width: int, rng: np.random.Generator):
@@ -37,6 +39,7 @@ class Stage(Canvas):
         self.uniform, self.random, self.integers = rng.uniform, rng.random, rng.integers
         self.normal, self.choice = rng.normal, rng.choice
         self._rng = rng
+        self.rows, self.columns = Patch(slice(0, height), slice(0, width), np.ones((1, 1))).grid()
         self._grain: np.ndarray | None = None
         self.sun = 0.0 if rng.random() < 0.45 else float(rng.uniform(0.1, 1.0))
         self.air = float(rng.uniform(-5, 30))

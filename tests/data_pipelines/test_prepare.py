@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import decode_record_pixels
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import PrepareConfig, prepare
-from data_pipelines.records import decode_record, open_source, read_manifest, verify_shards
+from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.shards import ShardReader, read_manifest, verify_shards
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -74,13 +74,13 @@ def test_every_file_is_kept_or_rejected_with_a_reason(tmp_path):
 def test_stored_pixels_are_the_sources(tmp_path):
     write_images(tmp_path / "in", 6)
     prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
-    for stored in open_source(tmp_path / "out"):
-        record = decode_record(stored)
+    for stored in ShardReader(tmp_path / "out"):
+        record = decode_example(stored)
         source = (tmp_path / record.key).read_bytes()
         with Image.open(io.BytesIO(source)) as image:
-            np.testing.assert_array_equal(decode_record_pixels(record), np.asarray(image))
+            np.testing.assert_array_equal(decode_pixels(record), np.asarray(image))
         if record.key.endswith(".jpg"):
-            assert record.payload == source
+            assert record.image == source
 
 
 def test_manifest_statistics_against_numpy(tmp_path):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import decode_record_pixels
 from data_pipelines.prepare.duplicates import DuplicateRule
 from data_pipelines.prepare import PrepareConfig, prepare
-from data_pipelines.records import decode_record, open_source
+from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.shards import ShardReader
 from tests.data_pipelines.planted import synthetic_scenes
 from tests.data_pipelines.test_prepare import read_rejected, shard_bytes
 
@@ -26,7 +26,7 @@ def save(pixels: np.ndarray, path) -> None:
 
 
 def kept_keys(output) -> list[str]:
-    return [decode_record(stored).key for stored in open_source(output)]
+    return [decode_example(stored).key for stored in ShardReader(output)]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_archives_give_the_same_images_as_the_folder(scenes_with_copies, tmp_pat
             archive.write(path, path.name)
     prepare([tmp_path / "in.zip"], tmp_path / "zip", EVERYTHING, workers=0, progress=False)
     in_folder, in_zip = (
-        [dataclasses.replace(decode_record(stored), key="") for stored in open_source(tmp_path / name)]
+        [dataclasses.replace(decode_example(stored), key="") for stored in ShardReader(tmp_path / name)]
         for name in ("folder", "zip")
     )
     assert in_folder == in_zip and len(in_zip) == 6
@@ -113,15 +113,15 @@ def test_unusual_real_files_are_all_accounted_for(shared_folder, tmp_path):
         "flir/07_BillHotFlashThermography.jpg": "radiometric_unreadable",
         "flir/ATTRIBUTION.md": "not_an_image",
     }
-    records = {record.key: record for record in map(decode_record, open_source(tmp_path / "out"))}
+    records = {record.key: record for record in map(decode_example, ShardReader(tmp_path / "out"))}
     deep = [path for path in (data / "corrupt").iterdir() if path.name.endswith("16bit.png")]
     assert len(deep) == 3
     for path in deep:
-        pixels = decode_record_pixels(records[f"corrupt/{path.name}"])
+        pixels = decode_pixels(records[f"corrupt/{path.name}"])
         assert pixels.dtype == np.uint16
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(path)))
     celsius = records["corrupt/float32_celsius.tif"]
-    values = decode_record_pixels(celsius) * celsius.attributes["scale"] + celsius.attributes["offset"]
+    values = decode_pixels(celsius) * celsius.attributes["scale"] + celsius.attributes["offset"]
     np.testing.assert_allclose(values, np.asarray(Image.open(data / "corrupt/float32_celsius.tif")), atol=5e-4)
 
 

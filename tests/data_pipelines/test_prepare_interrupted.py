@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.decode import REFUSALS, decode_record_pixels
+from data_pipelines.decode import REFUSALS
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import prepare
 from data_pipelines.prepare.collect import examine_part
-from data_pipelines.records import decode_record, open_source
+from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.shards import ShardReader
 from data_pipelines.workers import worker_pool
 from tests.data_pipelines.damaged import damaged_files
 from tests.data_pipelines.test_prepare import REPOSITORY, read_rejected, scene, shard_bytes, write_images
@@ -123,5 +124,5 @@ def test_a_hundred_damaged_files_are_kept_or_rejected(tmp_path_factory, files):
     assert len(rows) == 101 - report.kept
     known = {*REFUSALS, "too_small", "constant", "too_few_levels", "exact_duplicate", "near_duplicate"}
     assert set(rows.values()) <= known
-    for stored in open_source(folder / "out"):
-        assert decode_record_pixels(decode_record(stored)).dtype in (np.uint8, np.uint16)
+    for stored in ShardReader(folder / "out"):
+        assert decode_pixels(decode_example(stored)).dtype in (np.uint8, np.uint16)
