@@ -39,7 +39,7 @@ from data_pipelines.radiometric import (
     is_flir_jpeg,
     read_flir_array,
 )
-from data_pipelines.records import CorruptRecord, Record
+from data_pipelines.examples import CorruptExample, Example
 
 __all__ = [
     "MAPPINGS",
@@ -48,8 +48,7 @@ __all__ = [
     "DecodedImage",
     "ImageRefused",
     "decode_image",
-    "decode_record_pixels",
-    "make_record",
+    "make_example",
     "read_image_file",
     "to_uint8",
 ]
@@ -279,41 +278,18 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def make_record(key: str, data: bytes, image: DecodedImage) -> Record:
+def make_example(key: str, data: bytes, image: DecodedImage) -> Example:
     """Returns the record that stores `image`, decoded from `data`: the source's own bytes if they can be kept."""
     height, width = image.pixels.shape
-    return Record(
+    return Example(
         key=key,
-        payload=data if image.verbatim else encode_png(image.pixels),
+        image=data if image.verbatim else encode_png(image.pixels),
         encoding="jpeg" if image.verbatim else "png",
         height=height,
         width=width,
         bit_depth=image.pixels.dtype.itemsize * 8,
         attributes=image.attributes,
     )
-
-
-def decode_record_pixels(record: Record) -> np.ndarray:
-    """Returns the stored pixels of a record, (H, W) uint8 or uint16.
-
-    Raises:
-      CorruptRecord: the payload does not decode, or not to the size and depth that the record states.
-    """
-    try:
-        if record.encoding == "jpeg":
-            pixels = simplejpeg.decode_jpeg(record.payload, colorspace="GRAY", strict=True)[..., 0]
-        else:
-            with Image.open(io.BytesIO(record.payload), formats=("PNG",)) as image:
-                pixels = np.asarray(image)
-    except (ValueError, OSError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise CorruptRecord(f"{record.key}: the stored image does not decode ({error})") from error
-    expected = np.uint8 if record.bit_depth == 8 else np.uint16
-    if pixels.shape != (record.height, record.width) or pixels.dtype != expected:
-        raise CorruptRecord(
-            f"{record.key}: stored as {record.width}x{record.height} of {record.bit_depth} bit, "
-            f"decodes to shape {pixels.shape} of {pixels.dtype}"
-        )
-    return pixels
 
 
 def read_image_file(path: str | os.PathLike, mapping: str = "auto") -> np.ndarray:

@@ -1,168 +1,283 @@
-"""Random access to the images of shard sets: bytes -> checked 8-bit pixels, damaged records replaced, never hidden."""
+"""What one stored example is: an image with its labels, as the `tf.train.Example` that TensorFlow Datasets writes.
+
+Features of the protocol buffer:
+
+    image               the encoded one-channel image
+    key                 its name, unique in the split
+    source              JSON: encoding, height, width, bit_depth, attributes
+    mask                optional: PNG of class numbers, 255 = ignore
+    objects/...         optional: bbox (ymin, xmin, ymax, xmax as shares of the image), label, area, is_crowd,
+                        segmentation (JSON, polygons or RLE)
+    label, label/NAME   optional: class numbers of the whole image
+
+Other features are stepped over. TensorFlow is not needed: the messages are declared here, wire-compatible with its own.
+The bytes are guarded by the hash that ArrayRecord keeps of every record on disk.
+"""
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+import io
+import json
+import struct
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import simplejpeg
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError, Message
+from PIL import Image
 
-from data_pipelines.decode import decode_record_pixels
-from data_pipelines.image_cache import CachedImage, FreshImage, ImageCache, open_caches
-from data_pipelines.intensity import to_uint8
-from data_pipelines.records import CorruptRecord, Record, decode_record, open_source, read_manifest, source_units
+IMAGE, KEY, SOURCE, MASK, LABEL = "image", "key", "source", "mask", "label"
+BOXES, CLASSES, AREA, CROWD = "objects/bbox", "objects/label", "objects/area", "objects/is_crowd"
+SEGMENTATION = "objects/segmentation"
+ENCODINGS = ("jpeg", "png", "raw")
+BIT_DEPTHS = (8, 16)
+IGNORE = 255  # class number of a mask's pixels that belong to no class
 
-T = TypeVar("T")
+_PACKAGE = "infmae_jax"
+_OPTIONAL, _REPEATED = 1, 3
+_FLOAT, _INT64, _STRING, _MESSAGE, _BYTES = 2, 3, 9, 11, 12
+_SOURCE_NAMES = ("encoding", "height", "width", "bit_depth")
+_LABEL_PREFIX = LABEL + "/"
+_DECODER_ERRORS = (ValueError, OSError, SyntaxError, struct.error, Image.DecompressionBombError)
 
-# A hole of more damaged records than this is not damage of records but of a disk.
-MAX_SUBSTITUTES = 100
+
+class CorruptExample(ValueError):
+    """The bytes are not a stored example of this project, or were damaged."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objects:
+    """The n objects of an image.
+
+    Attributes:
+      boxes: (n, 4) float32: x0, y0, x1, y1 in pixels of the stored image; pixel i covers [i, i + 1).
+      classes: (n,) int32 class numbers.
+      crowd: (n,) bool: a group that is not told apart.
+      area: (n,) float32, square pixels.
+      segmentations: n texts of JSON (COCO polygons or RLE), or none.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+    segmentations: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Intensity:
-    """How stored 8- or 16-bit values become the network's 8 bit; see `data_pipelines.intensity`.
+class Example:
+    """One stored example.
 
     Attributes:
-      mapping: `auto`, `full_range`, `min_max`, `percentile`, `fixed` or `clahe`.
-      low, high: the mapping's arguments (percentiles, bounds in source units, clip limit); None is its default.
+      key: posix path of the source relative to its input root, unique in the split.
+      image: the encoded one-channel image.
+      encoding: "jpeg" (the source's own bytes, never a second compression), "png" (lossless), or "raw" (the pixels
+        themselves, row by row, little-endian).
+      height, width: pixel rows H and columns W of the decoded image.
+      bit_depth: 8 or 16, bits per pixel.
+      attributes: JSON-able facts about the source, by name. `unit`, `scale` and `offset` are always usable through
+        `source_units`: a stored integer v stands for v * scale + offset in the source's unit.
+      mask: PNG of class numbers, (H, W) uint8, 255 = ignore; or None.
+      objects: boxes and their classes; or None (unlike an image that was searched and holds none).
+      labels: class numbers of the whole image, by name; the only one is named "label".
     """
 
-    mapping: str = "auto"
-    low: float | None = None
-    high: float | None = None
-
-    def __post_init__(self):
-        # Unusable arguments must end a run before its first batch.
-        to_uint8(np.zeros((1, 1), np.uint8), self.mapping, self.low, self.high)
-
-    def apply(self, pixels: np.ndarray, record: Record) -> np.ndarray:
-        """(H, W) stored integers of `record` -> (H, W) uint8."""
-        if self.mapping != "fixed":
-            return to_uint8(pixels, self.mapping, self.low, self.high)
-        scale, offset, _ = source_units(record.attributes)
-        return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
+    key: str
+    image: bytes
+    encoding: str
+    height: int
+    width: int
+    bit_depth: int
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mask: bytes | None = None
+    objects: Objects | None = None
+    labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-class ExampleSource:
-    """The images of one or more shard sets, in manifest order. Safe to pickle and to read from several threads."""
+def _example_class() -> type[Message]:
+    """The message class of `tf.train.Example`."""
+    file = descriptor_pb2.FileDescriptorProto(name="infmae_jax/example.proto", package=_PACKAGE, syntax="proto3")
 
-    def __init__(self, folders: tuple[str, ...], intensity: Intensity, cache: str = ""):
-        """Sets in local `folders`; decoded images are kept in the folder `cache` (see `data_pipelines.image_cache`)."""
-        self._source = open_source(folders)
-        self._intensity = intensity
-        manifests = [read_manifest(folder) for folder in folders]
-        self._starts = [0, *itertools.accumulate(manifest.count for manifest in manifests)]
-        self._caches = open_caches(cache, manifests, repr(intensity)) if cache else []
+    def add(message, name: str, number: int, label: int, kind: int, type_name: str | None = None) -> None:
+        message.field.add(name=name, number=number, label=label, type=kind, type_name=type_name)
 
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def record(self, index: int) -> Record:
-        """The stored example `index`, to be given to `image`.
-
-        Raises:
-          CorruptRecord: the record is damaged.
-        """
-        return decode_record(self._source[index])
-
-    def _open(self, index: int) -> Record | CachedImage | FreshImage:
-        if not self._caches:
-            return self.record(index)
-        cache, place = self._cache_of(index)
-        image = cache.find(place)
-        if image is None:
-            image = FreshImage(self.image(self.record(index)))
-            cache.store(place, image.pixels)
-        return image
-
-    def _cache_of(self, index: int) -> tuple[ImageCache, int]:
-        """The cache of a record's shard set, and the record's place in it."""
-        number = bisect.bisect_right(self._starts, index) - 1
-        return self._caches[number], index - self._starts[number]
-
-    def image(self, record: Record, half: bool = False) -> np.ndarray:
-        """Decodes a record.
-
-        Args:
-          record: what `record` returned.
-          half: decode a JPEG at half its size, which skips most of the inverse transform; others as usual.
-
-        Returns:
-          (H, W) uint8, or (ceil(H / 2), ceil(W / 2)).
-
-        Raises:
-          CorruptRecord: the payload is damaged.
-        """
-        pixels = _half_pixels(record) if half and record.encoding == "jpeg" else decode_record_pixels(record)
-        return self._intensity.apply(pixels, record)
-
-    def open_ahead(self, indices: Iterable[int]) -> list[Record | CachedImage | None]:
-        """Examples to be given to `read`: records or cached images, None where one is damaged or not in the cache yet.
-
-        Several at once cost a third of what each costs between images, whose pixels drive all else out of the CPU's
-        caches.
-        """
-        examples: list[Record | CachedImage | None] = []
-        for index in indices:
-            try:
-                if self._caches:
-                    cache, place = self._cache_of(index)
-                    examples.append(cache.find(place))
-                else:
-                    examples.append(self.record(index))
-            except CorruptRecord:
-                examples.append(None)  # `read` meets it again and deals with it
-        return examples
-
-    def read(
-        self, index: int, make: Callable[..., T], opened: Record | CachedImage | None = None
-    ) -> tuple[T, int]:
-        """Makes something of record `index`; when it is damaged, of the next good one: a function of the shards alone.
-
-        Args:
-          index: which record.
-          make: decodes the `Record` it is given (with a cache: takes a `CachedImage` or `FreshImage`, which has neither
-            key nor payload); called again with the next one when it raises `CorruptRecord`.
-          opened: what `open_ahead` gave for `index`.
-
-        Returns:
-          What `make` returned, and -1, or `index` when this comes from a substitute.
-
-        Raises:
-          CorruptRecord: so many records in a row are damaged that none takes its place.
-        """
-        errors: list[CorruptRecord] = []
-        for candidate in range(index, index + min(MAX_SUBSTITUTES + 1, len(self))):
-            try:
-                ahead = opened if candidate == index else None
-                example = self._open(candidate % len(self)) if ahead is None else ahead
-                return make(example), index if errors else -1
-            except CorruptRecord as error:
-                errors.append(error)
-        raise CorruptRecord(f"record {index} and the {len(errors) - 1} after it are damaged: {errors[0]}") from errors[
-            0
-        ]
-
-    def damage(self, index: int) -> str:
-        """Says in one line what is wrong with the damaged record `index`."""
-        try:
-            self.image(self.record(index))
-        except CorruptRecord as error:
-            return f"record {index}: {error}"
-        return f"record {index}: damaged when it was read, whole now"
+    feature = file.message_type.add(name="Feature")
+    for number, (name, kind) in enumerate((("Bytes", _BYTES), ("Float", _FLOAT), ("Int64", _INT64)), start=1):
+        add(file.message_type.add(name=f"{name}List"), "value", 1, _REPEATED, kind)
+        add(feature, f"{name.lower()}_list", number, _OPTIONAL, _MESSAGE, f".{_PACKAGE}.{name}List")
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry")
+    entry.options.map_entry = True
+    add(entry, "key", 1, _OPTIONAL, _STRING)
+    add(entry, "value", 2, _OPTIONAL, _MESSAGE, f".{_PACKAGE}.Feature")
+    add(features, "feature", 1, _REPEATED, _MESSAGE, f".{_PACKAGE}.Features.FeatureEntry")
+    add(file.message_type.add(name="Example"), "features", 1, _OPTIONAL, _MESSAGE, f".{_PACKAGE}.Features")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.Example"))
 
 
-def _half_pixels(record: Record) -> np.ndarray:
-    height, width = -(-record.height // 2), -(-record.width // 2)
+_Message = _example_class()
+
+
+def source_units(attributes: Mapping[str, Any]) -> tuple[float, float, str]:
+    """Returns (scale, offset, unit) of an example: a stored integer v is v * scale + offset in the source's unit."""
+    return float(attributes.get("scale", 1.0)), float(attributes.get("offset", 0.0)), attributes.get("unit", "count")
+
+
+def source_text(example: Example) -> str:
+    """The feature `source`: JSON, the same text for the same example."""
+    header = {name: getattr(example, name) for name in _SOURCE_NAMES} | {"attributes": dict(example.attributes)}
+    return json.dumps(header, sort_keys=True, separators=(",", ":"))
+
+
+def encode_example(example: Example) -> bytes:
+    """Returns the stored bytes of an example. The same example always gives the same bytes."""
+    message = _Message()
+    features = message.features.feature
+
+    def add(name: str, kind: str, values: Any) -> None:
+        getattr(features[name], kind).value.extend(values)
+        getattr(features[name], kind).SetInParent()  # an empty list is there, too
+
+    add(IMAGE, "bytes_list", [example.image])
+    add(KEY, "bytes_list", [example.key.encode()])
+    add(SOURCE, "bytes_list", [source_text(example).encode()])
+    if example.mask is not None:
+        add(MASK, "bytes_list", [example.mask])
+    for name, number in example.labels.items():
+        add(name if name == LABEL else _LABEL_PREFIX + name, "int64_list", [number])
+    if (objects := example.objects) is not None:
+        sides = _sides(example.height, example.width)
+        add(BOXES, "float_list", (np.float64(objects.boxes)[:, [1, 0, 3, 2]] / sides).ravel().tolist())
+        add(CLASSES, "int64_list", objects.classes.tolist())
+        add(AREA, "float_list", objects.area.tolist())
+        add(CROWD, "int64_list", objects.crowd.astype(int).tolist())
+        if objects.segmentations:
+            add(SEGMENTATION, "bytes_list", [text.encode() for text in objects.segmentations])
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_example(data: bytes) -> Example:
+    """Returns the example stored in `data`, by `encode_example` or by TensorFlow Datasets for a builder of this project.
+
+    Raises:
+      CorruptExample: the bytes are not such an example, or were damaged.
+    """
     try:
-        # The decoder takes the smallest of its scales that is at least as large.
-        pixels = simplejpeg.decode_jpeg(record.payload, colorspace="GRAY", min_height=height, min_width=width)[..., 0]
-    except ValueError as error:
-        raise CorruptRecord(f"{record.key}: the stored image does not decode ({error})") from error
-    if pixels.shape != (height, width):
-        raise CorruptRecord(f"{record.key}: half of {record.width}x{record.height} decodes to shape {pixels.shape}")
+        features = _Message.FromString(data).features.feature
+        image, key, source = (_first_bytes(features, name) for name in (IMAGE, KEY, SOURCE))
+        header = json.loads(source)
+        example = Example(
+            key=key.decode(),
+            image=image,
+            **{name: header[name] for name in _SOURCE_NAMES},
+            attributes=header["attributes"],
+            mask=_first_bytes(features, MASK) if MASK in features else None,
+            labels={
+                name.removeprefix(_LABEL_PREFIX): int(features[name].int64_list.value[0])
+                for name in sorted(features)
+                if name == LABEL or name.startswith(_LABEL_PREFIX)
+            },
+        )
+        _check_source(example)
+        if BOXES in features:
+            example = dataclasses.replace(example, objects=_objects(features, example.height, example.width))
+        return example
+    except (DecodeError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise CorruptExample(f"the example is not usable: {' '.join(str(error).split())}") from error
+
+
+def _check_source(example: Example) -> None:
+    if example.encoding not in ENCODINGS or example.bit_depth not in BIT_DEPTHS:
+        raise ValueError(f"unknown encoding {example.encoding!r} or bit depth {example.bit_depth!r}")
+    if not all(type(side) is int and side > 0 for side in (example.height, example.width)):
+        raise ValueError(f"size {example.width!r}x{example.height!r}")
+    if not isinstance(example.attributes, dict):
+        raise ValueError("its attributes are not a JSON object")
+
+
+def _first_bytes(features: Mapping[str, Message], name: str) -> bytes:
+    if name not in features or not features[name].bytes_list.value:
+        raise ValueError(f"it has no {name}, so it is not of this project")
+    return features[name].bytes_list.value[0]
+
+
+def _sides(height: int, width: int) -> np.ndarray:
+    """Pixels of a whole side, for each number of a stored box."""
+    return np.array([height, width, height, width], np.float64)
+
+
+def _objects(features: Mapping[str, Message], height: int, width: int) -> Objects:
+    shares = np.array(features[BOXES].float_list.value, np.float64).reshape(-1, 4)
+    if not np.isfinite(shares).all():
+        raise ValueError("a box is not finite")
+    count = len(shares)
+
+    def read(name: str, kind: str, dtype: type, default: np.ndarray) -> np.ndarray:
+        values = np.array(getattr(features[name], kind).value, dtype) if name in features else default
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} values for {count} boxes")
+        return values
+
+    boxes = np.float32((shares * _sides(height, width))[:, [1, 0, 3, 2]])
+    extents = boxes[:, 2:] - boxes[:, :2]
+    texts = tuple(text.decode() for text in features[SEGMENTATION].bytes_list.value) if SEGMENTATION in features else ()
+    if len(texts) not in (0, count):
+        raise ValueError(f"{SEGMENTATION} has {len(texts)} values for {count} boxes")
+    return Objects(
+        boxes=boxes,
+        classes=read(CLASSES, "int64_list", np.int32, np.zeros(count, np.int32)),
+        crowd=read(CROWD, "int64_list", np.bool_, np.zeros(count, np.bool_)),
+        area=read(AREA, "float_list", np.float32, extents[:, 0] * extents[:, 1]),
+        segmentations=texts,
+    )
+
+
+def decode_pixels(example: Example) -> np.ndarray:
+    """Returns the stored pixels of an example, (H, W) uint8 or uint16; read-only where the encoding is "raw".
+
+    Raises:
+      CorruptExample: the image does not decode, or not to the size and depth that the example states.
+    """
+    dtype = np.dtype("u1" if example.bit_depth == 8 else "<u2")
+    try:
+        if example.encoding == "jpeg":
+            pixels = simplejpeg.decode_jpeg(example.image, colorspace="GRAY", strict=True)[..., 0]
+        elif example.encoding == "raw":
+            pixels = np.frombuffer(example.image, dtype).reshape(example.height, example.width)
+        else:
+            pixels = _decode_png(example.image)
+    except _DECODER_ERRORS as error:
+        raise CorruptExample(f"{example.key}: the stored image does not decode ({error})") from error
+    if pixels.shape != (example.height, example.width) or pixels.dtype != dtype:
+        raise CorruptExample(
+            f"{example.key}: stored as {example.width}x{example.height} of {example.bit_depth} bit, "
+            f"decodes to shape {pixels.shape} of {pixels.dtype}"
+        )
     return pixels
+
+
+def decode_mask(example: Example) -> np.ndarray:
+    """Returns the class mask of an example that has one, (H, W) uint8.
+
+    Raises:
+      CorruptExample: it does not decode, or not to the image's size.
+    """
+    try:
+        mask = _decode_png(example.mask)
+    except _DECODER_ERRORS as error:
+        raise CorruptExample(f"{example.key}: the stored mask does not decode ({error})") from error
+    if mask.shape != (example.height, example.width) or mask.dtype != np.uint8:
+        raise CorruptExample(
+            f"{example.key}: a mask of shape {mask.shape} of {mask.dtype} for {example.width}x{example.height} pixels"
+        )
+    return mask
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.asarray(image)

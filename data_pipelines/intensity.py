@@ -8,22 +8,48 @@ Shards keep what the sensor said (8 or 16 bit); how that becomes 0..255 is a cho
     percentile    the image's own percentiles `low` and `high` (per cent) onto 0 and 255, outside clipped
     fixed         `low` and `high` in the source's unit (kelvin, counts, ...) onto 0 and 255, outside clipped;
                   the same temperature is the same gray in every frame
-    clahe         min_max, then contrast-limited adaptive histogram equalisation (8 x 8 tiles, clip limit `low`)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import numpy as np
 
 from data_pipelines.errors import InputError
+from data_pipelines.examples import Example, source_units
 
-MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed", "clahe")
+MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed")
 
 _AUTO_PERCENTILES = (0.1, 99.9)
 _DEFAULT_PERCENTILES = (1.0, 99.0)
-_CLAHE_CLIP_LIMIT = 2.0
-_CLAHE_TILES = 8
 _COUNTED_BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Intensity:
+    """How stored 8- or 16-bit values become the network's 8 bit.
+
+    Attributes:
+      mapping: `auto`, `full_range`, `min_max`, `percentile` or `fixed`.
+      low, high: the mapping's arguments (percentiles, or bounds in source units); None is its default.
+    """
+
+    mapping: str = "auto"
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self):
+        # Unusable arguments must end a run before its first batch.
+        to_uint8(np.zeros((1, 1), np.uint8), self.mapping, self.low, self.high)
+
+    def apply(self, pixels: np.ndarray, example: Example) -> np.ndarray:
+        """(H, W) stored integers of `example` -> (H, W) uint8."""
+        if self.mapping != "fixed":
+            return to_uint8(pixels, self.mapping, self.low, self.high)
+        scale, offset, _ = source_units(example.attributes)
+        return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
 
 
 def to_uint8(
@@ -39,8 +65,7 @@ def to_uint8(
     Args:
       pixels: (H, W) uint8 or uint16.
       mapping: one of `MAPPINGS`.
-      low: `percentile`: lower percentile (default 1); `fixed`: lower bound in the source's unit (required);
-        `clahe`: clip limit (default 2).
+      low: `percentile`: lower percentile (default 1); `fixed`: lower bound in the source's unit (required).
       high: `percentile`: upper percentile (default 99); `fixed`: upper bound in the source's unit (required).
       scale, offset: a stored integer v stands for v * scale + offset in the source's unit; used by `fixed` only.
 
@@ -65,11 +90,9 @@ def to_uint8(
             raise InputError(f"percentile({low:g}, {high:g}): give 0 <= low < high <= 100")
         return _map_percentiles(pixels, low, high)
     if mapping == "fixed":
-        if low is None or high is None or not low < high:
-            raise InputError(f"fixed({low}, {high}): give low < high in the source's unit")
+        if low is None or high is None or not -math.inf < low < high < math.inf:
+            raise InputError(f"fixed({low}, {high}): give finite low < high in the source's unit")
         return _map_linearly(pixels, (low - offset) / scale, (high - offset) / scale)
-    if mapping == "clahe":
-        return _equalize_adaptively(to_uint8(pixels, "min_max"), _CLAHE_CLIP_LIMIT if low is None else low)
     raise InputError(f"unknown intensity mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
 
 
@@ -106,44 +129,3 @@ def _map_linearly(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     values = np.arange(int(np.iinfo(pixels.dtype).max) + 1, dtype=np.float64)
     table = np.clip(np.rint((values - low) * 255.0 / (high - low)), 0, 255).astype(np.uint8)
     return table[pixels]
-
-
-def _equalize_adaptively(image: np.ndarray, clip_limit: float) -> np.ndarray:
-    """Contrast-limited adaptive histogram equalisation (Zuiderveld 1994) of an (H, W) uint8 image.
-
-    Each tile's histogram is clipped at `clip_limit` times its mean bin, the excess spread over all bins; a pixel is
-    the bilinear blend of the four nearest tiles' equalisation tables.
-    """
-    if clip_limit <= 0:
-        raise InputError(f"clahe clip limit {clip_limit:g}: give a number above 0")
-    height, width = image.shape
-    tiles = min(_CLAHE_TILES, height, width)
-    tile_height, tile_width = -(-height // tiles), -(-width // tiles)
-    padding = ((0, tile_height * tiles - height), (0, tile_width * tiles - width))
-    # Reflection as in common implementations; edge values where an image is too small to be reflected.
-    mode = "reflect" if padding[0][1] < height and padding[1][1] < width else "edge"
-    padded = np.pad(image, padding, mode=mode)
-    blocks = padded.reshape(tiles, tile_height, tiles, tile_width).swapaxes(1, 2).reshape(tiles * tiles, -1)
-    tile_of_pixel = np.arange(tiles * tiles)[:, None] * 256
-    histograms = np.bincount((blocks + tile_of_pixel).ravel(), minlength=tiles * tiles * 256).reshape(-1, 256)
-    area = tile_height * tile_width
-    limit = max(clip_limit * area / 256, 1.0)
-    excess = np.maximum(histograms - limit, 0).sum(1, keepdims=True)
-    clipped = np.minimum(histograms, limit) + excess / 256
-    tables = (np.cumsum(clipped, axis=1) * (255.0 / area)).reshape(tiles, tiles, 256)
-
-    row, row_weight = _tile_position(height, tile_height, tiles)
-    column, column_weight = _tile_position(width, tile_width, tiles)
-    upper, lower = row[:, None], np.minimum(row + 1, tiles - 1)[:, None]
-    left, right = column[None, :], np.minimum(column + 1, tiles - 1)[None, :]
-    row_weight, column_weight = row_weight[:, None], column_weight[None, :]
-    top = tables[upper, left, image] * (1 - column_weight) + tables[upper, right, image] * column_weight
-    bottom = tables[lower, left, image] * (1 - column_weight) + tables[lower, right, image] * column_weight
-    return np.clip(np.rint(top * (1 - row_weight) + bottom * row_weight), 0, 255).astype(np.uint8)
-
-
-def _tile_position(size: int, tile: int, tiles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the tile whose centre lies before each pixel, and the weight of the next tile; (size,) each."""
-    position = np.clip((np.arange(size) + 0.5) / tile - 0.5, 0, tiles - 1)
-    index = np.minimum(position.astype(np.intp), tiles - 1)
-    return index, position - index

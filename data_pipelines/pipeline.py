@@ -7,59 +7,32 @@ The batch of a step is a function of (config, step, host) and nothing else: rand
 of a sample, hosts take neighbouring parts of the global batch, workers get whole batches, and a resumed run starts by
 slicing, not from saved iterator state. So hosts, workers, threads and restarts change nothing but speed.
 
-Grain's part is to run that function ahead of time. Its elements are batches because its bookkeeping (measured: 120 us
-an element for shuffle, repeat and random map) would otherwise cost a tenth of the time that an image takes.
-
 Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K visible tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import signal
+import math
 import sys
-import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, Self
 
-import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
-from data_pipelines.augment import (
-    Box,
-    InfraredAugment,
-    center_crop_resize,
-    crop_box,
-    flip,
-    infrared_augment,
-    resize,
-    resize_box,
-)
-from data_pipelines.commands import EXIT_LOST
+from data_pipelines.batches import Batches, DamagedShards
 from data_pipelines.errors import InputError
-from data_pipelines.examples import ExampleSource, Intensity
-from data_pipelines.image_cache import CachedImage, FreshImage
-from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
+from data_pipelines.examples import CorruptExample
+from data_pipelines.intensity import Intensity
+from data_pipelines.masking import MaskConfig, num_visible, token_grid
 from data_pipelines.order import RecordOrder
-from data_pipelines.records import CorruptRecord, Record, read_manifest
+from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.workers import follow_parent
+from data_pipelines.shards import split_counts
+from data_pipelines.transforms import InfraredAugment
+from data_pipelines.views import PretrainView, View
 
 # The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
 MIN_SAMPLES_JUDGED = 1000
-DECODINGS = ("exact", "fast")
-
-
-class WorkerDied(InputError):
-    """A worker process ended by itself: killed, most often for memory, or crashed."""
-
-    exit_code = EXIT_LOST
-
-
-class DamagedShards(InputError):
-    """More records are damaged than the config allows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +41,10 @@ class PipelineConfig:
 
     Attributes:
       shards: folders of shard sets made by `data_pipelines.prepare`; URLs are copied first (`data_pipelines.remote`).
+      split: which split of the shard sets.
       weights: share of each shard set among the samples, any positive scale; empty: the sets are joined, every record
         once an epoch.
-      image_size: rows and columns of a crop, multiples of the mask's patch side.
+      image_size: rows and columns of a crop, multiples of 16.
       batch_size: global, over all hosts.
       seed: of order, crops, augmentation and random masks; 0 to 2**32 - 1.
       scale, ratio: of the random crop: shares of the area, aspect ratios (width / height).
@@ -78,10 +52,6 @@ class PipelineConfig:
       augment: infrared augmentations, off by default.
       mask: which tokens stay visible.
       intensity: stored integers to 8 bit.
-      decoding: "exact", or "fast": crops larger than `image_size` are cut from JPEGs decoded at half their size. Same
-        boxes, softer pixels (README, "Data").
-      cache: folder on a local disk in which decoded images are kept for later epochs, other processes and later runs
-        (one byte a pixel of the shards); changes no pixel. Empty: none are kept.
       max_corrupt: stop when damaged records are more than this share of the samples (of 1,000 samples at least); until
         then the next good record takes a damaged one's place and is counted.
       workers: reading processes; 0 reads in this one.
@@ -90,6 +60,7 @@ class PipelineConfig:
     """
 
     shards: tuple[str, ...] = ()
+    split: str = "train"
     weights: tuple[float, ...] = ()
     image_size: tuple[int, int] = (224, 224)
     batch_size: int = 256
@@ -100,82 +71,60 @@ class PipelineConfig:
     augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
     mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
-    decoding: str = "exact"
-    cache: str = ""
     max_corrupt: float = 0.01
     workers: int = 0
     threads: int = 2
     prefetch: int = 4
 
     def __post_init__(self):
-        rows, columns = token_grid(*self.image_size, self.mask.patch)
+        rows, columns = token_grid(*self.image_size)
         num_visible(self.mask, rows * columns)
         if self.weights and len(self.weights) != len(self.shards):
             raise InputError(
                 f"data.weights has {len(self.weights)} values for {len(self.shards)} shard sets; give one each"
             )
-        if not all(0 < weight < float("inf") for weight in self.weights):
+        if not all(0 < weight < math.inf for weight in self.weights):
             raise InputError(f"data.weights={self.weights} must be positive; leave out the sets that you do not want")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise InputError(
                 f"data.scale={self.scale} must lie in (0, 1], data.ratio={self.ratio} above 0, both in ascending order"
             )
-        for name, least in (("batch_size", 1), ("seed", 0), ("workers", 0), ("threads", 0), ("prefetch", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"data.{name}={getattr(self, name)} must be at least {least}")
-        if self.decoding not in DECODINGS:
-            raise InputError(f"data.decoding={self.decoding!r} is unknown; choose one of {', '.join(DECODINGS)}")
-        if self.cache and self.decoding != "exact":
-            raise InputError("data.cache keeps whole images, data.decoding='fast' makes half ones; choose one of them")
-        if self.seed >= 2**32:
-            raise InputError(f"data.seed={self.seed} must be below 2**32")
-        if not 0 <= self.max_corrupt <= 1:
-            raise InputError(f"data.max_corrupt={self.max_corrupt} is a share; use a value from 0 to 1")
+        for name, (least, most) in _RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"data.{name}={getattr(self, name)} must be from {least} to {most}")
 
 
-class TrainBatches:
-    """Endless iterator over one host's batches; `close()` it, or use it as a context manager.
+# Upper ends are far above what makes sense: they catch slips before memory runs out.
+_RANGES = {
+    "batch_size": (1, 2**20), "seed": (0, 2**32 - 1), "max_corrupt": (0, 1), "workers": (0, 1024), "threads": (0, 1024),
+    "prefetch": (1, 1024),
+}  # fmt: skip
+
+
+class TrainBatches(Batches):
+    """Endless.
 
     Attributes:
       samples: number of samples given out.
       substituted: how many of them stand in for a damaged record.
     """
 
-    def __init__(self, batches: Any, source: ExampleSource, config: PipelineConfig):
-        self._source, self._config = source, config
-        self._open = [batches]
-        # A program that ends without closing would otherwise tear workers down after the modules that they need.
-        self._closed = weakref.finalize(self, _close, self._open)
+    def __init__(self, maker: _TrainMaker, start: int):
+        super().__init__(maker, maker.config, maker.batch_bytes, start)
+        self._config, self._reader = maker.config, maker.reader
         self._named: set[int] = set()
         self.samples = 0
         self.substituted = 0
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch: `image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32.
+        """The next batch: the arrays of the view's `spec` with a leading dimension b.
 
         Raises:
           DamagedShards: too many damaged records; names one.
           WorkerDied: a reading process is gone.
+          InputError: the shards cannot be read now, or an example lacks what the view asks for.
         """
-        try:
-            batch = next(self._open[0])
-        except IndexError:
-            raise ValueError("these batches are closed") from None
-        except CorruptRecord as error:
-            raise DamagedShards(f"{error}; prepare the shards again") from error
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):
-                raise
-            raise WorkerDied(
-                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower "
-                "data.workers, data.prefetch or data.batch_size"
-            ) from error
-        if self._config.workers:
-            # Arrays of workers live in shared memory that goes with the iterator; a batch must outlive it.
-            batch = {name: np.array(value) for name, value in batch.items()}
+        batch = self._next()
         corrupt = batch.pop("corrupt")
         self.samples += len(corrupt)
         self._count_damage([int(index) for index in corrupt if index >= 0])
@@ -186,34 +135,62 @@ class TrainBatches:
             self.substituted += 1
             if index not in self._named:
                 self._named.add(index)
-                logging.warning("damaged record replaced by the next good one: %s", self._source.damage(index))
+                logging.warning("damaged record replaced by the next good one: %s", self._damage(index))
         if indices and self.substituted > self._config.max_corrupt * max(self.samples, MIN_SAMPLES_JUDGED):
             raise DamagedShards(
                 f"{self.substituted} of {self.samples} samples came from damaged records, more than "
                 f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is "
-                f"{self._source.damage(indices[-1])}; prepare the shards again"
+                f"{self._damage(indices[-1])}; prepare the shards again"
             )
 
-    def close(self) -> None:
-        """Stops threads and worker processes; again is harmless."""
-        self._closed()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _damage(self, index: int) -> str:
+        return self._reader.damage(index) or f"record {index}: damaged when it was read, whole now"
 
 
-def _close(iterators: list[Any]) -> None:
-    while iterators:
-        iterators.pop().close()
+class EvalBatches(Batches):
+    """Every example once, in file order; finite.
+
+    Attributes:
+      count: number of batches, the same on all hosts.
+      damaged: number of damaged records met so far, left out as not `valid`.
+    """
+
+    def __init__(self, maker: _EvalMaker):
+        super().__init__(maker, maker.config, maker.batch_bytes)
+        self._config, self._reader = maker.config, maker.reader
+        self.count, self._examples = len(maker), len(maker.reader)
+        self.damaged = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """The next batch: the arrays of the view's `spec`, `valid` (b,) bool and `index` (b,) int64, -1 for padding.
+
+        Raises:
+          StopIteration: all examples have been given out.
+          DamagedShards: more damaged records than `max_corrupt` allows; names one.
+          WorkerDied, InputError: as `TrainBatches`.
+        """
+        batch = self._next()
+        missing = batch["index"][~batch["valid"] & (batch["index"] >= 0)]
+        self.damaged += len(missing)
+        if len(missing) and self.damaged > self._config.max_corrupt * self._examples:
+            raise DamagedShards(
+                f"{self._reader.damage(int(missing[-1]))}; data.max_corrupt={self._config.max_corrupt:g} of "
+                f"{self._examples} examples allows no more than {self.damaged - 1}: prepare the shards again"
+            )
+        return batch
 
 
 def train_batches(
-    config: PipelineConfig, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    config: PipelineConfig,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    view: View | None = None,
 ) -> TrainBatches:
-    """The batches of one host from `start_step` on, for ever.
+    """The batches of one host from `start_step` on, without end.
 
     The global batch of step s is that of all hosts, concatenated in process order: the same samples in the same order
     for any number of hosts and workers.
@@ -222,34 +199,40 @@ def train_batches(
       config: what to read and how.
       start_step: first global step.
       process_index, process_count: this host among all.
+      view: what a sample is; by default `pretrain_view(config)`.
 
     Raises:
       InputError: shards missing or unreadable, or a batch that the hosts cannot share evenly.
     """
-    if config.batch_size % process_count:
-        raise InputError(
-            f"data.batch_size={config.batch_size} cannot be shared by {process_count} hosts; use a multiple of them"
-        )
-    maker = _BatchMaker(config, process_index, process_count)
-    # A thread makes a whole batch, so a buffer below the number of threads would idle some.
-    buffered = max(config.prefetch, config.threads)
-    dataset = grain.MapDataset.source(maker)[start_step:].to_iter_dataset(
-        grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=buffered)
+    return TrainBatches(_TrainMaker(config, view or pretrain_view(config), process_index, process_count), start_step)
+
+
+def eval_batches(
+    config: PipelineConfig, split: str, view: View, process_index: int = 0, process_count: int = 1
+) -> EvalBatches:
+    """Every example of a split once, in file order: for evaluation.
+
+    Each host gets a contiguous share and as many batches as every other host; samples beyond its share are zeros and
+    not `valid`. The batch of a step is a function of (config, split, step, host).
+
+    Args:
+      config: where to read; order, weights and seed do not matter, except that random views and masks draw from the
+        seed and the example's index.
+      split: name of the split.
+      view: what a sample is.
+      process_index, process_count: this host among all.
+
+    Raises:
+      InputError: as `train_batches`.
+    """
+    return EvalBatches(_EvalMaker(dataclasses.replace(config, split=split), view, process_index, process_count))
+
+
+def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainView:
+    """The view that the config describes: random crops, or the evaluation view of whole images."""
+    return PretrainView(
+        config.image_size, config.scale, config.ratio, config.flip, config.augment, config.mask, config.intensity, centered
     )
-    if config.workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl flags to start workers; outside absl's `app.run` none exist
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(config.workers, per_worker_buffer_size=config.prefetch), _start_worker
-        )
-    return TrainBatches(iter(dataset), maker.source, config)
-
-
-def _start_worker(number: int, count: int) -> None:
-    """A cluster's scheduler signals all processes of a job; when to end is the parent's to decide."""
-    del number, count
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    follow_parent()
 
 
 def num_examples(config: PipelineConfig) -> int:
@@ -273,13 +256,8 @@ def sample_generator(config: PipelineConfig, position: int) -> np.random.Generat
 
 def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
-    source = _uncached(config)
-
-    def key(record: Record) -> str:
-        source.image(record)
-        return record.key
-
-    return [source.read(int(index), key)[0] for index in record_indices(config, step)]
+    reader = _reader(config)
+    return [reader.first_whole(int(index)).key for index in record_indices(config, step)]
 
 
 def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
@@ -292,94 +270,111 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     Returns:
       `image` (count, H, W, 1) uint8 and `ids_keep` (count, K) int32.
     """
-    source = _uncached(config)
-    indices = np.linspace(0, len(source) - 1, count).astype(int)
-    images = [source.read(int(index), source.image)[0] for index in indices]
-    views = np.stack([center_crop_resize(image, config.image_size) for image in images])
-    generators = [np.random.default_rng([config.seed, int(index)]) for index in indices]
-    return {"image": views[..., None], "ids_keep": _visible(views, generators, config.mask)}
+    reader, view = _reader(config), pretrain_view(config, centered=True)
+    indices = np.linspace(0, len(reader) - 1, count).astype(int).tolist()
+    generators = [np.random.default_rng([config.seed, index]) for index in indices]
+    batch = _empty(view, count)
+    for place, (index, rng) in enumerate(zip(indices, generators, strict=True)):
+        _store(batch, place, view.sample(reader.first_whole(index), rng))
+    view.finish(batch, generators)
+    return batch
 
 
-def _uncached(config: PipelineConfig) -> ExampleSource:
+def _reader(config: PipelineConfig) -> ExampleReader:
     _counts(config)
-    return ExampleSource(local_folders(config.shards), config.intensity)
+    return ExampleReader(local_folders(config.shards), config.split)
 
 
 def _counts(config: PipelineConfig) -> list[int]:
     if not config.shards:
         raise InputError("data.shards is empty; name a folder made by `python -m data_pipelines.prepare`")
-    counts = [read_manifest(folder).count for folder in local_folders(config.shards)]
-    for folder, count in zip(config.shards, counts, strict=True):
-        if count == 0:
-            raise InputError(f"shard set {folder} holds no records; prepare it again or leave it out")
-    return counts
+    return split_counts(local_folders(config.shards), config.split)
 
 
 def _order(config: PipelineConfig) -> RecordOrder:
     return RecordOrder(_counts(config), config.weights, config.seed)
 
 
-class _BatchMaker:
+def _empty(view: View, count: int) -> dict[str, np.ndarray]:
+    return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in view.spec.items()}
+
+
+def _store(batch: dict[str, np.ndarray], place: int, sample: dict[str, np.ndarray]) -> None:
+    for name, value in sample.items():
+        batch[name][place] = value
+
+
+class _Maker:
     """Random access to one host's batches by step, as a Grain source. Holds files, not pixels: cheap to pickle."""
 
-    def __init__(self, config: PipelineConfig, process_index: int, process_count: int):
-        self._config, self._order = config, _order(config)
-        self.source = ExampleSource(local_folders(config.shards), config.intensity, config.cache)
-        self._size = config.batch_size // process_count
-        self._offset = process_index * self._size
+    def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
+        if config.batch_size % process_count:
+            raise InputError(
+                f"data.batch_size={config.batch_size} cannot be shared by {process_count} hosts; use a multiple of them"
+            )
+        self.config, self.view, self.reader = config, view, _reader(config)
+        self.size = config.batch_size // process_count
+
+    @property
+    def batch_bytes(self) -> int:
+        return self.size * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.view.spec.values())
+
+
+class _TrainMaker(_Maker):
+    def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
+        super().__init__(config, view, process_index, process_count)
+        self._order = _order(config)
+        self._offset = process_index * self.size
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """`image` (b, H, W, 1) uint8, `ids_keep` (b, K) int32, `corrupt` (b,) int64 (see `ExampleSource.read`)."""
-        config = self._config
-        first = int(step) * config.batch_size + self._offset
-        images = np.empty((self._size, *config.image_size), np.uint8)
-        corrupt = np.empty(self._size, np.int64)
+        """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
+        first = int(step) * self.config.batch_size + self._offset
+        batch = _empty(self.view, self.size) | {"corrupt": np.full(self.size, -1, np.int64)}
         generators = []
-        indices = self._order.indices(first, self._size).tolist()
-        examples = self.source.open_ahead(indices)
-        drawn = [[] if each is None else [self._draw(each, first + place)] for place, each in enumerate(examples)]
+        indices = self._order.indices(first, self.size).tolist()
+        examples = self.reader.ahead(indices)
         for place, index in enumerate(indices):
-            make = functools.partial(self._crop, position=first + place, drawn=drawn[place])
-            (images[place], rng), corrupt[place] = self.source.read(index, make, examples[place])
+            for candidate in self.reader.candidates(index):
+                # Drawn anew for a substitute, which must not depend on how far the damaged one came.
+                rng = sample_generator(self.config, first + place)
+                try:
+                    example = examples[place] if candidate == index else None
+                    _store(batch, place, self.view.sample(example or self.reader[candidate], rng))
+                    break
+                except CorruptExample:
+                    batch["corrupt"][place] = index
+            else:
+                raise self.reader.all_damaged(index)
             generators.append(rng)
-        return {"image": images[..., None], "ids_keep": _visible(images, generators, config.mask), "corrupt": corrupt}
-
-    def _draw(self, example: Record | CachedImage | FreshImage, position: int) -> tuple[np.random.Generator, Box]:
-        """The generator of a sample, and the box of its crop."""
-        rng, config = sample_generator(self._config, position), self._config
-        return rng, crop_box(rng, example.height, example.width, config.scale, config.ratio)
-
-    def _crop(
-        self,
-        example: Record | CachedImage | FreshImage,
-        position: int,
-        drawn: list[tuple[np.random.Generator, Box]],
-    ) -> tuple[np.ndarray, np.random.Generator]:
-        """The augmented crop of an example, `image_size` uint8, and the sample's generator after it.
-
-        `drawn`: holds what `_draw` gave for the sample, or nothing. It is taken out: what stands in for a damaged
-        record must not depend on how far the damaged one came.
-        """
-        config = self._config
-        rng, box = drawn.pop() if drawn else self._draw(example, position)
-        if isinstance(example, Record):
-            larger = box.height >= config.image_size[0] and box.width >= config.image_size[1]
-            image = self.source.image(example, half=config.decoding == "fast" and larger)
-            shrunk = 1 if image.shape == (example.height, example.width) else 2
-            crop = resize_box(image, box, shrunk, config.image_size)
-        else:
-            crop = resize(example.read(box), config.image_size)
-        if config.flip:
-            crop = flip(crop, rng)
-        return infrared_augment(crop, rng, config.augment), rng
+        self.view.finish(batch, generators)
+        return batch
 
 
-def _visible(images: np.ndarray, generators: Sequence[np.random.Generator], mask: MaskConfig) -> np.ndarray:
-    """(B, H, W) uint8 and a generator a sample -> (B, K) int32."""
-    scores = token_scores(images, mask)
-    if mask.selection == "random":
-        return np.stack([select_visible(score, mask, rng) for score, rng in zip(scores, generators, strict=True)])
-    return select_visible(scores, mask)
+class _EvalMaker(_Maker):
+    def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
+        super().__init__(config, view, process_index, process_count)
+        count = len(self.reader)
+        self._share = range(process_index * count // process_count, (process_index + 1) * count // process_count)
+        self._largest_share = -(-count // process_count)
+
+    def __len__(self) -> int:
+        return -(-self._largest_share // self.size)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The view's arrays, `valid` (b,) bool and `index` (b,) int64, -1 for padding."""
+        indices = self._share[step * self.size : (step + 1) * self.size]
+        batch = _empty(self.view, self.size)
+        batch |= {"valid": np.zeros(self.size, np.bool_), "index": np.full(self.size, -1, np.int64)}
+        batch["index"][: len(indices)] = indices
+        generators = [np.random.default_rng([self.config.seed, max(index, 0)]) for index in batch["index"].tolist()]
+        for place, index in enumerate(indices):
+            try:
+                _store(batch, place, self.view.sample(self.reader[index], generators[place]))
+                batch["valid"][place] = True
+            except CorruptExample:
+                continue  # stays zeros and not valid; `EvalBatches` counts it
+        self.view.finish(batch, generators)
+        return batch

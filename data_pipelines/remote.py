@@ -8,6 +8,7 @@ installed). Mounted paths are read in place.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 import fsspec
 
 from data_pipelines.errors import InputError
-from data_pipelines.records import MANIFEST_NAME, Shard, describe_shard, read_manifest
+from data_pipelines.shards import MANIFEST_NAME, Shard, describe_shard, read_manifest
 
 CACHE_VARIABLE = "INFMAE_CACHE"
 DEFAULT_CACHE = "~/.cache/infmae"
@@ -28,7 +29,8 @@ def local_folders(folders: Sequence[str]) -> tuple[str, ...]:
     """Local folders with the content of shard sets; those that are no URLs are returned as they are.
 
     Copies are kept in the folder named by the environment variable INFMAE_CACHE (default ~/.cache/infmae), under the
-    set's fingerprint, so that a changed set is copied anew and an unchanged one never again.
+    digest of the manifest, so that a changed set is copied anew and an unchanged one never again. Nothing is written
+    outside of that folder, whatever the manifest says.
 
     Raises:
       InputError: the URL cannot be read, or what arrives differs from the manifest's digests.
@@ -48,8 +50,8 @@ def _copy_of(url: str) -> str:
             raise InputError(f"{url} is not a shard set (no {MANIFEST_NAME} in it): check the URL") from None
         except (ImportError, ValueError, OSError) as error:
             raise InputError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
-        manifest = read_manifest(arriving)
-        final = cache / manifest.fingerprint
+        manifest = read_manifest(arriving)  # checked whole before anything that it names is written
+        final = cache / hashlib.sha256(Path(arriving, MANIFEST_NAME).read_bytes()).hexdigest()
         if not final.exists():
             for shard in manifest.shards:
                 _fetch(store, root, shard, arriving, url)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines import masking
-from data_pipelines.augment import center_crop_resize
+from data_pipelines.transforms import center_crop_resize
 from data_pipelines.commands import run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
@@ -79,7 +79,7 @@ def reconstruct(
     ]
     pred = np.concatenate([np.asarray(pred, np.float32) for pred, _ in results])
     pictures.reconstruction_panel(
-        inputs, ids_keep, pred, scores, restored.model.norm_pix_loss, output, colormap, restored.mask.patch
+        inputs, ids_keep, pred, scores, restored.model.norm_pix_loss, output, colormap
     )
     return [float(loss) for _, loss in results]
 

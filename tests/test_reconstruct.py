@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import augment, masking
+from data_pipelines import masking, transforms
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import generate_scene
 from infmae_jax import pictures
@@ -79,7 +79,7 @@ def test_losses_are_the_models_own(run, image_files, tmp_path):
     for view in ("crop", "stretch"):
         losses = reconstruct(run, image_files[:2], tmp_path / "p.png", view=view)
         for path, loss in zip(image_files, losses, strict=False):
-            image = augment.center_crop_resize(np.asarray(Image.open(path)), SIZE, stretch=view == "stretch")[None]
+            image = transforms.center_crop_resize(np.asarray(Image.open(path)), SIZE, stretch=view == "stretch")[None]
             ids_keep = masking.select_visible(masking.token_scores(image, restored.mask), restored.mask)
             assert loss == pytest.approx(float(loss_of(image[..., None], ids_keep)), rel=1e-5)
 

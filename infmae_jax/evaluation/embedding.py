@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from data_pipelines.augment import center_crop_resize
+from data_pipelines.transforms import center_crop_resize
 from infmae_jax.evaluation.encoder import FrozenEncoder, load_encoder
 from infmae_jax.evaluation.features import encode, images_at_once
 

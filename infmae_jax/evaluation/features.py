@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.augment import center_crop_resize, random_resized_crop
+from data_pipelines.transforms import center_crop_resize, random_resized_crop
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation.encoder import FrozenEncoder

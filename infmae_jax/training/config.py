@@ -183,7 +183,7 @@ class PretrainConfig:
 # Keys that do not change what a run computes; all others must stay as they are when a run is resumed. Shard sets may
 # move: their fingerprints are compared.
 FREE_KEYS = (
-    "data.shards", "data.workers", "data.threads", "data.prefetch", "data.cache", "data.max_corrupt", "mesh.",
+    "data.shards", "data.workers", "data.threads", "data.prefetch", "data.max_corrupt", "mesh.",
     "log_every", "checkpoint_every", "picture_every", "keep_", "on_save_failure", "colormap", "compilation_cache",
     "distributed.", "observe.",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from infmae_jax.training.record import package_versions
 # How JAX calls the ways in which it finds out about a job.
 _DETECTION = {"tpu": ("gketpu", "gcetpu"), "slurm": ("slurm",), "open_mpi": ("ompi",)}
 METHODS = ("none", *_DETECTION, "addresses")
-_LOCAL_KEYS = ("distributed.", "data.shards", "data.workers", "data.threads", "data.cache", "compilation_cache")
+_LOCAL_KEYS = ("distributed.", "data.shards", "data.workers", "data.threads", "compilation_cache")
 
 
 class Alone:

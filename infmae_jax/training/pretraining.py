@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines import masking, pipeline, records
+from data_pipelines import masking, pipeline, shards
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
 from infmae_jax.models import patches
@@ -41,7 +41,7 @@ class PretrainTask:
         }
         self.data_record = {
             "images": self.num_examples,
-            "fingerprints": [records.read_manifest(folder).fingerprint for folder in local_folders(data.shards)],
+            "fingerprints": [shards.read_manifest(folder).fingerprint for folder in local_folders(data.shards)],
         }
 
     def init(self, key: jax.Array) -> Any:

@@ -1,4 +1,4 @@
-"""Small shard sets for tests: smooth noise as gray JPEG and PNG records, damaged where asked."""
+"""Small shard sets for tests: smooth noise as gray JPEG and PNG examples, damaged where asked."""
 
 import dataclasses
 import io
@@ -8,14 +8,8 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from data_pipelines.records import (
-    Manifest,
-    Record,
-    encode_record,
-    fingerprint_shards,
-    write_manifest,
-    write_shard,
-)
+from data_pipelines.examples import Example, encode_example
+from data_pipelines.shards import Manifest, fingerprint_splits, make_split, write_manifest, write_shard
 
 
 def make_image(seed, height=60, width=80):
@@ -25,36 +19,44 @@ def make_image(seed, height=60, width=80):
     return np.clip(np.asarray(coarse) + rng.normal(0, 9, (height, width)), 0, 255).astype(np.uint8)
 
 
-def make_record(key, image, encoding="jpeg"):
+def make_example(key, image, encoding="jpeg"):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, encoding)
     depth = 8 * image.dtype.itemsize
-    return Record(key, buffer.getvalue(), encoding, *image.shape, depth, {})
+    return Example(key, buffer.getvalue(), encoding, *image.shape, depth, {})
 
 
-def truncated(record):
-    """The record with the second half of its image gone: its header is whole, its image does not decode."""
-    return dataclasses.replace(record, payload=record.payload[: len(record.payload) // 2])
+def truncated(example):
+    """The example with the second half of its image gone: its header is whole, its image does not decode."""
+    return dataclasses.replace(example, image=example.image[: len(example.image) // 2])
 
 
-def write_set(folder, records, shards=2):
-    """Writes a shard set and returns its folder as text."""
+def write_splits(folder, splits, shards=2, classes=None):
+    """Writes examples by split and returns the folder as text."""
     os.makedirs(folder, exist_ok=True)
-    written = [
-        write_shard(folder / f"data-{k}.array_record", [encode_record(r) for r in records[k::shards]])
-        for k in range(shards)
-    ]
-    sizes = dict(Counter(f"{record.width}x{record.height}" for record in records))
-    depths = dict(Counter(str(record.bit_depth) for record in records))
-    write_manifest(
-        folder, Manifest(len(records), tuple(written), sizes, depths, 0.4, 0.2, 6.5, fingerprint_shards(written))
-    )
+    written = {
+        name: make_split(
+            write_shard(folder / f"{name}-{k}.array_record", map(encode_example, examples[k::shards]))
+            for k in range(shards)
+        )
+        for name, examples in splits.items()
+    }
+    everything = [example for examples in splits.values() for example in examples]
+    sizes = dict(Counter(f"{example.width}x{example.height}" for example in everything))
+    depths = dict(Counter(str(example.bit_depth) for example in everything))
+    fingerprint = fingerprint_splits(written)
+    write_manifest(folder, Manifest(written, classes or {}, sizes, depths, 0.4, 0.2, 6.5, fingerprint))
     return str(folder)
 
 
+def write_set(folder, examples, shards=2):
+    """Writes a set of one split and returns its folder as text."""
+    return write_splits(folder, {"train": examples}, shards)
+
+
 def make_set(folder, count, damaged=(), name="image", **size):
-    """A set of `count` records `image00`, ..., those at `damaged` truncated."""
-    records = [
-        make_record(f"{name}{i:02d}", make_image(i, **size), "png" if i % 5 == 0 else "jpeg") for i in range(count)
+    """A set of `count` examples `image00`, ..., those at `damaged` truncated."""
+    examples = [
+        make_example(f"{name}{i:02d}", make_image(i, **size), "png" if i % 5 == 0 else "jpeg") for i in range(count)
     ]
-    return write_set(folder, [truncated(r) if i in damaged else r for i, r in enumerate(records)])
+    return write_set(folder, [truncated(r) if i in damaged else r for i, r in enumerate(examples)])

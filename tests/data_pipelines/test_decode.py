@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
 from data_pipelines import radiometric
-from data_pipelines.decode import (
-    REFUSALS,
-    ImageRefused,
-    decode_image,
-    decode_record_pixels,
-    encode_png,
-    make_record,
-    read_image_file,
-)
+from data_pipelines.decode import REFUSALS, ImageRefused, decode_image, encode_png, make_example, read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.records import CorruptRecord, Record, decode_record, encode_record, source_units
+from data_pipelines.examples import CorruptExample, Example, decode_example, decode_pixels, encode_example, source_units
 from tests.data_pipelines.damaged import DEEP, GRAY, RAMP, damaged_files, saved
 
 
@@ -53,8 +45,8 @@ def test_gray_jpeg_is_what_pillow_reads_and_is_stored_as_it_is(options):
     data = saved(Image.fromarray(RAMP), "JPEG", **options)
     image = decode_image(data)
     np.testing.assert_array_equal(image.pixels, np.asarray(Image.open(io.BytesIO(data))))
-    record = make_record("a.jpg", data, image)
-    assert image.verbatim and record.payload == data and record.encoding == "jpeg"
+    record = make_example("a.jpg", data, image)
+    assert image.verbatim and record.image == data and record.encoding == "jpeg"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -62,9 +54,9 @@ def test_16_bit_is_bit_identical_through_the_record(kind):
     data = saved(Image.fromarray(DEEP), kind)
     image = decode_image(data)
     assert image.pixels.dtype == np.uint16
-    record = decode_record(encode_record(make_record("a", data, image)))
+    record = decode_example(encode_example(make_example("a", data, image)))
     assert record.bit_depth == 16
-    np.testing.assert_array_equal(decode_record_pixels(record), DEEP)
+    np.testing.assert_array_equal(decode_pixels(record), DEEP)
 
 
 @pytest.mark.parametrize("order", ["II", "MM"])
@@ -217,12 +209,12 @@ def test_damaged_jpeg_data_are_refused():
 
 
 def test_record_that_contradicts_its_payload_is_corrupt():
-    with pytest.raises(CorruptRecord, match="key: stored as 41x24"):
-        decode_record_pixels(Record("key", encode_png(GRAY), "png", 24, 41, 8))
-    with pytest.raises(CorruptRecord, match="of 16 bit"):
-        decode_record_pixels(Record("key", encode_png(GRAY), "png", 24, 40, 16))
-    with pytest.raises(CorruptRecord, match="does not decode"):
-        decode_record_pixels(Record("key", JPEG[:-30], "jpeg", 24, 40, 8))
+    with pytest.raises(CorruptExample, match="key: stored as 41x24"):
+        decode_pixels(Example("key", encode_png(GRAY), "png", 24, 41, 8))
+    with pytest.raises(CorruptExample, match="of 16 bit"):
+        decode_pixels(Example("key", encode_png(GRAY), "png", 24, 40, 16))
+    with pytest.raises(CorruptExample, match="does not decode"):
+        decode_pixels(Example("key", JPEG[:-30], "jpeg", 24, 40, 8))
 
 
 def test_read_image_file_names_the_file(tmp_path):
@@ -279,5 +271,5 @@ def test_damaged_files_are_decoded_or_refused(data):
         return
     assert image.pixels.ndim == 2 and image.pixels.dtype in (np.uint8, np.uint16)
     assert image.pixels.size <= 1 << 20
-    record = decode_record(encode_record(make_record("key", data, image)))
-    np.testing.assert_array_equal(decode_record_pixels(record), image.pixels)
+    record = decode_example(encode_example(make_example("key", data, image)))
+    np.testing.assert_array_equal(decode_pixels(record), image.pixels)

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from data_pipelines.augment import MEAN, STD
+from data_pipelines.transforms import MEAN, STD
 from data_pipelines.errors import InputError
 from data_pipelines.masking import (
     MaskConfig,

@@ -51,9 +51,9 @@ def test_a_set_is_copied_once_and_again_when_it_changes(store, tmp_path):
 
 def test_damage_on_the_way_is_refused_and_leaves_nothing(store):
     url, _, cache = store
-    with fsspec.filesystem("memory").open("/bucket/set/data-0.array_record", "r+b") as file:
+    with fsspec.filesystem("memory").open("/bucket/set/train-0.array_record", "r+b") as file:
         file.write(b"damage")
-    with pytest.raises(InputError, match=r"data-0\.array_record differs"):
+    with pytest.raises(InputError, match=r"train-0\.array_record differs"):
         local_folders([url])
     assert os.listdir(cache) == []
 

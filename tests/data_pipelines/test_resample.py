@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.augment import crop_box
+from data_pipelines.transforms import draw_crop
 from data_pipelines.resample import resize
 
 sides = st.integers(1, 90)
@@ -161,6 +161,6 @@ def test_crops_of_real_images_are_within_one_level_of_pillow(shared_folder):
     rng = np.random.default_rng(0)
     for path in sorted((shared_folder / "data").glob("*/images/val/*.jpg"))[::40]:
         image = np.asarray(Image.open(path).convert("L"))
-        crop = crop_box(rng, *image.shape).of(image)
+        crop = draw_crop(rng, *image.shape).of(image)
         ours = resize(crop, (224, 224))
         assert _difference(ours, _pillow_resize(crop, 224, 224)).max() <= 1

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from data_pipelines import scaling, throughput
-from data_pipelines.augment import MEAN, STD, crop_box
+from data_pipelines.transforms import MEAN, STD, draw_crop
 from data_pipelines.errors import InputError
-from tests.data_pipelines.shard_sets import make_image, make_record, make_set, write_set
+from tests.data_pipelines.shard_sets import make_image, make_example, make_set, write_set
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_classic_batch_is_torchvisions_recipe():
     assert batch.shape == (3, 3, 96, 64) and batch.dtype == np.float32
     rng = np.random.default_rng(0)
     for sample in batch:
-        crop = Image.fromarray(crop_box(rng, 200, 240).of(image)).resize((64, 96), Image.Resampling.BICUBIC)
+        crop = Image.fromarray(draw_crop(rng, 200, 240).of(image)).resize((64, 96), Image.Resampling.BICUBIC)
         expected = (np.asarray(crop, np.float64) / 255 - MEAN) / STD
         if rng.random() < 0.5:
             expected = expected[:, ::-1]
@@ -63,6 +63,6 @@ def test_classic_batch_is_torchvisions_recipe():
 
 
 def test_sets_too_small_to_measure_are_refused(tmp_path):
-    shards = write_set(tmp_path / "one", [make_record("only", make_image(0))], shards=1)
+    shards = write_set(tmp_path / "one", [make_example("only", make_image(0))], shards=1)
     with pytest.raises(InputError, match="too few"):
         throughput.run([shards])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.augment import resize
+from data_pipelines.transforms import resize
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation import features as module
 from infmae_jax.evaluation.encoder import untrained_encoder

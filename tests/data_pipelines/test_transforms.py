@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.augment import (
-    Box,
+from data_pipelines.transforms import (
+    Crop,
+    Geometry,
     InfraredAugment,
     center_crop_resize,
-    crop_box,
-    flip,
+    draw_crop,
     infrared_augment,
     random_resized_crop,
     resize,
-    resize_box,
 )
 from data_pipelines.errors import InputError
 
@@ -31,7 +30,7 @@ def _noise(height, width, seed=0):
 @hypothesis.given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
 @hypothesis.settings(max_examples=60, deadline=None)
 def test_boxes_lie_inside(height, width, seed):
-    box = crop_box(np.random.default_rng(seed), height, width)
+    box = draw_crop(np.random.default_rng(seed), height, width)
     assert box.height >= 1 and box.width >= 1
     assert 0 <= box.top and box.top + box.height <= height
     assert 0 <= box.left and box.left + box.width <= width
@@ -40,7 +39,7 @@ def test_boxes_lie_inside(height, width, seed):
 def test_boxes_follow_the_definition():
     """On a huge image no box is refused for the ratio alone, so the drawn shares and ratios are the stated ones."""
     rng = np.random.default_rng(0)
-    boxes = [crop_box(rng, 4000, 4000, (0.1, 0.5), (0.5, 2.0)) for _ in range(20000)]
+    boxes = [draw_crop(rng, 4000, 4000, (0.1, 0.5), (0.5, 2.0)) for _ in range(20000)]
     areas = np.array([box.height * box.width / 4000**2 for box in boxes])
     log_ratios = np.log([box.width / box.height for box in boxes])
     quantiles = np.linspace(0.05, 0.95, 19)
@@ -63,7 +62,7 @@ def _slow_box(rng, height, width):
 
 def test_sizes_on_a_camera_frame_are_distributed_as_defined():
     ours, theirs = np.random.default_rng(1), np.random.default_rng(2)
-    boxes = np.array([(box.height, box.width) for box in (crop_box(ours, 512, 640) for _ in range(20000))])
+    boxes = np.array([(box.height, box.width) for box in (draw_crop(ours, 512, 640) for _ in range(20000))])
     expected = np.array([_slow_box(theirs, 512, 640) for _ in range(20000)])
     quantiles = np.linspace(0.05, 0.95, 10)
     for axis in (0, 1):
@@ -74,7 +73,7 @@ def test_sizes_on_a_camera_frame_are_distributed_as_defined():
 
 @pytest.mark.parametrize("height,width,expected", [(10, 1000, (10, 13)), (1000, 10, (13, 10)), (1, 1, (1, 1))])
 def test_images_too_long_for_any_box_give_the_centre(height, width, expected):
-    box = crop_box(np.random.default_rng(0), height, width, (0.9, 1.0))
+    box = draw_crop(np.random.default_rng(0), height, width, (0.9, 1.0))
     assert (box.height, box.width) == expected
     assert (box.top, box.left) == ((height - expected[0]) // 2, (width - expected[1]) // 2)
 
@@ -83,17 +82,16 @@ def test_crops_are_the_resized_box_and_repeat_with_the_generator():
     image = _noise(100, 130)
     crops = [random_resized_crop(image, np.random.default_rng(7), (32, 48)) for _ in range(2)]
     np.testing.assert_array_equal(*crops)
-    box = crop_box(np.random.default_rng(7), 100, 130)
+    box = draw_crop(np.random.default_rng(7), 100, 130)
     np.testing.assert_array_equal(crops[0], resize(box.of(image), (32, 48)))
     assert crops[0].shape == (32, 48)
 
 
 def test_flip_mirrors_half_of_the_time():
-    image, rng = _noise(4, 6), np.random.default_rng(0)
-    flipped = [bool((flip(image, rng) != image).any()) for _ in range(2000)]
-    assert 900 < sum(flipped) < 1100
-    mirrored = next(result for result in (flip(image, rng) for _ in range(50)) if (result != image).any())
-    np.testing.assert_array_equal(mirrored, np.fliplr(image))
+    rng = np.random.default_rng(0)
+    drawn = [Geometry.random(rng, 40, 60, (16, 16)) for _ in range(2000)]
+    assert 900 < sum(each.mirrored for each in drawn) < 1100
+    assert not any(Geometry.random(rng, 40, 60, (16, 16), flip=False).mirrored for _ in range(20))
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (80, 60), (20, 300), (512, 640)])
@@ -188,15 +186,4 @@ def test_unusable_strengths_are_named(bad):
 
 def test_box_selects_the_stated_pixels():
     image = _noise(9, 9)
-    np.testing.assert_array_equal(Box(1, 2, 3, 4).of(image), image[1:4, 2:6])
-
-
-@pytest.mark.parametrize("box", [Box(0, 0, 100, 130), Box(31, 17, 60, 81), Box(41, 50, 59, 80)])
-def test_boxes_of_half_sized_images_show_the_same_place(box):
-    rows, columns = np.mgrid[:100, :130]
-    smooth = (128 + 60 * np.sin(rows / 9) + 60 * np.cos(columns / 11)).astype(np.uint8)
-    half = smooth.reshape(50, 2, 65, 2).mean((1, 3)).round().astype(np.uint8)
-    whole = resize_box(smooth, box, 1, (32, 32)).astype(int)
-    np.testing.assert_array_equal(whole, resize(box.of(smooth), (32, 32)))
-    # A quarter of a pixel's shift would already differ by 3 on these slopes.
-    assert np.abs(resize_box(half, box, 2, (32, 32)) - whole).max() <= 2
+    np.testing.assert_array_equal(Crop(1, 2, 3, 4).of(image), image[1:4, 2:6])
