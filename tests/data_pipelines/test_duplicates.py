@@ -49,7 +49,11 @@ def test_anchor_rule_against_slow_reference(seed, count, clusters):
     codes, features = clustered_prints(seed, count, clusters)
     rule = DuplicateRule(radius=12, threshold=0.9)
     found = find_near_duplicates(codes, features, rule)
-    assert {item.index: item.anchor for item in found} == slow_anchor_rule(codes, features, rule)
+    slow = slow_anchor_rule(codes, features, rule)
+    assert [item.index for item in found] == sorted(slow)
+    for item in found:  # equally similar anchors differ in the last bit, by the order of the sum
+        best = float(features[item.index].astype(np.float32) @ features[slow[item.index]].astype(np.float32))
+        assert item.anchor == slow[item.index] or abs(item.similarity - min(best, 1.0)) < 2e-6
     assert not {item.index for item in found} & {item.anchor for item in found}
 
 
