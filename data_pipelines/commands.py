@@ -26,7 +26,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066
 
 
 def printable(text: str) -> str:
-    """Text from a file or its name, safe to show: control characters as `\\x1b` or `\\u202e`, stray bytes as `\\xe9`."""
+    """Text from a file or its name, safe to show: control characters as `\\x1b` or `\\u202e`, stray bytes `\\xe9`."""
 
     def escape(found: re.Match) -> str:
         code = ord(found[0])

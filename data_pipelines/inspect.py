@@ -83,23 +83,24 @@ def describe(folder: str, local: str | os.PathLike) -> list[str]:
 
 def _describe_labels(manifest: Manifest, local: str | os.PathLike, split: str) -> list[str]:
     """Lines about the share of each class in a split, of at most `LABEL_SAMPLES` examples evenly over it."""
-    counts = {name: np.zeros(max(IGNORE + 1, len(names)), np.int64) for name, names in manifest.classes.items()}
+    counts = {name: Counter() for name in manifest.classes}
     reader = ExampleReader([local], split)
     chosen = np.unique(np.linspace(0, len(reader) - 1, min(LABEL_SAMPLES, len(reader))).round().astype(int))
     for example in (example for example in reader.ahead(chosen.tolist()) if example is not None):
-        for name, count in counts.items():
-            if name == "mask" and example.mask is not None:
-                count += np.bincount(decode_mask(example).ravel(), minlength=len(count))
-            elif name == "objects" and example.objects is not None:
-                np.add.at(count, example.objects.classes, 1)
-            elif name in example.labels:
-                count[example.labels[name]] += 1
+        found = dict(example.labels)
+        if example.mask is not None:
+            found["mask"] = decode_mask(example)
+        if example.objects is not None:
+            found["objects"] = example.objects.classes
+        for name in found.keys() & counts.keys():
+            values, numbers = np.unique(found[name], return_counts=True)
+            counts[name].update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     lines = [f"  {split}: labels of {len(chosen)} of {len(reader)} images"]
     for name, names in manifest.classes.items():
-        total, unit = max(counts[name].sum(), 1), {"mask": "pixels", "objects": "boxes"}.get(name, "images")
-        listed = [f"{text} {count / total:.1%}" for text, count in zip(names, counts[name], strict=False)]
-        ignored = f", ignored {counts[name][IGNORE] / total:.1%}" if name == "mask" else ""
-        lines.append(f"    {name}: {', '.join(listed)}{ignored} of {counts[name].sum()} {unit}")
+        total, unit = counts[name].total(), {"mask": "pixels", "objects": "boxes"}.get(name, "images")
+        shown = [*enumerate(names), (IGNORE, "ignored")] if name == "mask" else enumerate(names)
+        listed = ", ".join(f"{text} {counts[name][number] / max(total, 1):.1%}" for number, text in shown)
+        lines.append(f"    {name}: {listed} of {total} {unit}")
     return lines
 
 
@@ -137,7 +138,7 @@ def describe_samples(samples: Sequence[Sample], config: PipelineConfig) -> list[
 
 
 def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Image:
-    """One row per sample: stored image with labels and box, crop, token scores with kept ones framed, visible tokens."""
+    """One row per sample: stored image with labels and box, crop, token scores with the kept framed, visible tokens."""
     height, width = config.image_size
     stored_width = max(round(sample.stored.shape[1] * height / sample.stored.shape[0]) for sample in samples)
     stored_width = min(stored_width, 2 * width)

@@ -8,7 +8,7 @@ from absl import flags
 
 import data_pipelines.builders  # noqa: F401  registers the builders
 from data_pipelines.builders.build import build
-from data_pipelines.commands import run_command
+from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.prepare.results import REJECTED_NAME
 
@@ -30,7 +30,9 @@ def main(argv: Sequence[str]) -> None:
     rejected = ", ".join(f"{reason} {count}" for reason, count in built.rejected.items())
     for what, count in built.notes.items():
         print(f"{what}: {count}")
-    print(f"{built.folder}: {counts}" + (f"; left out: {rejected} ({REJECTED_NAME})" if rejected else ""))
+    print(
+        f"{printable(str(built.folder))}: {counts}" + (f"; left out: {rejected} ({REJECTED_NAME})" if rejected else "")
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ from etils import epath
 from data_pipelines.builders.common import InfraredBuilder, source_name
 from data_pipelines.errors import InputError
 from data_pipelines.files import local_path
-from data_pipelines.shards import MANIFEST_NAME, read_manifest
+from data_pipelines.shards import MANIFEST_NAME, WRITE_FAILED, read_manifest
+
+_DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +111,12 @@ def _generate(builder: InfraredBuilder, source: Path, beam_options: Sequence[str
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake in a chain of exceptions: TFDS and Beam raise their own around it."""
+    """The user's mistake or a full disk in a chain of exceptions: TFDS and Beam raise their own around it."""
     while error is not None:
         if isinstance(error, InputError):
             return error
+        if (isinstance(error, OSError) and error.errno in _DISK_ERRORS) or WRITE_FAILED in str(error):
+            reason = " ".join(str(error).split(";")[0].split())
+            return InputError(f"the data set cannot be written ({reason}): choose another --data_dir or free space")
         error = error.__cause__ or error.__context__
     return None

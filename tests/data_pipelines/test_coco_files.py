@@ -1,4 +1,4 @@
-"""COCO files as they come: every mistake is one line that names the entry, every certain difference of grids is applied."""
+"""COCO files as they come: a mistake is one line that names the entry, a certain difference of grids is applied."""
 
 import copy
 import json

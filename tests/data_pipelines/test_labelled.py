@@ -1,6 +1,7 @@
 """Label tables and synthetic scenes as shards: every label arrives, every mistake in a table is one line."""
 
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_mask, decode_pixels
 from data_pipelines.prepare import prepare_table
 from data_pipelines.shards import ShardReader, read_manifest, verify_shards
-from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, SURFACES, generate_scene, write_shards
+from data_pipelines.synthetic import (
+    CATEGORIES,
+    SCENE_CLASSES,
+    SURFACES,
+    generate_scene,
+    write_dataset,
+    write_shards,
+)
 
 
 @pytest.fixture
@@ -57,7 +65,10 @@ def test_several_label_columns_have_their_own_names(images):
     manifest = prepare_table(table, ["kind", "time"], images / "out", progress=False)
     assert manifest.classes == {"kind": ("2", "9", "10"), "time": ("day", "night")}
     # Rows 6 and 7: "10", "9" of kind; "night", "day" of time.
-    assert [example.labels for example in stored(images / "out", "val")] == [{"kind": 2, "time": 1}, {"kind": 1, "time": 0}]
+    assert [example.labels for example in stored(images / "out", "val")] == [
+        {"kind": 2, "time": 1},
+        {"kind": 1, "time": 0},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -122,3 +133,17 @@ def test_synthetic_shards_hold_all_labels_of_the_scenes(tmp_path, mask):
             np.testing.assert_allclose(example.objects.boxes, np.array(corners).reshape(-1, 4), atol=1e-4)
             assert [CATEGORIES[n] for n in example.objects.classes] == [b.category for b in scene.boxes]
     assert seen == set(range(18))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """A limit of file sizes stands for it: the same error of the same call."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for write in (write_shards, write_dataset):
+            with pytest.raises(InputError, match="cannot be written .*File too large") as caught:
+                write(tmp_path / "set", 6)
+            assert "\n" not in str(caught.value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import InputError
-from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.shards import ShardReader, read_manifest, verify_shards
 
 REPOSITORY = Path(__file__).parents[2]

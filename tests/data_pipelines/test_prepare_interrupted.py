@@ -12,9 +12,9 @@ from PIL import Image
 
 from data_pipelines.decode import REFUSALS
 from data_pipelines.errors import InputError
+from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.prepare.collect import examine_part
-from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.shards import ShardReader
 from data_pipelines.workers import worker_pool
 from tests.data_pipelines.damaged import SEEDS
@@ -34,7 +34,9 @@ def test_killed_runs_continue_to_identical_shards(tmp_path):
     prepare([tmp_path / "in"], tmp_path / "whole", config, workers=0, progress=False)
     output = tmp_path / "in" / "killed"
     for parts in (1, 3):
-        process = start_prepare(f"--input={tmp_path / 'in'}", "--workers=2", "--shard_bytes=100000", f"--output={output}")
+        process = start_prepare(
+            f"--input={tmp_path / 'in'}", "--workers=2", "--shard_bytes=100000", f"--output={output}"
+        )
         deadline = time.monotonic() + 120
         while len(list(output.with_name("killed.partial").glob("parts/part-*.json"))) < parts:
             assert process.poll() is None and time.monotonic() < deadline
