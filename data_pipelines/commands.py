@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import faulthandler
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tqdm
 from absl import app, flags, logging
@@ -19,6 +20,26 @@ EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command a
 EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
 
 _PLAIN_INTERVAL_SECONDS = 15.0  # between progress lines where there is no terminal
+# C0 and C1 controls, marks that turn the direction of writing, line separators: what a terminal or editor obeys; and
+# the surrogates that stand for undecodable bytes of a file name.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text from a file or its name, safe to show: control characters as `\\x1b` or `\\u202e`, stray bytes `\\xe9`."""
+
+    def escape(found: re.Match) -> str:
+        code = ord(found[0])
+        code -= 0xDC00 if 0xDC80 <= code <= 0xDCFF else 0
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _CONTROLS.sub(escape, text)
+
+
+def csv_cell(value: Any) -> str:
+    """The text of a CSV cell that spreadsheets show instead of computing it: `=1+1` becomes `'=1+1`."""
+    text = printable(str(value))
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def progress_bar(description: str, total: int, unit: str, done: int = 0, active: bool = True) -> tqdm.tqdm:
@@ -61,7 +82,7 @@ def run_command(
             return step()
         except Exception as error:  # config files are code: whatever they raise is the user's to mend
             lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
-            print(f"error: {lines[-1] if lines else type(error).__name__}", file=sys.stderr)
+            print(f"error: {printable(lines[-1]) if lines else type(error).__name__}", file=sys.stderr)
             raise SystemExit(InputError.exit_code) from None
 
     def parse(arguments: list[str]) -> list[str]:
@@ -73,7 +94,7 @@ def run_command(
         try:
             return main(args)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from data_pipelines.errors import InputError
 
 
 @contextlib.contextmanager
@@ -33,3 +36,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def local_path(given: str | os.PathLike, what: str) -> str:
+    """The absolute path of a local file or folder, `~` expanded; `what` names it in the message.
+
+    Raises:
+      InputError: it is a URL, which would become a folder of that name.
+    """
+    given = os.fspath(given)
+    if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:/)", given):
+        raise InputError(f"{what} {given}: {scheme[0]}:// is not supported here, name a local path and copy the files")
+    return os.path.abspath(os.path.expanduser(given))

@@ -1,38 +1,41 @@
 """Shows what a shard set holds and what the model gets to see of it.
 
-    python -m data_pipelines.inspect SHARDS [SHARDS ...] [--output=samples.png] [--samples=6] [--score=gray_mean] ...
+    python -m data_pipelines.inspect SHARDS [SHARDS ...] [--split=train] [--output=samples.png] [--samples=6] ...
 
-Prints the manifest and statistics of training samples, and writes a picture with one row a sample: the stored image
-with the box of the random crop; the crop; the score of every token (dark low, bright high) with the kept ones framed;
-what the encoder sees.
+Prints the manifest, the share of each class and statistics of training samples, and draws one row per sample: the
+stored image with its labels in colour and the box of the random crop; the crop; the score of every token (dark low,
+bright high) with the kept ones framed; what the encoder sees.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
-from data_pipelines.examples import decode_pixels
+from data_pipelines.examples import IGNORE, CorruptExample, Example, decode_mask, decode_pixels
+from data_pipelines.files import atomic_write, local_path
 from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
 from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.shards import read_manifest, verify_shards
-from data_pipelines.transforms import MEAN, STD, Crop, draw_crop, resize
+from data_pipelines.shards import Manifest, read_manifest, verify_shards
+from data_pipelines.transforms import MEAN, STD, Crop, draw_crop
 
+COLOURS = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180), (70, 240, 240), (240, 50, 230),
+           (210, 245, 60), (0, 128, 128), (170, 110, 40), (128, 128, 0))  # fmt: skip
 FRAME = (255, 140, 0)
 MASKED_GRAY = 60
-GAP = 6
-CAPTION = 16
+GAP, CAPTION = 6, 16
 STATISTICS_SAMPLES = 64
+LABEL_SAMPLES = 500  # read of each split for the shares of classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,43 +43,64 @@ class Sample:
     """A training sample and where it comes from.
 
     Attributes:
-      key: of its record.
+      example: what it was cut from. key: its name.
       stored: (H, W) uint8, the whole image.
       box: of the crop.
       crop: uint8, as the model gets it (flipped and augmented).
       ids_keep: (K,) int32.
     """
 
-    key: str
+    example: Example
     stored: np.ndarray
     box: Crop
     crop: np.ndarray
     ids_keep: np.ndarray
 
+    @property
+    def key(self) -> str:
+        return self.example.key
 
-def describe(folders: Sequence[str]) -> list[str]:
-    """Lines about the manifests of shard sets.
 
-    Raises:
-      InputError: a folder is no shard set.
-    """
-    lines = []
-    for folder, local in zip(folders, local_folders(folders), strict=True):
-        manifest = read_manifest(local)
-        size = sum(shard.bytes for shard in manifest.shards)
-        common = sorted(manifest.sizes.items(), key=lambda item: (-item[1], item[0]))
-        sizes = ", ".join(f"{name} ({count})" for name, count in common[:5])
-        more = f" and {len(common) - 5} more" if len(common) > 5 else ""
-        depths = ", ".join(f"{depth} bit ({count})" for depth, count in sorted(manifest.bit_depths.items()))
-        lines += [
-            f"{folder}",
-            f"  records      {manifest.count} in {len(manifest.shards)} shards, {size / 1e6:.1f} MB",
-            f"  sizes        {sizes}{more}",
-            f"  depths       {depths}",
-            f"  pixels       mean {manifest.mean:.3f}, std {manifest.std:.3f} (normalised by {MEAN:.3f}, {STD:.3f})",
-            f"  entropy      {manifest.entropy:.2f} bit an image",
-            f"  fingerprint  {manifest.fingerprint[:16]}",
-        ]
+def describe(folder: str, local: str | os.PathLike) -> list[str]:
+    """Lines about a shard set, of which `local` is a local copy."""
+    manifest = read_manifest(local)
+    size = sum(shard.bytes for shard in manifest.shards)
+    common = [f"{name} ({count})" for name, count in Counter(manifest.sizes).most_common(5)]
+    depths = ", ".join(f"{depth} bit ({count})" for depth, count in sorted(manifest.bit_depths.items()))
+    more = len(manifest.sizes) - len(common)
+    return [
+        f"{folder}",
+        f"  records      {manifest.count} in {len(manifest.shards)} shards, {size / 1e6:.1f} MB",
+        f"  splits       {', '.join(f'{name} ({split.count})' for name, split in manifest.splits.items())}",
+        f"  sizes        {', '.join(common)}{f' and {more} more' if more else ''}",
+        f"  depths       {depths}",
+        f"  pixels       mean {manifest.mean:.3f}, std {manifest.std:.3f} (normalised by {MEAN:.3f}, {STD:.3f})",
+        f"  entropy      {manifest.entropy:.2f} bit per image",
+        f"  fingerprint  {manifest.fingerprint[:16]}",
+        *(line for split in manifest.splits if manifest.classes for line in _describe_labels(manifest, local, split)),
+    ]
+
+
+def _describe_labels(manifest: Manifest, local: str | os.PathLike, split: str) -> list[str]:
+    """Lines about the share of each class in a split, of at most `LABEL_SAMPLES` examples evenly over it."""
+    counts = {name: Counter() for name in manifest.classes}
+    reader = ExampleReader([local], split)
+    chosen = np.unique(np.linspace(0, len(reader) - 1, min(LABEL_SAMPLES, len(reader))).round().astype(int))
+    for example in (example for example in reader.ahead(chosen.tolist()) if example is not None):
+        found = dict(example.labels)
+        if example.mask is not None:
+            found["mask"] = decode_mask(example)
+        if example.objects is not None:
+            found["objects"] = example.objects.classes
+        for name in found.keys() & counts.keys():
+            values, numbers = np.unique(found[name], return_counts=True)
+            counts[name].update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    lines = [f"  {split}: labels of {len(chosen)} of {len(reader)} images"]
+    for name, names in manifest.classes.items():
+        total, unit = counts[name].total(), {"mask": "pixels", "objects": "boxes"}.get(name, "images")
+        shown = [*enumerate(names), (IGNORE, "ignored")] if name == "mask" else enumerate(names)
+        listed = ", ".join(f"{text} {counts[name][number] / max(total, 1):.1%}" for number, text in shown)
+        lines.append(f"    {name}: {listed} of {total} {unit}")
     return lines
 
 
@@ -91,8 +115,7 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
         stored = config.intensity.apply(decode_pixels(example), example)
         # The box is what a sample's generator is asked for first.
         box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
-        crop, ids_keep = batch["image"][position, ..., 0], batch["ids_keep"][position]
-        samples.append(Sample(example.key, stored, box, crop, ids_keep))
+        samples.append(Sample(example, stored, box, batch["image"][position, ..., 0], batch["ids_keep"][position]))
     return samples
 
 
@@ -103,27 +126,23 @@ def describe_samples(samples: Sequence[Sample], config: PipelineConfig) -> list[
     if config.mask.score == "gray_mean":
         scores /= PATCH**2  # sums to gray levels
     kept = mask_from_ids(np.stack([sample.ids_keep for sample in samples]), scores.shape[-1]) == 0
-    scaled = crops / 255.0
     shares = [sample.box.height * sample.box.width / sample.stored.size for sample in samples]
-    rows, columns = token_grid(*config.image_size)
-    entropies = token_scores(crops, MaskConfig(score="entropy"))
+    tokens = f"{int(kept[0].sum())} of {kept.shape[1]} kept by {config.mask.score}, {config.mask.selection}"
     return [
         f"{len(samples)} training samples of {config.image_size[0]}x{config.image_size[1]}",
         f"  crops        {np.mean(shares):.0%} of the image on average ({min(shares):.0%} to {max(shares):.0%})",
-        f"  pixels       mean {scaled.mean():.3f}, std {scaled.std():.3f}",
-        f"  tokens       {int(kept[0].sum())} of {rows * columns} kept by {config.mask.score}, {config.mask.selection}",
+        f"  pixels       mean {crops.mean() / 255:.3f}, std {crops.std() / 255:.3f}",
+        f"  tokens       {tokens}",
         f"  score        mean {scores[kept].mean():.5g} of kept tokens, {scores[~kept].mean():.5g} of masked",
-        f"  entropy      mean {entropies[kept].mean():.2f} bit of kept tokens, {entropies[~kept].mean():.2f} of masked",
     ]
 
 
 def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Image:
-    """One row a sample: stored image with box, crop, token scores with kept ones framed, visible tokens."""
+    """One row per sample: stored image with labels and box, crop, token scores with the kept framed, visible tokens."""
     height, width = config.image_size
     stored_width = max(round(sample.stored.shape[1] * height / sample.stored.shape[0]) for sample in samples)
     stored_width = min(stored_width, 2 * width)
-    left = [GAP, stored_width + 2 * GAP]
-    left += [left[1] + width + GAP, left[1] + 2 * (width + GAP)]
+    left = [GAP, *(stored_width + 2 * GAP + place * (width + GAP) for place in range(3))]
     picture = Image.new("RGB", (left[3] + width + GAP, CAPTION + len(samples) * (height + CAPTION + GAP)), "white")
     draw = ImageDraw.Draw(picture)
     for place, title in zip(left, ("stored, box of the crop", "crop", config.mask.score, "visible"), strict=True):
@@ -133,22 +152,34 @@ def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Ima
         tiles = [_stored_tile(sample, (height, stored_width)), *_token_tiles(sample, config.mask)]
         for place, tile in zip(left, tiles, strict=True):
             picture.paste(tile, (place, top))
-        draw.text(
-            (GAP, top + height + 1), f"{sample.key}  {sample.stored.shape[1]}x{sample.stored.shape[0]}", fill="black"
-        )
+        caption = f"{sample.key}  {sample.stored.shape[1]}x{sample.stored.shape[0]}"
+        draw.text((GAP, top + height + 1), caption, fill="black")
     return picture
 
 
 def _stored_tile(sample: Sample, size: tuple[int, int]) -> Image.Image:
+    """The whole image: class mask as a veil, boxes in the colours of their classes, the crop's box."""
+    pixels = np.repeat(sample.stored[..., None], 3, axis=2)
+    if sample.example.mask is not None:
+        mask = decode_mask(sample.example)
+        veil = np.array(COLOURS, np.float32)[mask % len(COLOURS)]
+        shown = (mask > 0) & (mask != IGNORE)
+        pixels[shown] = (0.6 * pixels + 0.4 * veil)[shown].astype(np.uint8)
     height, width = sample.stored.shape
     factor = min(size[0] / height, size[1] / width)
-    scaled = resize(sample.stored, (max(1, round(height * factor)), max(1, round(width * factor))))
-    tile = Image.fromarray(scaled).convert("RGB")
+    tile = Image.fromarray(pixels).resize((max(1, round(width * factor)), max(1, round(height * factor))))
+    draw = ImageDraw.Draw(tile)
+    if sample.example.objects is not None:
+        for box, number in zip(sample.example.objects.boxes, sample.example.objects.classes.tolist(), strict=True):
+            _frame(draw, box, factor, COLOURS[number % len(COLOURS)], 1)
     box = sample.box
-    corners = [box.left, box.top, box.left + box.width, box.top + box.height]
-    edges = [round(edge * factor) for edge in corners]
-    ImageDraw.Draw(tile).rectangle((edges[0], edges[1], edges[2] - 1, edges[3] - 1), outline=FRAME, width=2)
+    _frame(draw, (box.left, box.top, box.left + box.width, box.top + box.height), factor, FRAME, 2)
     return tile
+
+
+def _frame(draw: ImageDraw.ImageDraw, box: Sequence[float], factor: float, colour: tuple, line: int) -> None:
+    x0, y0, x1, y1 = (round(float(edge) * factor) for edge in box)
+    draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=line)
 
 
 def _token_tiles(sample: Sample, mask: MaskConfig) -> list[Image.Image]:
@@ -180,27 +211,33 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
     Raises:
       InputError: unusable shards, a shard that differs from its digest, or a picture that cannot be written.
     """
-    output = Path(output)
-    if output.suffix != ".png" or not output.parent.is_dir():
+    output = local_path(output, "output")
+    if not output.endswith(".png") or not os.path.isdir(os.path.dirname(output)):
         raise InputError(f"--output={output} must be a .png file in a folder that exists")
     if samples < 1:
         raise InputError(f"--samples={samples} must be at least 1")
-    lines = describe(config.shards)
-    if verify:
-        for folder in local_folders(config.shards):
-            verify_shards(folder)
-        lines.append("all shards equal their digests")
-    config = dataclasses.replace(config, batch_size=max(samples, STATISTICS_SAMPLES), workers=0)
-    drawn = training_samples(config)
-    lines += describe_samples(drawn, config)
-    beside = output.with_name(output.name + ".partial")
-    draw_samples(drawn[:samples], config).save(beside, "PNG")
-    beside.replace(output)
-    return [*lines, f"picture of {samples} samples: {output}"]
+    lines = []
+    try:
+        for folder, local in zip(config.shards, local_folders(config.shards), strict=True):
+            lines += describe(folder, local)
+            if verify:
+                verify_shards(local)
+                lines.append("  all shards equal their digests")
+        config = dataclasses.replace(config, batch_size=max(samples, STATISTICS_SAMPLES), workers=0)
+        drawn = training_samples(config)
+        lines += describe_samples(drawn, config)
+        with atomic_write(output) as partial:
+            draw_samples(drawn[:samples], config).save(partial, "PNG")
+    except CorruptExample as error:
+        raise InputError(f"{error}: prepare the shards again") from error
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror or error}): choose another") from error
+    return [*map(printable, lines), f"picture of {samples} samples: {printable(output)}"]
 
 
 def _define_flags() -> None:
     flags.DEFINE_string("output", "samples.png", "Picture to write.")
+    flags.DEFINE_string("split", "train", "Of the samples.")
     flags.DEFINE_integer("samples", 6, "Rows of the picture.")
     flags.DEFINE_integer("image_size", 224, "Side of a crop, a multiple of 16.")
     flags.DEFINE_integer("seed", 0, "Of order and crops.")
@@ -216,10 +253,10 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     mask = MaskConfig(score=values.score, selection=values.selection, stride=values.stride)
     size = (values.image_size, values.image_size)
-    config = PipelineConfig(tuple(argv[1:]), image_size=size, seed=values.seed, mask=mask)
+    shards = tuple(map(os.path.expanduser, argv[1:]))
+    config = PipelineConfig(shards, split=values.split, image_size=size, seed=values.seed, mask=mask)
     print("\n".join(inspect(config, values.output, values.samples, values.verify)))
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
@@ -33,6 +34,9 @@ MANIFEST_VERSION = 2
 SHARD_SUFFIX = ".array_record"
 # One record per group makes random access one read; the image bytes are compressed already.
 WRITER_OPTIONS = "group_size:1,uncompressed"
+
+# What ArrayRecord says, as a RuntimeError, of a full or failing disk.
+WRITE_FAILED = "write() failed"
 
 _HASH_BLOCK = 1 << 20
 _READER_BUFFER = 1 << 15
@@ -123,16 +127,25 @@ def describe_shard(path: str | os.PathLike, count: int) -> Shard:
 
 
 def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
-    """Writes encoded examples into one shard, whole or not at all. Returns its manifest entry."""
+    """Writes encoded examples into one shard, whole or not at all. Returns its manifest entry.
+
+    Raises:
+      OSError: the disk is full or failing.
+    """
     count = 0
     with atomic_write(path) as partial:
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), WRITER_OPTIONS)
         try:
-            for example in examples:
-                writer.write(example)
-                count += 1
-        finally:
-            writer.close()
+            try:
+                for example in examples:
+                    writer.write(example)
+                    count += 1
+            finally:
+                writer.close()
+        except RuntimeError as error:
+            if WRITE_FAILED not in str(error):
+                raise
+            raise OSError(errno.EIO, str(error).split(";")[0]) from error
     return describe_shard(path, count)
 
 

@@ -7,6 +7,5 @@ from data_pipelines.builders.coco_boxes import CocoBoxes
 from data_pipelines.builders.image_folder import ImageFolder
 from data_pipelines.builders.inf30 import Inf30
 from data_pipelines.builders.masks import ClassMasks, SmallTargets
-from data_pipelines.builders.synthetic_thermal import SceneConfig, SyntheticThermal
 
-__all__ = ["ClassMasks", "CocoBoxes", "ImageFolder", "Inf30", "SceneConfig", "SmallTargets", "SyntheticThermal"]
+__all__ = ["ClassMasks", "CocoBoxes", "ImageFolder", "Inf30", "SmallTargets"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import tempfile
 from collections.abc import Sequence
@@ -14,22 +15,33 @@ from etils import epath
 
 from data_pipelines.builders.common import InfraredBuilder, source_name
 from data_pipelines.errors import InputError
-from data_pipelines.shards import MANIFEST_NAME, read_manifest
+from data_pipelines.files import local_path
+from data_pipelines.shards import MANIFEST_NAME, WRITE_FAILED, read_manifest
+
+_DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A built data set: its version folder, images a split, files left out (reason -> count)."""
+    """A built data set.
+
+    Attributes:
+      folder: version folder, a shard set.
+      counts: split -> images.
+      rejected: reason -> files left out.
+      notes: what was done to annotations -> how many.
+    """
 
     folder: epath.Path
     counts: dict[str, int]
     rejected: dict[str, int]
+    notes: dict[str, int]
 
 
 def build(
     name: str,
     data_dir: str | os.PathLike,
-    source: str | os.PathLike | None = None,
+    source: str | os.PathLike,
     *,
     beam_options: Sequence[str] | None = None,
     shards: int | None = None,
@@ -40,11 +52,11 @@ def build(
     Args:
       name: of the builder, with its config if it has several: "image_folder", "image_folder/gray16".
       data_dir: TFDS data folder; the set goes below it.
-      source: folder of the user's files (`manual_dir`); None for builders that need none.
+      source: folder of the user's files (`manual_dir`).
       beam_options: build with Apache Beam and these pipeline options, for example ["runner=DirectRunner"]; None builds
         in this process.
-      shards: shards a split; None leaves it to TFDS (by size).
-      **builder_options: for the builder, for example `config` or `pipeline_split`.
+      shards: shards per split; None leaves it to TFDS (by size).
+      **builder_options: for the builder, for example `config`.
 
     Returns:
       What was built, or was there already from the same source.
@@ -52,26 +64,27 @@ def build(
     Raises:
       InputError: no such builder, unusable files, or a set made from other files is in the way.
     """
-    if source is not None and not Path(source).is_dir():
+    source, data_dir = Path(local_path(source, "input")), local_path(data_dir, "data_dir")
+    if not source.is_dir():
         raise InputError(f"{source} is not a folder: give the folder of your files or archives")
+    if not any(source.iterdir()):
+        raise InputError(f"{source} is empty: put your files there")
     if beam_options is not None:
         _require_beam()
     try:
         builder = tfds.builder(name, data_dir=data_dir, beam=beam_options is not None, **builder_options)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise InputError(f"data set {name!r} is unknown: {str(error).splitlines()[0]}") from error
-    needs_source = builder.MANUAL_DOWNLOAD_INSTRUCTIONS is not None
-    if needs_source != (source is not None):
-        raise InputError(f"data set {name} {'needs' if needs_source else 'takes no'} folder of files (--input)")
-    if needs_source and not any(Path(source).iterdir()):
-        raise InputError(f"{source} is empty: put your files there")
     folder = builder.data_path
     if folder.exists():
-        _check_same_request(folder, source, builder_options.get("pipeline_split"))
+        made = read_manifest(folder).settings["source"] if (folder / MANIFEST_NAME).exists() else "elsewhere"
+        if made != source_name(source):
+            raise InputError(f"{folder} was made from {made}: choose another --data_dir")
     else:
         _generate(builder, source, beam_options, shards)
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    return Built(folder, counts, dict(read_manifest(folder).settings["rejected"]))
+    settings = read_manifest(folder).settings
+    return Built(folder, counts, dict(settings["rejected"]), dict(settings["notes"]))
 
 
 def _require_beam() -> None:
@@ -81,17 +94,7 @@ def _require_beam() -> None:
         raise InputError("Apache Beam is not installed: pip install 'infmae-jax[beam]'") from error
 
 
-def _check_same_request(folder: epath.Path, source: str | os.PathLike | None, split: str | None) -> None:
-    made = read_manifest(folder).settings if (folder / MANIFEST_NAME).exists() else {"source": "elsewhere"}
-    if made["source"] != source_name(source) or split not in (None, made["split"]):
-        raise InputError(
-            f"{folder} was made from {made['source']}, split {made.get('split')}: choose another --data_dir"
-        )
-
-
-def _generate(
-    builder: InfraredBuilder, source: str | os.PathLike | None, beam_options: Sequence[str] | None, shards: int | None
-) -> None:
+def _generate(builder: InfraredBuilder, source: Path, beam_options: Sequence[str] | None, shards: int | None) -> None:
     config = tfds.download.DownloadConfig(manual_dir=source, num_shards=shards)
     if beam_options is not None:
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -108,9 +111,12 @@ def _generate(
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """The user's mistake in a chain of exceptions: TFDS and Beam raise their own around it."""
+    """The user's mistake or a full disk in a chain of exceptions: TFDS and Beam raise their own around it."""
     while error is not None:
         if isinstance(error, InputError):
             return error
+        if (isinstance(error, OSError) and error.errno in _DISK_ERRORS) or WRITE_FAILED in str(error):
+            reason = " ".join(str(error).split(";")[0].split())
+            return InputError(f"the data set cannot be written ({reason}): choose another --data_dir or free space")
         error = error.__cause__ or error.__context__
     return None

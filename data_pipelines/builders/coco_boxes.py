@@ -2,84 +2,148 @@
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import functools
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
-from data_pipelines.builders.common import (
-    FolderBuilder,
-    annotated_record,
-    box_object,
-    image_example,
-    objects_feature,
-    split_folders,
-)
+from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
+from data_pipelines.builders.common import NOTES, InfraredBuilder, annotated_image, image_features, split_folders
 from data_pipelines.errors import InputError
+from data_pipelines.examples import Example
 
 
-class CocoBoxes(FolderBuilder):
-    """Infrared images with boxes.
+class CocoBoxes(InfraredBuilder):
+    """Infrared images with boxes, and with polygons or RLE where the files have them.
 
     `manual_dir` holds `images/SPLIT/` and `annotations/SPLIT.json` (COCO: images, annotations with `bbox` = [x, y,
-    width, height] in pixels, categories). Boxes are clipped to the image; categories are numbered from 0 in the order
-    of their ids.
+    width, height] in pixels, categories). Categories are one class for each name, in the order of their ids. Boxes are
+    clipped to the image. Where a file's width and height are those of the picture before its EXIF rotation, or of a
+    resized copy, the annotations are rotated and rescaled with the image; any other difference is an error.
     """
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info("Infrared images with boxes.", {"objects": objects_feature(None)})
+        objects = {
+            "bbox": tfds.features.BBoxFeature(),
+            "label": tfds.features.ClassLabel(names=None),
+            "area": np.float32,
+            "is_crowd": np.bool_,
+            "segmentation": tfds.features.Text(),
+        }
+        return self._dataset_info("Infrared images with boxes.", {"objects": tfds.features.Sequence(objects)})
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
         folders = split_folders(root, "images")
-        files = {split: _read_coco(root / "annotations" / f"{split}.json") for split in folders}
-        categories = {entry["id"]: entry["name"] for coco in files.values() for entry in coco["categories"]}
-        labels = {number: place for place, number in enumerate(sorted(categories))}
-        self.info.features["objects"]["label"].names = [categories[number] for number in sorted(categories)]
-        return {split: self._generate_examples(folders[split], files[split], labels) for split in folders}
+        files = {split: read_coco(root / "annotations" / f"{split}.json") for split in folders}
+        names = list(dict.fromkeys(name for coco in files.values() for name in coco.categories))
+        self.class_names["objects"] = names
+        self.info.features["objects"]["label"].names = names
+        return {split: self._generate_examples(folders[split], files[split], names) for split in folders}
 
-    def _generate_examples(self, folder: Path, coco: dict[str, Any], labels: dict[int, int]):
-        boxes = collections.defaultdict(list)
-        for annotation in coco["annotations"]:
-            boxes[annotation["image_id"]].append(annotation)
-        items = [(image["file_name"], boxes[image["id"]]) for image in coco["images"]]
-        make = functools.partial(_example, folder=folder, labels=labels, bit_depth=self.builder_config.bit_depth)
-        return self._generate(items, make)
+    def _generate_examples(self, folder: Path, coco: CocoFile, names: list[str]):
+        make = functools.partial(_example, folder=folder, names=names, bit_depth=self.builder_config.bit_depth)
+        return self._generate(coco.images, make)
 
 
-def _example(item: tuple[str, list[dict]], folder: Path, labels: dict[int, int], bit_depth: int):
-    name, annotations = item
+def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
+    name = image.file_name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"the annotations of {folder} name {name}, which leaves the folder: correct file_name")
-    record = annotated_record(folder / name, f"{folder.name}/{name}", bit_depth)
-    objects = []
-    for annotation in annotations:
-        if annotation["category_id"] not in labels:
-            raise InputError(f"{name} has a box of category {annotation['category_id']}, which is not listed: add it")
-        found = box_object(
-            *map(float, annotation["bbox"]),
-            (record.height, record.width),
-            labels[annotation["category_id"]],
-            float(annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])),
-            bool(annotation.get("iscrowd", 0)),
-        )
-        if found is None:
-            logging.warning("left out box %s of %s: outside the image or empty", annotation["bbox"], record.key)
-        else:
-            objects.append(found)
-    yield record.key, {**image_example(record), "objects": objects}
+    example = annotated_image(folder / name, f"{folder.name}/{name}", bit_depth)
+    grid = Grid.of(image, example, folder / name)
+    objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
+    if left_out := len(image.annotations) - len(objects):
+        grid.notes["boxes left out (empty or outside the image)"] = left_out
+    if grid.notes:
+        example = dataclasses.replace(example, attributes={**example.attributes, NOTES: grid.notes})
+    yield example.key, {**image_features(example), "objects": objects}
 
 
-def _read_coco(path: Path) -> dict[str, Any]:
-    try:
-        coco = json.loads(path.read_text())
-        missing = [name for name in ("images", "annotations", "categories") if not isinstance(coco.get(name), list)]
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a COCO file ({error}): every split needs annotations/SPLIT.json") from error
-    if missing:
-        raise InputError(f"{path} lacks the COCO list {missing[0]!r}: every split needs annotations/SPLIT.json")
-    return coco
+def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
+    """The features of one object, clipped to the image; None when nothing of it lies inside."""
+    x, y, width, height = annotation.bbox
+    corners = grid.place(np.array([[x, y], [x + width, y + height]]))
+    left, top = np.maximum(corners.min(0), 0)
+    right, bottom = np.minimum(corners.max(0), (grid.width, grid.height))
+    if left >= right or top >= bottom:
+        return None
+    return {
+        "bbox": tfds.features.BBox(
+            ymin=top / grid.height, xmin=left / grid.width, ymax=bottom / grid.height, xmax=right / grid.width
+        ),
+        "label": names.index(annotation.category),
+        "area": annotation.area * grid.scale[0] * grid.scale[1],
+        "is_crowd": annotation.crowd,
+        "segmentation": json.dumps(grid.place_segmentation(annotation)),
+    }
+
+
+class Grid:
+    """How pixels that a COCO file speaks of become pixels of the stored image, of `width` x `height`."""
+
+    def __init__(self, size: tuple[int, int], source: tuple[float, float], orientation: int, path: Path):
+        self.width, self.height = size
+        self.path = path
+        self._source, self._orientation = source, orientation
+        turned = source[::-1] if orientation >= 5 else source
+        self.scale = size[0] / turned[0], size[1] / turned[1]
+        self.notes: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, image: CocoImage, example: Example, path: Path) -> Grid:
+        """The relation of the sizes; `orientation` 1 to 8 is that of EXIF.
+
+        Raises:
+          InputError: there are annotations, and the relation is not certain.
+        """
+        size = example.width, example.height
+        orientation = example.attributes.get("orientation", 1)
+        stated = image.size or size
+        upright, turned = _is_resized(stated, size), orientation >= 5 and _is_resized(stated[::-1], size)
+        # Half turns and mirrors keep the size, so that it does not tell which picture was annotated.
+        uncertain = orientation in (2, 3, 4) or (orientation >= 5 and (image.size is None or upright == turned))
+        if image.annotations and (uncertain or not (upright or turned)):
+            what = f"EXIF orientation {orientation}, " if orientation > 1 else ""
+            written = "no size" if image.size is None else f"{stated[0]:g}x{stated[1]:g}"
+            decoded = f"{path} decodes to {size[0]}x{size[1]} ({what}{example.attributes['format']})"
+            raise InputError(
+                f"{decoded}, its annotations are for {written}: it is not certain where the boxes lie; correct one"
+            )
+        grid = cls(size, stated, orientation if turned and not upright else 1, path)
+        if grid._orientation > 1:
+            grid.notes["boxes rotated with their image (EXIF)"] = len(image.annotations)
+        if grid.scale != (1, 1) and (upright or turned):
+            grid.notes["boxes rescaled to their image"] = len(image.annotations)
+        return grid
+
+    def place(self, points: np.ndarray) -> np.ndarray:
+        """Moves (n, 2) points x, y."""
+        size, orientation = self._source, self._orientation
+        if orientation >= 5:
+            points, size = points[:, ::-1], size[::-1]
+        flip = np.array([orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)])
+        return np.where(flip, np.array(size) - points, points) * self.scale
+
+    def place_segmentation(self, annotation: Annotation) -> list | dict:
+        """Polygons, moved; RLE as it is.
+
+        Raises:
+          InputError: RLE of another pixel grid.
+        """
+        found = annotation.segmentation
+        if isinstance(found, list):
+            return [self.place(np.array(polygon, float).reshape(-1, 2)).ravel().tolist() for polygon in found]
+        if tuple(found["size"]) != (self.height, self.width) or self._orientation > 1:
+            raise InputError(f"{annotation.name} has RLE of {found['size']}, {self.path} is {self.height}x{self.width}")
+        return found
+
+
+def _is_resized(source: tuple[float, float], size: tuple[int, int]) -> bool:
+    """Whether one factor takes width and height of `source` to those of `size`, up to rounding."""
+    lowest = max((side - 0.5) / given for given, side in zip(source, size, strict=True))
+    highest = min((side + 0.5) / given for given, side in zip(source, size, strict=True))
+    return lowest <= highest

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 import functools
-import io
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data_pipelines.builders.common import SPLITS, FolderBuilder, examine, part_examples
-from data_pipelines.builders.manifest import split_records
-from data_pipelines.curation import Filters
+from data_pipelines.builders.common import SPLITS, InfraredBuilder, part_features, read_of_depth
 from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
-from data_pipelines.sources import (
+from data_pipelines.prepare.curate import Filters
+from data_pipelines.prepare.inputs import (
     Listing,
     Rejection,
     Source,
@@ -26,12 +22,12 @@ from data_pipelines.sources import (
     list_sources,
     split_into_parts,
 )
+from data_pipelines.prepare.results import REJECTED_NAME, write_rejected
 
-REJECTED_NAME = "rejected.csv"
 _PART_SIZE = 256
 
 
-class ImageFolder(FolderBuilder):
+class ImageFolder(InfraredBuilder):
     """Infrared images of a folder, at any depth, zip and tar files included.
 
     `manual_dir` (or its folder `images`) may hold folders named train, val, validation, test: the splits. Without any
@@ -62,14 +58,10 @@ class ImageFolder(FolderBuilder):
         """Writes `rejected.csv`: why each file of the source that is not in the built set is not."""
         rejections: list[Rejection] = []
         for split, listing in self.listings(root).items():
-            kept = {record.key for record in split_records(self.data_path, self.info.splits[split])}
+            kept = {example.key for example in self.examples(split)}
             rejections += listing.rejections
             rejections += self._refusals([source for source in listing.sources if source.key not in kept])
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(("path", "reason", "detail"))
-        writer.writerows(dataclasses.astuple(rejection) for rejection in sorted(rejections, key=lambda row: row.key))
-        (self.data_path / REJECTED_NAME).write_text(table.getvalue())
+        write_rejected(self.data_path / REJECTED_NAME, sorted(rejections, key=lambda row: row.key))
         return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
     def _refusals(self, sources: list[Source]) -> Iterator[Rejection]:
@@ -77,7 +69,7 @@ class ImageFolder(FolderBuilder):
         with SourceReader() as reader:
             for source in sources:
                 try:
-                    examine(reader, source, self.filters, self.builder_config.bit_depth)
+                    read_of_depth(reader, source, self.filters, self.builder_config.bit_depth)
                     yield Rejection(source.key, "changed", "usable now, was not when the set was built")
                 except (SourceUnreadable, ImageRefused) as refusal:
                     yield Rejection(source.key, refusal.reason, refusal.detail)
@@ -87,5 +79,5 @@ class ImageFolder(FolderBuilder):
         return {split: self._generate_examples(listing) for split, listing in listings.items()}
 
     def _generate_examples(self, listing: Listing):
-        make = functools.partial(part_examples, filters=self.filters, bit_depth=self.builder_config.bit_depth)
+        make = functools.partial(part_features, filters=self.filters, bit_depth=self.builder_config.bit_depth)
         return self._generate(split_into_parts(listing.sources, _PART_SIZE), make)

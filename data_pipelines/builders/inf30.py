@@ -8,7 +8,7 @@ import tensorflow_datasets as tfds
 
 from data_pipelines.builders.image_folder import ImageFolder
 from data_pipelines.errors import InputError
-from data_pipelines.sources import Listing, list_sources
+from data_pipelines.prepare.inputs import Listing, list_sources
 
 _CITATION = """\
 @inproceedings{liu2024infmae,

@@ -1,4 +1,7 @@
-"""Writes a folder of synthetic thermal scenes: python -m data_pipelines.synthetic --output=DIR --count=N --seed=S"""
+"""Writes synthetic thermal scenes, as a folder of files or as shards with their labels.
+
+python -m data_pipelines.synthetic --output=DIR --count=N --seed=S [--shards=surfaces]
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
-from data_pipelines.synthetic.dataset import write_dataset
+from data_pipelines.synthetic.dataset import write_dataset, write_shards
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must be missing or empty.", required=True)
 _COUNT = flags.DEFINE_integer("count", 600, "Number of scenes.")
@@ -17,6 +20,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Series of scenes; the same seed gives t
 _HEIGHT = flags.DEFINE_integer("height", 256, "Pixel rows.")
 _WIDTH = flags.DEFINE_integer("width", 320, "Pixel columns.")
 _VAL_FRACTION = flags.DEFINE_float("val_fraction", 0.2, "Share of every scene class that goes to the split val.")
+_SHARDS = flags.DEFINE_enum(
+    "shards", None, ("surfaces", "targets"), "Write a shard set with boxes, scene classes and these masks."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,8 +30,13 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     start = time.monotonic()
     size = (_HEIGHT.value, _WIDTH.value)
-    folder = write_dataset(_OUTPUT.value, _COUNT.value, _SEED.value, size, _VAL_FRACTION.value)
-    print(f"{_COUNT.value} scenes of {size[0]}x{size[1]} in {folder} ({time.monotonic() - start:.1f} s)")
+    request = (_OUTPUT.value, _COUNT.value, _SEED.value, size, _VAL_FRACTION.value)
+    if _SHARDS.value is None:
+        write_dataset(*request)
+    else:
+        write_shards(*request, _SHARDS.value)
+    seconds = time.monotonic() - start
+    print(f"{_COUNT.value} scenes of {size[0]}x{size[1]} in {printable(_OUTPUT.value)} ({seconds:.1f} s)")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.synthetic.canvas import Canvas, Patch, fractal_noise
-from data_pipelines.synthetic.objects import Weather
+from data_pipelines.synthetic.canvas import Patch
+from data_pipelines.synthetic.stage import Stage
 
 
 @dataclass(frozen=True)
 class Map:
-    """A camera looking straight down: pixels a metre, turn of the street grid (radians), centre pixel."""
+    """A camera looking straight down: pixels per metre, turn of the street grid (radians), centre pixel."""
 
+    stage: Stage
     scale: float
     cosine: float
     sine: float
@@ -24,109 +25,100 @@ class Map:
         across, along = east * self.cosine - north * self.sine, east * self.sine + north * self.cosine
         return self.x + across * self.scale, self.y + along * self.scale
 
-    def box(self, canvas: Canvas, east: float, north: float, length: float, width: float) -> Patch | None:
+    def box(self, east: float, north: float, length: float, width: float) -> Patch | None:
         """A rectangle on the ground, its sides along the street grid; metres."""
         corners = [(-length, -width), (length, -width), (length, width), (-length, width)]
-        return canvas.polygon([self.place(east + dx / 2, north + dy / 2) for dx, dy in corners])
+        return self.stage.polygon([self.place(east + dx / 2, north + dy / 2) for dx, dy in corners])
 
 
-def aerial(canvas: Canvas, rng: np.random.Generator, weather: Weather) -> None:
-    angle = rng.uniform(0, np.pi)
-    scale = float(np.exp(rng.uniform(np.log(3.5), np.log(14)))) * canvas.height / 256
-    ground = Map(scale, float(np.cos(angle)), float(np.sin(angle)), canvas.width / 2, canvas.height / 2)
-    reach = 0.5 * float(np.hypot(canvas.height, canvas.width)) / scale
-    texture = fractal_noise(rng, (canvas.height, canvas.width), rng.uniform(1.0, 1.5))
-    everything = Patch(slice(0, canvas.height), slice(0, canvas.width), np.ones_like(canvas.temperature))
-    material = "grass" if rng.random() < 0.6 else "concrete"
-    canvas.paint(everything, weather.material(material, rng) + rng.uniform(0.2, 0.8) * texture, "ground")
-    for _ in range(rng.integers(0, 4)):
-        plot = ground.box(canvas, *rng.uniform(-reach, reach, 2), *rng.uniform(0.3, 1.2, 2) * reach)
-        if plot is not None:
-            other = weather.material("soil" if rng.random() < 0.5 else "grass", rng)
-            canvas.paint(plot, other + 0.4 * texture[plot.rows, plot.columns], "ground")
-    north = rng.uniform(-0.5, 0.5) * reach
-    width = rng.uniform(5, 12)
-    asphalt = weather.material("asphalt", rng)
-    roads = [ground.box(canvas, 0, north, 4 * reach, width)]
-    if rng.random() < 0.5:
-        roads.append(ground.box(canvas, rng.uniform(-0.5, 0.5) * reach, 0, rng.uniform(4, 9), 4 * reach))
-    for road in roads:
-        if road is not None:
-            canvas.paint(road, asphalt + 0.4 * texture[road.rows, road.columns], "road")
-    for _ in range(rng.integers(0, 4)):
-        side = 1 if rng.random() < 0.5 else -1
-        depth = rng.uniform(8, 18)
-        centre = north + side * (width / 2 + rng.uniform(3, 8) + depth / 2)
-        _paint_roof(canvas, rng, weather, ground, rng.uniform(-reach, reach), centre, rng.uniform(10, 35), depth)
-    _paint_cars(canvas, rng, weather, ground, reach, north, width)
-    _paint_trees_and_people(canvas, rng, weather, reach, ground, texture)
+def aerial(stage: Stage) -> None:
+    angle = stage.uniform(0, np.pi)
+    scale = float(np.exp(stage.uniform(np.log(3.5), np.log(14)))) * stage.height / 256
+    ground = Map(stage, scale, float(np.cos(angle)), float(np.sin(angle)), stage.width / 2, stage.height / 2)
+    reach = 0.5 * float(np.hypot(stage.height, stage.width)) / scale
+    texture = stage.noise(stage.uniform(1.0, 1.5))
+    everything = Patch(slice(0, stage.height), slice(0, stage.width), np.ones_like(stage.temperature))
+    material = "grass" if stage.random() < 0.6 else "concrete"
+    stage.paint(everything, stage.material(material) + stage.uniform(0.2, 0.8) * texture, "ground")
+    for _ in range(stage.integers(0, 4)):
+        plot = ground.box(*stage.uniform(-reach, reach, 2), *stage.uniform(0.3, 1.2, 2) * reach)
+        stage.paint(
+            plot, lambda _: stage.material("soil" if stage.random() < 0.5 else "grass") + 0.4 * texture, "ground"
+        )
+    north = stage.uniform(-0.5, 0.5) * reach
+    width = stage.uniform(5, 12)
+    asphalt = stage.material("asphalt")
+    stage.paint(ground.box(0, north, 4 * reach, width), asphalt + 0.4 * texture, "road")
+    if stage.random() < 0.5:
+        crossing = ground.box(stage.uniform(-0.5, 0.5) * reach, 0, stage.uniform(4, 9), 4 * reach)
+        stage.paint(crossing, asphalt + 0.4 * texture, "road")
+    for _ in range(stage.integers(0, 4)):
+        side = 1 if stage.random() < 0.5 else -1
+        depth = stage.uniform(8, 18)
+        centre = north + side * (width / 2 + stage.uniform(3, 8) + depth / 2)
+        _paint_roof(stage, ground, stage.uniform(-reach, reach), centre, stage.uniform(10, 35), depth)
+    _paint_cars(stage, ground, reach, north, width)
+    _paint_trees_and_people(stage, reach, ground, texture)
 
 
-def _paint_roof(canvas: Canvas, rng: np.random.Generator, weather: Weather, ground: Map, east: float, north: float,
-                length: float, depth: float) -> None:  # fmt: skip
-    roof = ground.box(canvas, east, north, length, depth)
+def _paint_roof(stage: Stage, ground: Map, east: float, north: float, length: float, depth: float) -> None:
+    roof = ground.box(east, north, length, depth)
     if roof is None:
         return
-    top = weather.material("roof", rng)
+    top = stage.material("roof")
     # Roof parts, ducts and skylights differ in emissivity, hence in apparent temperature, though not in height here.
-    canvas.paint(roof, top, "building")
-    if rng.random() < 0.6:
-        half = ground.box(canvas, east, north - depth / 4, length, depth / 2)
-        canvas.paint(half, top + rng.uniform(1, 4) * (1 + weather.sun), "building")
-    for _ in range(rng.integers(1, 6)):
-        unit = ground.box(canvas, east + rng.uniform(-0.4, 0.4) * length, north + rng.uniform(-0.35, 0.35) * depth,
-                          *rng.uniform(1, 3, 2))  # fmt: skip
-        canvas.paint(unit, top + rng.uniform(3, 16), "building")
+    stage.paint(roof, top, "building")
+    if stage.random() < 0.6:
+        half = ground.box(east, north - depth / 4, length, depth / 2)
+        stage.paint(half, top + stage.uniform(1, 4) * (1 + stage.sun), "building")
+    for _ in range(stage.integers(1, 6)):
+        along, across = stage.uniform(-0.4, 0.4) * length, stage.uniform(-0.35, 0.35) * depth
+        unit = ground.box(east + along, north + across, *stage.uniform(1, 3, 2))
+        stage.paint(unit, top + stage.uniform(3, 16), "building")
 
 
-def _paint_cars(canvas: Canvas, rng: np.random.Generator, weather: Weather, ground: Map, reach: float, north: float,
-                width: float) -> None:  # fmt: skip
-    places = [(east, north + sign * width / 4) for east, sign in
-              zip(rng.uniform(-reach, reach, 4), rng.choice([-1, 1], 4))]  # fmt: skip
-    crosswise = [False] * len(places)
-    if rng.random() < 0.6:
-        start, count = rng.uniform(-reach, 0), int(rng.integers(4, 14))
-        row = north + (1 if rng.random() < 0.5 else -1) * (width / 2 + 3)
-        places += [(start + 2.7 * i, row) for i in range(count) if rng.random() < 0.75]
-        crosswise += [True] * (len(places) - 4)
-    for (east, place), across in zip(places, crosswise):
-        length, breadth = rng.uniform(4, 5.2), rng.uniform(1.75, 2.0)
+def _paint_cars(stage: Stage, ground: Map, reach: float, north: float, width: float) -> None:
+    driving = zip(stage.uniform(-reach, reach, 4), stage.choice([-1, 1], 4))
+    places = [(east, north + sign * width / 4, False) for east, sign in driving]
+    if stage.random() < 0.6:
+        start, count = stage.uniform(-reach, 0), int(stage.integers(4, 14))
+        row = north + (1 if stage.random() < 0.5 else -1) * (width / 2 + 3)
+        places += [(start + 2.7 * i, row, True) for i in range(count) if stage.random() < 0.75]
+    for east, place, across in places:
+        length, breadth = stage.uniform(4, 5.2), stage.uniform(1.75, 2.0)
         size = (breadth, length) if across else (length, breadth)
-        body = ground.box(canvas, east, place, *size)
+        body = ground.box(east, place, *size)
         if body is None or min(body.coverage.shape) < 3:
             continue
-        number = canvas.add_object("vehicle")
-        cold = weather.material("metal", rng) + rng.uniform(-2, 6)
-        engine = rng.uniform(5, 22) if rng.random() < 0.4 else rng.uniform(-2, 2)
-        sign = 1 if rng.random() < 0.5 else -1
-        canvas.paint(body, cold, "vehicle", number)
+        number = stage.add_object("vehicle")
+        cold = stage.material("metal") + stage.uniform(-2, 6)
+        engine = stage.uniform(5, 22) if stage.random() < 0.4 else stage.uniform(-2, 2)
+        sign = 1 if stage.random() < 0.5 else -1
+        stage.paint(body, cold, "vehicle", number)
         shift = (0.0, sign * 0.32 * length) if across else (sign * 0.32 * length, 0.0)
         hood = tuple(0.85 * s if s == breadth else 0.28 * s for s in size)
-        canvas.paint(ground.box(canvas, east + shift[0], place + shift[1], *hood), cold + engine, "vehicle", number)
+        stage.paint(ground.box(east + shift[0], place + shift[1], *hood), cold + engine, "vehicle", number)
         glass = tuple(0.8 * s if s == breadth else 0.14 * s for s in size)
         place_glass = (east + 0.35 * shift[0], place + 0.35 * shift[1])
-        canvas.paint(ground.box(canvas, *place_glass, *glass), weather.material("glass", rng), "vehicle", number)
+        stage.paint(ground.box(*place_glass, *glass), stage.material("glass"), "vehicle", number)
 
 
-def _paint_trees_and_people(canvas: Canvas, rng: np.random.Generator, weather: Weather, reach: float, ground: Map,
-                            texture: np.ndarray) -> None:  # fmt: skip
-    leaf = weather.material("foliage", rng)
-    rough = canvas.grain(rng)
-    for _ in range(rng.integers(0, 22)):
-        x, y = ground.place(*rng.uniform(-reach, reach, 2))
-        radius = rng.uniform(1.2, 4.5) * ground.scale
-        crown = canvas.ellipse(x, y, radius, radius * rng.uniform(0.8, 1.2), rough)
-        if crown is not None:
-            window = (crown.rows, crown.columns)
-            canvas.paint(crown, leaf + 1.2 * rough[window] + 0.4 * texture[window], "vegetation")
-    for _ in range(rng.integers(1, 9)):
-        x, y = ground.place(*rng.uniform(-0.8 * reach, 0.8 * reach, 2))
-        if not (3 <= x < canvas.width - 3 and 3 <= y < canvas.height - 3):
+def _paint_trees_and_people(stage: Stage, reach: float, ground: Map, texture: np.ndarray) -> None:
+    leaf = stage.material("foliage")
+    rough = stage.grain()
+    for _ in range(stage.integers(0, 22)):
+        x, y = ground.place(*stage.uniform(-reach, reach, 2))
+        radius = stage.uniform(1.2, 4.5) * ground.scale
+        crown = stage.ellipse(x, y, radius, radius * stage.uniform(0.8, 1.2), rough)
+        stage.paint(crown, leaf + 1.2 * rough + 0.4 * texture, "vegetation")
+    for _ in range(stage.integers(1, 9)):
+        x, y = ground.place(*stage.uniform(-0.8 * reach, 0.8 * reach, 2))
+        if not (3 <= x < stage.width - 3 and 3 <= y < stage.height - 3):
             continue
-        number = canvas.add_object("person")
-        heat = 0.4 * weather.air + 0.6 * 34 + rng.normal(0, 1)
+        number = stage.add_object("person")
+        heat = 0.4 * stage.air + 0.6 * 34 + stage.normal(0, 1)
         long, short = max(0.5 * ground.scale, 1.1), max(0.28 * ground.scale, 0.9)
-        if rng.random() < 0.5:
+        if stage.random() < 0.5:
             long, short = short, long
-        small = np.pi * long * short < 40
-        canvas.paint(canvas.ellipse(x, y, long, short), heat, "person", number, target=bool(small))
+        small = bool(np.pi * long * short < 40)
+        stage.paint(stage.ellipse(x, y, long, short), heat, "person", number, target=small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,13 @@ class Patch:
     columns: slice
     coverage: np.ndarray
 
+    def grid(self) -> tuple[np.ndarray, np.ndarray]:
+        """Row numbers (h, 1) and column numbers (1, w) of the window, float32."""
+        return _grid(self.rows, self.columns)
+
+
+Temperature = np.ndarray | float | Callable[[Patch], np.ndarray | float]
+
 
 class Canvas:
     """Apparent temperatures in degrees Celsius with class, instance and small-target labels, all (H, W)."""
@@ -45,16 +53,6 @@ class Canvas:
         self.instance = np.zeros((height, width), np.int32)
         self.targets = np.zeros((height, width), bool)
         self._painted: list[tuple[str, int]] = []
-        self._grain: np.ndarray | None = None
-
-    def grain(self, rng: np.random.Generator) -> np.ndarray:
-        """A fine fractal texture (H, W) of unit spread: the same one for all uses, each at a random shift.
-
-        Drawing it takes longer than everything else that a tree needs; shifting it takes nothing.
-        """
-        if self._grain is None:
-            self._grain = fractal_noise(rng, (self.height, self.width), 1.0)
-        return np.roll(self._grain, (rng.integers(self.height), rng.integers(self.width)), axis=(0, 1))
 
     def add_object(self, category: str) -> int:
         """Registers an object of a box category and returns the instance number to paint it with."""
@@ -65,18 +63,23 @@ class Canvas:
     def paint(
         self,
         patch: Patch | None,
-        temperature: np.ndarray | float,
+        temperature: Temperature,
         surface: str,
         instance: int = 0,
         target: bool = False,
     ) -> None:
         """Lays a shape over what is there; `None` (a shape outside the canvas) paints nothing.
 
-        `temperature` is one value or an array of the patch's window. Pixels covered by half or more take the labels.
+        `temperature` is one value, an array of the whole canvas or of the patch's window, or a function that is called
+        with the patch, if there is one, and returns either. Pixels covered by half or more take the labels.
         """
         if patch is None:
             return
         window = (patch.rows, patch.columns)
+        if callable(temperature):
+            temperature = temperature(patch)
+        if np.shape(temperature) == self.surface.shape:
+            temperature = temperature[window]
         below = self.temperature[window]
         self.temperature[window] = below + patch.coverage * (np.asarray(temperature, np.float32) - below)
         covered = patch.coverage >= 0.5
@@ -125,7 +128,12 @@ class Canvas:
         return Patch(*window, np.clip(inside + np.float32(0.5), 0, 1))
 
     def rectangle(self, left: float, top: float, right: float, bottom: float) -> Patch | None:
+        """An upright rectangle."""
         return self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+    def trapezoid(self, x0: float, y0: float, half0: float, x1: float, y1: float, half1: float) -> Patch | None:
+        """Two level sides, of half widths `half0` and `half1`, with their centres at (x0, y0) and (x1, y1)."""
+        return self.polygon([(x0 - half0, y0), (x0 + half0, y0), (x1 + half1, y1), (x1 - half1, y1)])
 
     def ellipse(
         self, x: float, y: float, radius_x: float, radius_y: float, rough: np.ndarray | None = None

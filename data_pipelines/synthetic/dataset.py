@@ -6,14 +6,18 @@ import csv
 import json
 import math
 import os
-import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
+from data_pipelines.examples import LABEL, MASK, Example, Objects
+from data_pipelines.files import atomic_write, local_path
+from data_pipelines.prepare.labelled import write_examples
+from data_pipelines.shards import Manifest
 from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES
 from data_pipelines.synthetic.generate import DEFAULT_SIZE, SCENE_CLASSES, Scene, generate_scene
 
@@ -52,28 +56,70 @@ def write_dataset(
     Raises:
       InputError: `output` holds something already or is a file, `count` or `val_fraction` is out of range.
     """
-    output = Path(output)
+    output = Path(local_path(output, "output"))
+    _check(count, val_fraction)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} exists and is not an empty folder: name another output or remove it")
+    try:
+        with atomic_write(output) as partial:
+            partial.mkdir()
+            _write_scenes(partial, count, seed, size, val_fraction)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): name another output") from error
+    return output
+
+
+def _check(count: int, val_fraction: float) -> None:
     if count < 1:
         raise InputError(f"count {count}: at least 1 scene is needed")
     if not 0 <= val_fraction <= 1:
         raise InputError(f"val_fraction {val_fraction}: must lie between 0 and 1")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder: name another output or remove it")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output} cannot be created ({error.strerror}): name another output") from error
-    try:
-        partial.chmod(0o755)
-        _write_scenes(partial, count, seed, size, val_fraction)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return output
+
+
+def write_shards(
+    output: str | os.PathLike,
+    count: int,
+    seed: int = 0,
+    size: tuple[int, int] = DEFAULT_SIZE,
+    val_fraction: float = 0.2,
+    mask: str = "surfaces",
+) -> Manifest:
+    """Writes the scenes of `write_dataset` as a shard set with all their labels, splits train and val.
+
+    Args:
+      output, count, seed, size, val_fraction: see `write_dataset`.
+      mask: "surfaces" (`SURFACES`, a class per pixel) or "targets" (background and small, far targets).
+
+    Raises:
+      InputError: see `write_dataset`; or another `mask`.
+    """
+    _check(count, val_fraction)
+    if mask not in ("surfaces", "targets"):
+        raise InputError(f"mask {mask!r}: choose surfaces or targets")
+
+    def examples(split: str) -> Iterator[Example]:
+        for index in range(count):
+            if split == _split(index, val_fraction):
+                yield _example(generate_scene(seed, index, size), f"synthetic/{seed}/{index:06d}.png", mask)
+
+    classes = {LABEL: SCENE_CLASSES, "objects": CATEGORIES}
+    classes[MASK] = SURFACES if mask == "surfaces" else ("background", "target")
+    splits = {split: examples(split) for split in SPLITS if split in {_split(i, val_fraction) for i in range(count)}}
+    return write_examples(output, splits, classes, {"synthetic": seed, "count": count})
+
+
+def _example(scene: Scene, key: str, mask: str) -> Example:
+    corners = [(box.x, box.y, box.x + box.width, box.y + box.height) for box in scene.boxes]
+    objects = Objects(
+        boxes=np.array(corners, np.float32).reshape(-1, 4),
+        classes=np.array([CATEGORIES.index(box.category) for box in scene.boxes], np.int32),
+        crowd=np.zeros(len(corners), bool),
+        area=np.array([box.area for box in scene.boxes], np.float32),
+    )
+    values = scene.class_mask if mask == "surfaces" else scene.target_mask.astype(np.uint8)
+    labels = {LABEL: SCENE_CLASSES.index(scene.scene_class)}
+    image = encode_png(scene.image)
+    return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), objects, labels)
 
 
 def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], val_fraction: float) -> None:
@@ -87,7 +133,7 @@ def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], va
         table.writerow(("file", "split", "label"))
         for index in range(count):
             scene = generate_scene(seed, index, size)
-            split = "val" if is_val(index, val_fraction) else "train"
+            split = _split(index, val_fraction)
             name = f"{index:06d}.png"
             _write_png(folder / "images" / split / name, scene.image)
             _write_png(folder / "class_masks" / split / name, scene.class_mask)
@@ -111,6 +157,10 @@ def is_val(index: int, fraction: float) -> bool:
     """Whether scene `index` goes to the split `val`: a share of every class, spread evenly from its second scene on."""
     place = index // len(SCENE_CLASSES)
     return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
+
+
+def _split(index: int, val_fraction: float) -> str:
+    return "val" if is_val(index, val_fraction) else "train"
 
 
 def _empty_annotations(seed: int) -> dict:

@@ -9,9 +9,9 @@ import numpy as np
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic.aerial import aerial
 from data_pipelines.synthetic.camera import photograph
-from data_pipelines.synthetic.canvas import SURFACES, Box, Canvas
-from data_pipelines.synthetic.objects import Weather
+from data_pipelines.synthetic.canvas import SURFACES, Box
 from data_pipelines.synthetic.scenes import coast, field, industrial, sky, street
+from data_pipelines.synthetic.stage import Stage
 
 _LAYOUTS = {"aerial": aerial, "coast": coast, "field": field, "industrial": industrial, "sky": sky, "street": street}
 SCENE_CLASSES = tuple(_LAYOUTS)
@@ -56,9 +56,9 @@ def generate_scene(seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE) 
         raise InputError(f"size {height}x{width}: synthetic scenes need at least {SMALLEST_SIDE} pixels a side")
     rng = np.random.default_rng([seed, index])
     scene_class = SCENE_CLASSES[index % len(SCENE_CLASSES)]
-    canvas = Canvas(height, width)
-    _LAYOUTS[scene_class](canvas, rng, Weather.draw(rng))
+    stage = Stage(height, width, rng)
+    _LAYOUTS[scene_class](stage)
     # Nothing is of one temperature all over; sky apart, everything gets a faint unevenness.
-    uneven = canvas.grain(rng) * np.float32(rng.uniform(0.15, 0.45))
-    image = photograph(canvas.temperature + uneven * (canvas.surface != SURFACES.index("sky")), rng)
-    return Scene(image, scene_class, canvas.boxes(), canvas.surface, canvas.targets)
+    uneven = stage.grain() * np.float32(rng.uniform(0.15, 0.45))
+    image = photograph(stage.temperature + uneven * (stage.surface != SURFACES.index("sky")), rng)
+    return Scene(image, scene_class, stage.boxes(), stage.surface, stage.targets)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.decode import read_image_file
-from data_pipelines.duplicates import DuplicateRule, find_near_duplicates, fingerprint_image
+from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates, fingerprint_image
 from data_pipelines.synthetic import generate_scene
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.curation import FILTER_REASONS, Filters, apply_filters, count_levels, crop_black_borders
 from data_pipelines.decode import DecodedImage, ImageRefused
+from data_pipelines.prepare.curate import FILTER_REASONS, Filters, apply_filters, count_levels, crop_black_borders
 from tests.data_pipelines.planted import synthetic_scenes
 
 widths = st.tuples(*[st.integers(0, 40)] * 4)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import fft, ndimage
 
-from data_pipelines.duplicates import (
+from data_pipelines.prepare.duplicates import (
     DuplicateRule,
     find_exact_duplicates,
     find_near_duplicates,
@@ -15,7 +15,7 @@ from data_pipelines.duplicates import (
 from tests.data_pipelines.planted import real_scenes, search_planted, synthetic_scenes
 
 
-def slow_anchor_rule(codes, features, rule, confirm=None):
+def slow_anchor_rule(codes, features, rule):
     """The rule as it is worded: one image after the other, every kept one an anchor."""
     anchors, removed = [], {}
     for image in range(len(codes)):
@@ -23,8 +23,7 @@ def slow_anchor_rule(codes, features, rule, confirm=None):
         for anchor in anchors:
             bits = bin(int(codes[image]) ^ int(codes[anchor])).count("1")
             similarity = float(features[image].astype(np.float32) @ features[anchor].astype(np.float32))
-            allowed = confirm is None or confirm(np.array([image]), np.array([anchor]))[0]
-            if bits <= rule.radius and similarity > rule.threshold and allowed:
+            if bits <= rule.radius and similarity > rule.threshold:
                 if best is None or similarity > best[1] + 1e-6:
                     best = anchor, similarity
         if best is None:
@@ -44,26 +43,18 @@ def clustered_prints(seed, count, clusters):
     return codes, (features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float16)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(0, 2**32), st.integers(1, 300), st.integers(1, 12))
 def test_anchor_rule_against_slow_reference(seed, count, clusters):
     codes, features = clustered_prints(seed, count, clusters)
     rule = DuplicateRule(radius=12, threshold=0.9)
     found = find_near_duplicates(codes, features, rule)
-    assert {item.index: item.anchor for item in found} == slow_anchor_rule(codes, features, rule)
+    slow = slow_anchor_rule(codes, features, rule)
+    assert [item.index for item in found] == sorted(slow)
+    for item in found:  # equally similar anchors differ in the last bit, by the order of the sum
+        best = float(features[item.index].astype(np.float32) @ features[slow[item.index]].astype(np.float32))
+        assert item.anchor == slow[item.index] or abs(item.similarity - min(best, 1.0)) < 2e-6
     assert not {item.index for item in found} & {item.anchor for item in found}
-
-
-def test_confirmation_has_the_last_word():
-    codes, features = clustered_prints(3, 200, 5)
-    rule = DuplicateRule(radius=64, threshold=0.5)
-
-    def same_parity(images, others):
-        return images % 2 == others % 2
-
-    found = find_near_duplicates(codes, features, rule, same_parity)
-    assert {item.index: item.anchor for item in found} == slow_anchor_rule(codes, features, rule, same_parity)
-    assert find_near_duplicates(codes, features, rule, lambda images, others: np.zeros(len(images), bool)) == []
 
 
 def test_progress_counts_every_image():

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.transforms import resize
 from data_pipelines.errors import InputError
 from data_pipelines.inspect import draw_samples, inspect, training_samples
 from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, record_keys
+from data_pipelines.synthetic import generate_scene, is_val, write_shards
+from data_pipelines.transforms import resize
 from tests.data_pipelines.shard_sets import make_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -76,13 +77,28 @@ def _command(*arguments):
     )  # fmt: skip
 
 
-def test_command_writes_the_picture(shards, tmp_path):
+def test_command_writes_the_picture_and_names_a_missing_set(shards, tmp_path):
     result = _command(shards, f"--output={tmp_path}/x.png", "--samples=2", "--image_size=64", "--score=variance")
     assert result.returncode == 0, result.stderr
     assert "4 of 16 kept by variance, stride" in result.stdout and (tmp_path / "x.png").exists()
-
-
-def test_command_names_a_missing_set(tmp_path):
     result = _command(tmp_path / "nowhere")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "nowhere" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_labels_are_counted_and_coloured(tmp_path):
+    manifest = write_shards(tmp_path / "set", 12, seed=1, size=(64, 80), val_fraction=0.5)
+    config = PipelineConfig((str(tmp_path / "set"),), image_size=(64, 64), batch_size=4)
+    lines = inspect(config, tmp_path / "x.png", 4)
+    assert any(line.split() == ["splits", "train", "(6),", "val", "(6)"] for line in lines)
+    shown = [line for line in lines if line.strip().startswith("mask:")]
+    scenes = [generate_scene(1, index, (64, 80)) for index in range(12) if not is_val(index, 0.5)]
+    sky = np.mean([scene.class_mask == 0 for scene in scenes])
+    assert len(shown) == 2 and f"sky {sky:.1%}," in shown[0] and f"of {6 * 64 * 80} pixels" in shown[0]
+    boxes = [box.category for scene in scenes for box in scene.boxes]
+    (line,) = [line for line in lines if line.strip().startswith("objects:") and f"of {len(boxes)} boxes" in line][:1]
+    assert f"person {boxes.count('person') / len(boxes):.1%}" in line
+    assert sum(f"{name} 16.7%" in "".join(lines) for name in manifest.classes["label"]) == 6
+    picture = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+    stored = picture[16:, 6:86]
+    assert (np.ptp(stored, axis=-1) > 30).mean() > 0.1  # colour over the gray

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.duplicates import DuplicateRule
-from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.prepare import PrepareConfig, prepare
+from data_pipelines.prepare.duplicates import DuplicateRule
 from data_pipelines.shards import ShardReader
 from tests.data_pipelines.planted import synthetic_scenes
 from tests.data_pipelines.test_prepare import read_rejected, shard_bytes

@@ -1,7 +1,6 @@
 """Kill -9 at random moments, and damaged files by the hundred: real processes, the result is the same."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -9,17 +8,16 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines.decode import REFUSALS
 from data_pipelines.errors import InputError
-from data_pipelines.prepare import prepare
 from data_pipelines.examples import decode_example, decode_pixels
+from data_pipelines.prepare import PrepareConfig, prepare
+from data_pipelines.prepare.collect import examine_part
 from data_pipelines.shards import ShardReader
 from data_pipelines.workers import worker_pool
-from tests.data_pipelines.damaged import damaged_files
+from tests.data_pipelines.damaged import SEEDS
 from tests.data_pipelines.test_prepare import REPOSITORY, read_rejected, scene, shard_bytes, write_images
 
 
@@ -29,41 +27,42 @@ def start_prepare(*arguments: str) -> subprocess.Popen:
 
 
 def test_killed_runs_continue_to_identical_shards(tmp_path):
+    """The output lies inside the input, which must make no difference."""
     write_images(tmp_path / "in", 800)
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
-    common = [f"--input={tmp_path / 'in'}", "--workers=2", "--shard_bytes=100000"]
-    started = time.monotonic()
-    assert start_prepare(*common, f"--output={tmp_path / 'whole'}").wait(300) == 0
-    duration = time.monotonic() - started
-
-    moments = random.Random(5)
-    for _ in range(5):
-        process = start_prepare(*common, f"--output={tmp_path / 'killed'}")
-        time.sleep(moments.uniform(0.1, duration))
+    config = PrepareConfig(shard_bytes=100_000)
+    prepare([tmp_path / "in"], tmp_path / "whole", config, workers=0, progress=False)
+    output = tmp_path / "in" / "killed"
+    for parts in (1, 3):
+        process = start_prepare(
+            f"--input={tmp_path / 'in'}", "--workers=2", "--shard_bytes=100000", f"--output={output}"
+        )
+        deadline = time.monotonic() + 120
+        while len(list(output.with_name("killed.partial").glob("parts/part-*.json"))) < parts:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # A finished output appears whole or not at all.
-        assert not (tmp_path / "killed").exists() or (tmp_path / "killed" / "manifest.json").exists()
-    assert start_prepare(*common, f"--output={tmp_path / 'killed'}").wait(300) == 0
-    assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "whole") != {}
+        assert not output.exists()
+    prepare([tmp_path / "in"], output, config, workers=0, progress=False)
+    assert shard_bytes(output) == shard_bytes(tmp_path / "whole") != {}
     for name in ("manifest.json", "rejected.csv"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "killed", "whole"]
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "whole"]
+    assert not output.with_name("killed.partial").exists()
 
 
 def test_finished_parts_are_not_done_again(tmp_path, monkeypatch):
     write_images(tmp_path / "in", 300)
     calls = []
 
-    def interrupted(folder, number, sources, filters):
-        from data_pipelines.parts import examine_part
-
+    def interrupted(folder, number, *options):
         calls.append(number)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return examine_part(folder, number, sources, filters)
+        return examine_part(folder, number, *options)
 
-    monkeypatch.setattr("data_pipelines.prepare.examine_part", interrupted)
+    monkeypatch.setattr("data_pipelines.prepare.run.examine_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
     prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
@@ -78,7 +77,7 @@ def test_second_run_into_the_same_output_is_refused(tmp_path, monkeypatch):
             prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data_pipelines.prepare.examine_part", meanwhile)
+    monkeypatch.setattr("data_pipelines.prepare.run.examine_part", meanwhile)
     with pytest.raises(KeyboardInterrupt):
         prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
 
@@ -111,10 +110,25 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path):
         time.sleep(0.05)
 
 
-@settings(max_examples=1, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-@given(st.lists(damaged_files(), min_size=100, max_size=100))
-def test_a_hundred_damaged_files_are_kept_or_rejected(tmp_path_factory, files):
-    folder = tmp_path_factory.mktemp("damaged")
+def damaged(rng) -> bytes:
+    """A real file cut, with flipped bits or with a block overwritten; or random bytes behind a signature."""
+    data = bytearray(SEEDS[rng.integers(len(SEEDS))])
+    start, kind = int(rng.integers(len(data))), rng.integers(4)
+    if kind == 0:
+        return bytes(data[:start])
+    if kind == 1:
+        return bytes(data[:4]) + rng.bytes(400)
+    if kind == 2:
+        data[start : start + 20] = rng.bytes(20)
+        return bytes(data)
+    for place in rng.integers(len(data), size=rng.integers(1, 20)):
+        data[place] ^= 1 << rng.integers(8)
+    return bytes(data)
+
+
+def test_a_hundred_damaged_files_are_kept_or_rejected(tmp_path):
+    folder, rng = tmp_path, np.random.default_rng(5)
+    files = [damaged(rng) for _ in range(100)]
     (folder / "in").mkdir()
     for index, content in enumerate(files):
         (folder / "in" / f"{index:03d}.jpg").write_bytes(content)

@@ -2,22 +2,36 @@
 
 Members of archives are read in place, nothing is unpacked to disk. A compressed tar file can only be read from its
 start, so it is listed in one pass and read in another, as one piece of work; zip and plain tar files are split like
-folders. Archives inside archives are not opened.
+folders. Archives inside archives are not opened. Folders that this package made (shard sets and their pictures, the
+work of an unfinished run) are not taken for images.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import glob
 import os
-import re
 import stat
 from collections.abc import Iterator, Sequence
 
-from data_pipelines.archives import ArchiveReader, Rejection, Source, SourceUnreadable, is_archive, list_archive
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
+from data_pipelines.prepare.archives import (
+    ArchiveReader,
+    Rejection,
+    Source,
+    SourceUnreadable,
+    is_archive,
+    list_archive,
+)
+from data_pipelines.shards import MANIFEST_NAME, SHARD_SUFFIX
 
-__all__ = ["Listing", "Rejection", "Source", "SourceReader", "SourceUnreadable", "list_sources", "split_into_parts"]
+__all__ = ["PLAN_NAME", "Listing", "Rejection", "Source", "SourceReader", "SourceUnreadable", "list_sources",
+           "split_into_parts"]  # fmt: skip
+
+PLAN_NAME = "prepare_plan"  # in the work folder of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +43,14 @@ class Listing:
     rejections: tuple[Rejection, ...]
 
 
-def list_sources(inputs: Sequence[str | os.PathLike]) -> Listing:
+def list_sources(inputs: Sequence[str | os.PathLike], without: Sequence[str] = ()) -> Listing:
     """Lists every file below the inputs, sorted by path within an input.
 
     Args:
-      inputs: folders, image files, zip or tar files, or glob patterns (`**` for any depth). The key of a file starts
-        with the name of its input; of a glob pattern, with the name of the folder before its first wildcard.
+      inputs: folders, image files, zip or tar files, or glob patterns (`**` for any depth); `~` is a home folder. The
+        key of a file starts with the name of its input; of a glob pattern, with the name of the folder before its
+        first wildcard.
+      without: folders to pass over without a word, the output for example.
 
     Symbolic links are followed; one that leads to a folder which was listed already (a loop among others) is not.
 
@@ -44,14 +60,19 @@ def list_sources(inputs: Sequence[str | os.PathLike]) -> Listing:
     found: list[Source | Rejection] = []
     roots_seen: dict[str, int] = {}
     folders_seen: set[tuple[int, int]] = set()
+    made: dict[str, bool] = {}
+    hidden = tuple(map(os.path.realpath, without))
     for given in map(os.fspath, inputs):
         root, paths = _expand(given)
-        name = _printable(os.path.basename(root)) or "root"
+        name = printable(os.path.basename(root)) or "root"
         roots_seen[name] = roots_seen.get(name, 0) + 1
         root_key = name if roots_seen[name] == 1 else f"{name}~{roots_seen[name]}"
+        # Inputs inside the output are a mistake that `prepare` names, once it finds the output in its way.
+        passed_over = [folder for folder in hidden if not _is_any_inside(root, [folder])]
         for path in paths:
-            key = root_key if path == root else f"{root_key}/{_printable(os.path.relpath(path, root))}"
-            found.extend(_walk(path, key, folders_seen))
+            key = root_key if path == root else f"{root_key}/{printable(os.path.relpath(path, root))}"
+            if not _is_made(os.path.dirname(path), root, made):
+                found.extend(_walk(path, key, folders_seen, passed_over))
     return Listing(
         inputs=tuple(map(os.fspath, inputs)),
         sources=tuple(_with_unique_keys(item for item in found if isinstance(item, Source))),
@@ -61,48 +82,72 @@ def list_sources(inputs: Sequence[str | os.PathLike]) -> Listing:
 
 def _expand(given: str) -> tuple[str, list[str]]:
     """Returns the root of an input, and the paths to list: the root itself, or what a pattern matches."""
-    path = os.path.abspath(given)
+    path = local_path(given, "input")
     if os.path.exists(path):
         return path, [path]
     if not glob.has_magic(given):
         raise InputError(f"input {given} does not exist: check the path")
+    # The folders that exist are meant literally, whatever brackets their names hold.
     root = path
-    while glob.has_magic(root):
+    while not os.path.isdir(root):
         root = os.path.dirname(root)
-    matches = sorted(glob.glob(path, recursive=True))
+    matches = sorted(glob.glob(glob.escape(root) + path[len(root) :], recursive=True))
     if not matches:
         raise InputError(f"no file matches the pattern {given}: check it (quote it, so that the shell leaves it alone)")
     return root, matches
 
 
-def _printable(path: str) -> str:
-    """A file name may hold any bytes; a key is text that every list and picture can show."""
-    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", text)
+def _is_inside(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
 
 
-def _walk(path: str, key: str, folders_seen: set[tuple[int, int]]) -> Iterator[Source | Rejection]:
+def _is_any_inside(path: str, folders: Sequence[str]) -> bool:
+    real = os.path.realpath(path)
+    return any(_is_inside(real, folder) for folder in folders)
+
+
+def _is_made(folder: str, root: str, known: dict[str, bool]) -> bool:
+    """Whether a folder below `root` lies in one that this package made: what a pattern finds there is no input."""
+    if len(folder) <= len(root):
+        return False
+    if folder not in known:
+        known[folder] = _is_shard_set(os.listdir(folder)) or _is_made(os.path.dirname(folder), root, known)
+    return known[folder]
+
+
+def _is_shard_set(names: Sequence[str]) -> bool:
+    """Whether a folder of these names is a finished or unfinished shard set."""
+    has_shards = any(name.endswith(SHARD_SUFFIX) or f"{SHARD_SUFFIX}-" in name for name in names)
+    return PLAN_NAME in names or (MANIFEST_NAME in names and has_shards)
+
+
+def _walk(
+    path: str, key: str, folders_seen: set[tuple[int, int]], passed_over: Sequence[str]
+) -> Iterator[Source | Rejection]:
     """Yields what is at `path` and below, depth first, by sorted names."""
     waiting = [(path, key)]
+    start = path
     while waiting:
         path, key = waiting.pop()
         try:
             status = os.stat(path)
-            if stat.S_ISDIR(status.st_mode):
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if (is_folder or path == start) and _is_any_inside(path, passed_over):
+                continue
+            if is_folder:
                 identity = (status.st_dev, status.st_ino)
+                names = sorted(os.listdir(path), reverse=True)
                 if identity in folders_seen:
                     reason = "symlink_loop" if os.path.islink(path) else "listed_twice"
-                    yield Rejection(key, reason, f"leads to {_printable(os.path.realpath(path))}, listed already")
-                    continue
+                    yield Rejection(key, reason, f"leads to {printable(os.path.realpath(path))}, listed already")
+                elif _is_shard_set(names):
+                    yield Rejection(key, "shard_set", "a folder that was prepared or built by this package")
+                else:
+                    waiting.extend((os.path.join(path, name), f"{key}/{printable(name)}") for name in names)
                 folders_seen.add(identity)
-                names = sorted(os.listdir(path), reverse=True)
-                waiting.extend((os.path.join(path, name), f"{key}/{_printable(name)}") for name in names)
             elif stat.S_ISREG(status.st_mode):
                 source = Source(key, path, status.st_size, status.st_mtime_ns)
-                if is_archive(path):
-                    yield from list_archive(source)
-                else:
-                    yield source
+                yield from list_archive(source) if is_archive(path) else [source]
             else:
                 yield Rejection(key, "not_a_file", "a device, pipe or socket")
         except OSError as error:
@@ -156,16 +201,19 @@ class SourceReader:
 
         Raises:
           SourceUnreadable: it is over `max_bytes`, vanished, or cannot be read.
+          InputError: this process may open no more files, which is no fault of this one.
         """
         if source.size > max_bytes:
             raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
-        if not source.member:
-            try:
-                with open(source.path, "rb") as file:
-                    return file.read(max_bytes)
-            except OSError as error:
-                raise SourceUnreadable("unreadable", error.strerror or str(error)) from error
-        if self._archive is None or self._archive.path != source.path:
-            self.close()
-            self._archive = ArchiveReader(source.path)
-        return self._archive.read(source)
+        if source.member:
+            if self._archive is None or self._archive.path != source.path:
+                self.close()
+                self._archive = ArchiveReader(source.path)
+            return self._archive.read(source)
+        try:
+            with open(source.path, "rb") as file:
+                return file.read(max_bytes)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
+            raise SourceUnreadable("unreadable", error.strerror or str(error)) from error

@@ -1,15 +1,8 @@
-"""Infrared images of any origin -> validated, de-duplicated ArrayRecord shards and a reason for every file left out.
+"""From inputs to a finished shard set.
 
-    python -m data_pipelines.prepare --input=DIR [--input='DIR/**/*.tif' --input=FILE.zip ...] --output=SHARDS
-
-List the files, examine them in parallel parts (decode, filter, fingerprint), find the duplicates, write the shards,
-then the lists and pictures. Work happens in `SHARDS.partial` beside the output, which is moved into place when
-everything is there; meanwhile it takes about the disk space of the images once more. A run that was killed continues
-from the parts and shards it finished. The shards are the same for any number of workers and of kills.
-
-With `--dedup_checkpoint=RUN` a near-duplicate must also look alike to an encoder that this project trained. This
-package does not know encoders: `prepare` takes a function that embeds images, and only the command below, asked for
-such a run, imports the package that makes one.
+Work happens in `SHARDS.partial` beside the output, which is moved into place when everything is there; meanwhile it
+takes about the disk space of the images once more. A run that was killed continues from the parts and shards it
+finished. The shards are the same for any number of workers and of kills.
 """
 
 from __future__ import annotations
@@ -17,36 +10,32 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import glob
 import hashlib
-import importlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from absl import flags
-from tqdm import tqdm
 
-from data_pipelines.collection import Collection, Embed, collect, confirm_by_embedding
-from data_pipelines.commands import run_command
-from data_pipelines.curation import Filters
-from data_pipelines.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
+from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
-from data_pipelines.parts import examine_part, rows_path
-from data_pipelines.shards import MANIFEST_NAME, Manifest, Shard, describe_shard, read_manifest, write_shard
-from data_pipelines.report import PICTURES_NAME, REPORT_NAME
-from data_pipelines.results import REJECTED_NAME, write_results
-from data_pipelines.sources import Listing, Rejection, Source, list_sources, split_into_parts
+from data_pipelines.files import atomic_write, local_path
+from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
+from data_pipelines.prepare.curate import Filters
+from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
+from data_pipelines.prepare.inputs import PLAN_NAME, Listing, Rejection, Source, list_sources, split_into_parts
+from data_pipelines.prepare.results import write_results
+from data_pipelines.shards import Manifest, Shard, describe_shard, make_split, read_manifest, write_shard
 from data_pipelines.workers import RunAll, worker_pool
 
 PART_SIZE = 256
+ENCODINGS = ("source", "raw")
 # Changes of what is stored make old partial work unusable.
-_WORK_VERSION = 2
+_WORK_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +45,15 @@ class PrepareConfig:
     Attributes:
       filters: what one image must satisfy.
       duplicates: when two images are the same scene.
-      dedup_checkpoint: name of the encoder whose features must agree; empty for none.
-      dedup_threshold: cosine similarity of that encoder's features above which they agree (0.85: DuGI-MAE).
+      encoding: "source" stores the source's own bytes where they are a one-channel JPEG, else PNG; "raw" stores the
+        pixels uncompressed, which costs two to ten times the space and saves the decoding at each step of training.
       shard_bytes: a shard is closed when it holds at least this many bytes.
       pictures: draw contact sheets and histograms.
     """
 
     filters: Filters = dataclasses.field(default_factory=Filters)
     duplicates: DuplicateRule = dataclasses.field(default_factory=DuplicateRule)
-    dedup_checkpoint: str = ""
-    dedup_threshold: float = 0.85
+    encoding: str = "source"
     shard_bytes: int = 1 << 28
     pictures: bool = True
 
@@ -87,62 +75,61 @@ def prepare(
     config: PrepareConfig = PrepareConfig(),
     workers: int | None = None,
     progress: bool = True,
-    embed: Embed | None = None,
 ) -> Report:
     """Reads the images of `inputs` and writes a shard set to the new folder `output`.
 
     Args:
-      inputs: folders, glob patterns, image files, zip or tar files (see `sources.list_sources`).
-      output: must not exist, unless it is the finished result of the very same request (which is then returned).
+      inputs: folders, glob patterns, image files, zip or tar files (see `inputs.list_sources`).
+      output: must not exist, unless it is the finished result of the very same request (which is then returned). It
+        may lie inside an input; it is never taken for one.
       config: filters and sizes.
-      workers: processes that decode; 0 or 1 works in this process; None takes one a core. No effect on the result.
+      workers: processes that decode; 0 or 1 works in this process; None takes one per core. No effect on the result.
       progress: show progress bars with rate and time left on stderr.
-      embed: list of (H, W) uint8 images -> (n, D) features; near-duplicates must then agree in these too.
 
     Raises:
-      InputError: an input is missing or holds no usable image, the output is in the way, or a worker died.
+      InputError: an input is missing or holds no usable image, the output is in the way or cannot be written, or a
+        worker died.
     """
-    output = os.path.abspath(os.fspath(output))
+    output = local_path(output, "output")
     if not inputs:
         raise InputError("no input given: pass --input=DIR")
-    listing = list_sources(inputs)
-    if not listing.sources:
-        raise InputError(f"no files below {', '.join(listing.inputs)}: check --input")
-    plan = _plan_digest(listing, config)
+    if config.encoding not in ENCODINGS:
+        raise InputError(f"encoding {config.encoding!r} is unknown: choose {' or '.join(ENCODINGS)}")
     work = output + ".partial"
+    listing = list_sources(inputs, without=(output, work))
+    if not listing.sources:
+        raise InputError(_nothing_kept(listing, listing.rejections))
+    plan = _plan_digest(listing, config)
     finished = _finished_report(output, plan)
     if finished is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
-    os.makedirs(work, exist_ok=True)
-    with _lock(work):
-        _start_or_resume(work, plan)
-        manifest = _fill(work, listing, plan, config, workers, progress, embed)
-        os.rename(os.path.join(work, "result"), output)
+    try:
+        os.makedirs(work, exist_ok=True)
+        with _lock(work):
+            _start_or_resume(work, plan)
+            manifest = _fill(work, listing, plan, config, workers, progress)
+            os.rename(os.path.join(work, "result"), output)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
     shutil.rmtree(work, ignore_errors=True)
     return _report(output, manifest)
 
 
 def _fill(
-    work: str,
-    listing: Listing,
-    plan: str,
-    config: PrepareConfig,
-    workers: int | None,
-    progress: bool,
-    embed: Embed | None,
+    work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
     """Makes everything of the output in `work`/result, starting from what an interrupted run left there."""
     started = time.monotonic()
     parts = split_into_parts(listing.sources, PART_SIZE)
     with worker_pool(workers, len(parts)) as run_all:
-        _examine_all(work, parts, config.filters, run_all, progress)
+        _examine_all(work, parts, config, run_all, progress)
         collection = collect(os.path.join(work, "parts"), len(parts))
         rejections = [*listing.rejections, *collection.rejections]
         if not collection.candidates:
             shutil.rmtree(work)
             raise InputError(_nothing_kept(listing, rejections))
-        kept, duplicates = _remove_duplicates(collection, config, embed, progress)
+        kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
         shards = _write_shards(work, collection, kept, config, run_all, progress)
     return write_results(
         os.path.join(work, "result"),
@@ -150,7 +137,7 @@ def _fill(
         collection,
         kept,
         [*rejections, *duplicates],
-        shards,
+        make_split(shards),
         settings={"plan": plan, "config": dataclasses.asdict(config)},
         pictures=config.pictures,
         seconds=time.monotonic() - started,
@@ -199,52 +186,52 @@ def _lock(work: str) -> Iterator[None]:
 
 def _start_or_resume(work: str, plan: str) -> None:
     """Keeps the finished parts of an interrupted run of the same request, and throws away those of any other."""
-    plan_file = os.path.join(work, "plan")
+    plan_file = os.path.join(work, PLAN_NAME)
     known = None
     with contextlib.suppress(FileNotFoundError), open(plan_file) as file:
         known = file.read()
     if known != plan:
         for name in ("parts", "result"):
             shutil.rmtree(os.path.join(work, name), ignore_errors=True)
-        with open(plan_file + ".new", "w") as file:
-            file.write(plan)
-        os.replace(plan_file + ".new", plan_file)
+        with atomic_write(plan_file) as path:
+            path.write_text(plan)
     for name in ("parts", "result"):
-        os.makedirs(os.path.join(work, name), exist_ok=True)
+        folder = os.path.join(work, name)
+        os.makedirs(folder, exist_ok=True)
+        for unfinished in glob.glob(os.path.join(glob.escape(folder), ".*.partial-*")):
+            os.remove(unfinished)
 
 
 def _examine_all(
-    work: str, parts: Sequence[Sequence[Source]], filters: Filters, run_all: RunAll, progress: bool
+    work: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, run_all: RunAll, progress: bool
 ) -> None:
     """Examines the parts that are not done yet."""
     folder = os.path.join(work, "parts")
     done = {number for number in range(len(parts)) if os.path.exists(rows_path(folder, number))}
-    tasks = [(folder, number, part, filters) for number, part in enumerate(parts) if number not in done]
+    tasks = [
+        (folder, number, part, config.filters, config.encoding)
+        for number, part in enumerate(parts)
+        if number not in done
+    ]
     finished_files = sum(len(parts[number]) for number in done)
-    with _bar("examining", "file", sum(map(len, parts)), progress, finished_files) as bar:
+    with progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar:
         for examined in run_all(examine_part, tasks):
             bar.update(examined)
 
 
-def _bar(task: str, unit: str, total: int, progress: bool, initial: int = 0) -> tqdm:
-    # A log file gets a line every half minute instead of a moving bar.
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        desc=task, unit=unit, total=total, initial=initial, disable=not progress, mininterval=interval, file=sys.stderr
-    )
-
-
 def _nothing_kept(listing: Listing, rejections: Sequence[Rejection]) -> str:
+    if not rejections:
+        return f"no files below {', '.join(listing.inputs)}: check --input"
     reasons = Counter(rejection.reason for rejection in rejections).most_common(3)
     listed = ", ".join(f"{reason} {count}" for reason, count in reasons)
     return f"none of the {len(rejections)} files below {', '.join(listing.inputs)} is usable ({listed}): check --input"
 
 
 def _remove_duplicates(
-    collection: Collection, config: PrepareConfig, embed: Embed | None, progress: bool
+    collection: Collection, rule: DuplicateRule, progress: bool
 ) -> tuple[list[int], list[Rejection]]:
     """Returns the indices of the kept candidates, and a row for each removed one."""
-    rule, candidates = config.duplicates, collection.candidates
+    candidates = collection.candidates
     rows: dict[int, Rejection] = {}
     if rule.exact:
         for found in find_exact_duplicates([candidate.content for candidate in candidates]):
@@ -252,11 +239,8 @@ def _remove_duplicates(
             rows[found.index] = Rejection(candidates[found.index].key, "exact_duplicate", "equal pixels", anchor)
     if rule.near:
         distinct = _by_quality(collection, rows)
-        confirm = confirm_by_embedding(collection, distinct, embed, config.dedup_threshold) if embed else None
-        with _bar("comparing", "image", len(distinct), progress) as bar:
-            near = find_near_duplicates(
-                collection.codes[distinct], collection.features[distinct], rule, confirm, bar.update
-            )
+        with progress_bar("comparing", len(distinct), "image", active=progress) as bar:
+            near = find_near_duplicates(collection.codes[distinct], collection.features[distinct], rule, bar.update)
         for found in near:
             index, anchor = int(distinct[found.index]), candidates[distinct[found.anchor]].key
             detail = f"similarity {found.similarity:.3f}"
@@ -311,7 +295,7 @@ def _write_shards(
         for number, group in enumerate(groups)
     ]
     shards: list[Shard] = []
-    with _bar("writing", "image", len(kept), progress) as bar:
+    with progress_bar("writing", len(kept), "image", active=progress) as bar:
         for shard in run_all(_write_one_shard, tasks):
             shards.append(shard)
             bar.update(shard.count)
@@ -322,62 +306,3 @@ def _write_one_shard(path: str, records: Sequence[bytes]) -> Shard:
     if os.path.exists(path):
         return describe_shard(path, len(records))
     return write_shard(path, records)
-
-
-def _define_flags() -> None:
-    defaults = PrepareConfig()
-    filters, rule = defaults.filters, defaults.duplicates
-    flags.DEFINE_multi_string("input", [], "Folder, glob pattern, image, zip or tar file; repeat for several.")
-    flags.DEFINE_string("output", None, "New folder for the shards.")
-    flags.DEFINE_integer("workers", None, "Processes; default one a core, 0 works in this process.", 0)
-    flags.DEFINE_integer("min_side", filters.min_side, "Drop images with both sides under this; 0 keeps all.", 0)
-    flags.DEFINE_integer("min_levels", filters.min_levels, "Drop images of fewer gray levels; 0 keeps all.", 0)
-    flags.DEFINE_bool("crop_borders", filters.crop_borders, "Cut off black borders.")
-    flags.DEFINE_integer("max_pixels", filters.max_pixels, "Refuse pictures with more pixels.", 1)
-    flags.DEFINE_integer("max_file_bytes", filters.max_file_bytes, "Refuse larger files.", 1)
-    flags.DEFINE_bool("exact_duplicates", rule.exact, "Remove images whose pixels equal an earlier one's.")
-    flags.DEFINE_bool("near_duplicates", rule.near, "Remove images of the same scene as an earlier one.")
-    flags.DEFINE_integer("duplicate_radius", rule.radius, "Bits in which perceptual hashes may differ.", 0, 64)
-    flags.DEFINE_float("duplicate_threshold", rule.threshold, "Cosine similarity that makes a near-duplicate.", -1, 1)
-    flags.DEFINE_string("dedup_checkpoint", "", "Run whose encoder must find near-duplicates alike, too.")
-    flags.DEFINE_float("dedup_threshold", defaults.dedup_threshold, "Cosine similarity for that encoder.", -1, 1)
-    flags.DEFINE_integer("shard_bytes", defaults.shard_bytes, "Close a shard at this size.", 1)
-    flags.DEFINE_bool("pictures", defaults.pictures, "Draw contact sheets and histograms.")
-
-
-def _config_from_flags(values: dict[str, Any]) -> PrepareConfig:
-    return PrepareConfig(
-        filters=Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)}),
-        duplicates=DuplicateRule(
-            exact=values["exact_duplicates"],
-            near=values["near_duplicates"],
-            radius=values["duplicate_radius"],
-            threshold=values["duplicate_threshold"],
-        ),
-        dedup_checkpoint=values["dedup_checkpoint"],
-        dedup_threshold=values["dedup_threshold"],
-        shard_bytes=values["shard_bytes"],
-        pictures=values["pictures"],
-    )
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Runs `prepare` with the command line's flags and prints what became of the files."""
-    if len(arguments) > 1:
-        raise InputError(f"unexpected argument {arguments[1]!r}: inputs are given as --input=DIR, patterns quoted")
-    values = flags.FLAGS.flag_values_dict()
-    if not values["output"]:
-        raise InputError("no output given: pass --output=SHARDS")
-    embed = None
-    if values["dedup_checkpoint"]:
-        embed = importlib.import_module("infmae_jax.evaluation.embedding").image_embedding(values["dedup_checkpoint"])
-    report = prepare(values["input"], values["output"], _config_from_flags(values), values["workers"], embed=embed)
-    rejected = ", ".join(f"{reason} {count}" for reason, count in report.rejected.items())
-    print(f"found {report.found} files, kept {report.kept}" + (f", rejected {rejected}" if rejected else ""))
-    print(f"shards: {report.output} ({MANIFEST_NAME}, {REJECTED_NAME}, {REPORT_NAME}, {PICTURES_NAME}/)")
-    print(f"next: python -m data_pipelines.inspect {report.output}")
-
-
-if __name__ == "__main__":
-    _define_flags()
-    run_command(main)

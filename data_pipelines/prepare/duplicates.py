@@ -1,12 +1,11 @@
 """Exact and near duplicates: an anchor image for each scene, the others of the scene removed.
 
-InfMAE (Inf30 construction) keeps one anchor a scene; DuGI-MAE calls an image a duplicate of the anchor when the cosine
-similarity of their features exceeds 0.85. Here images are taken in an order of preference (see `prepare`: depth, then
-size, then listing order); the first of a scene is its anchor, and a later one is removed when, for one anchor,
+InfMAE (Inf30 construction) keeps one anchor per scene; DuGI-MAE calls an image a duplicate of the anchor when the
+cosine similarity of their features exceeds 0.85. Here images are taken in an order of preference (see `prepare`: depth,
+then size, then listing order); the first of a scene is its anchor, and a later one is removed when, for one anchor,
 
 1. their 64-bit perceptual hashes differ in at most `radius` bits (the cheap test, on every pair), and
-2. the cosine similarity of their small-image features exceeds `threshold`, and
-3. if a confirming function is given (an encoder's features, say), it agrees.
+2. the cosine similarity of their small-image features exceeds `threshold`.
 
 Images are compared with anchors only, never with removed images, so a slow pan is not swallowed step by step.
 
@@ -16,8 +15,8 @@ the discrete cosine transform, where the filter is a weight for each coefficient
 pictures of animals in one stall, where the time stamps tell which pairs are one scene: 99 % of copies cropped by 2 %
 are above it, and 5 % of the pairs above it are more than a minute apart.
 
-Cost: the hash test is N * A / 2 comparisons for N images and A anchors, quadratic but 3e8 a second and core; the
-memory is 8 + 512 bytes an image.
+Cost: the hash test is N * A / 2 comparisons for N images and A anchors, quadratic but 3e8 per second and core; the
+memory is 8 + 512 bytes per image.
 """
 
 from __future__ import annotations
@@ -64,10 +63,6 @@ class Duplicate:
     index: int
     anchor: int
     similarity: float
-
-
-# (M,) image indices, (M,) anchor indices -> (M,) bool: the pairs that are the same scene.
-Confirm = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
@@ -124,7 +119,6 @@ def find_near_duplicates(
     codes: np.ndarray,
     features: np.ndarray,
     rule: DuplicateRule,
-    confirm: Confirm | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[Duplicate]:
     """Applies the anchor rule to images in order.
@@ -133,7 +127,6 @@ def find_near_duplicates(
       codes: (N,) uint64 perceptual hashes.
       features: (N, D) unit vectors.
       rule: radius and threshold.
-      confirm: has the last word on the pairs that pass both tests.
       on_progress: called with the number of images done since the last call.
 
     Returns:
@@ -151,7 +144,7 @@ def find_near_duplicates(
         inside = columns < rows
         images = np.concatenate([block[earlier[0]], block[rows[inside]]])
         others = np.concatenate([anchors[earlier[1]], block[columns[inside]]])
-        images, others, similarity = _similar_pairs(images, others, features, rule.threshold, confirm)
+        images, others, similarity = _similar_pairs(images, others, features, rule.threshold)
         claims: dict[int, list[tuple[float, int]]] = {}
         for image, other, value in zip(images.tolist(), others.tolist(), similarity.tolist(), strict=True):
             claims.setdefault(image, []).append((value, -other))
@@ -198,9 +191,9 @@ def _buffers() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _similar_pairs(
-    images: np.ndarray, others: np.ndarray, features: np.ndarray, threshold: float, confirm: Confirm | None
+    images: np.ndarray, others: np.ndarray, features: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs whose features are similar enough (and confirmed), with their similarities."""
+    """The pairs whose features are similar enough, with their similarities."""
     similarity = np.empty(len(images), np.float32)
     for pairs in _slices(len(images)):
         similarity[pairs] = np.einsum(
@@ -208,11 +201,7 @@ def _similar_pairs(
         )
     np.minimum(similarity, 1.0, out=similarity)  # half-precision vectors are not quite of unit length
     passed = similarity > threshold
-    images, others, similarity = images[passed], others[passed], similarity[passed]
-    if confirm is not None and len(images):
-        agreed = np.asarray(confirm(images, others), bool)
-        images, others, similarity = images[agreed], others[agreed], similarity[agreed]
-    return images, others, similarity
+    return images[passed], others[passed], similarity[passed]
 
 
 def _slices(size: int, step: int = 1 << 15) -> Iterator[slice]:

@@ -1,15 +1,23 @@
 """Listing and reading: folders, patterns, archives; paths that escape, loops and traps are refused."""
 
+import bz2
+import errno
+import gzip
 import io
+import lzma
 import os
 import tarfile
+import time
+import tracemalloc
 import zipfile
 
 import pytest
 
-from data_pipelines.archives import Source
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
-from data_pipelines.sources import SourceReader, SourceUnreadable, list_sources, split_into_parts
+from data_pipelines.prepare import archives
+from data_pipelines.prepare.archives import Source
+from data_pipelines.prepare.inputs import SourceReader, SourceUnreadable, list_sources, split_into_parts
 
 FILES = {"b.png": b"bb", "a/x.jpg": b"x" * 5000, "a/y.jpg": b"", "c d/ü.tif": b"umlaut"}
 LIMIT = 1 << 20
@@ -200,3 +208,113 @@ def test_members_of_a_compressed_tar_file_stay_in_one_part():
     parts = split_into_parts(sources, 3)
     assert [len(part) for part in parts] == [3, 2, 7, 2, 3]
     assert [item for part in parts for item in part] == sources
+
+
+def tar_header(name: str, kind: bytes, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def hostile(kind: str) -> tuple[str, bytes]:
+    """A small archive that asks for gigabytes, minutes or a deep stack: its name and bytes."""
+    if kind == "long name":
+        return "x.tar.gz", gzip.compress(tar_header("n", tarfile.GNUTYPE_LONGNAME, 6 << 30) + bytes(1 << 22))
+    if kind == "pax header":
+        return "x.tgz", gzip.compress(tar_header("p", tarfile.XHDTYPE, 3 << 30) + bytes(1 << 22))
+    if kind == "negative size":
+        return "x.tar", tar_header("n", tarfile.REGTYPE, -512) + bytes(10_240)
+    if kind == "nested headers":
+        pax = tar_header("p", tarfile.XHDTYPE, 12) + b"12 path=abc\n".ljust(512, b"\0")
+        return "x.tar.xz", lzma.compress(pax * 5000)
+    if kind == "sparse without end":
+        text = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=1\n19 GNU.sparse.x=1\n"
+        data = b"99999999\n".ljust(512, b"\0")
+        blocks = tar_header("p", tarfile.XHDTYPE, len(text)) + text.ljust(512, b"\0")
+        return "x.tar", blocks + tar_header("s", tarfile.REGTYPE, 512) + data
+    if kind == "empty members":
+        member = tar_header("m", tarfile.REGTYPE, 0)
+        return "x.tar.bz2", bz2.compress(member * 6_000)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("zeros.bin", bytes(1 << 20))
+    data = bytearray(buffer.getvalue())
+    if kind == "zip, lzma damaged":
+        data[40:60] = bytes(20)
+    return "x.zip", bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("long name", "decompression_bomb"), ("pax header", "decompression_bomb"), ("negative size", None),
+     ("nested headers", "archive_unreadable"), ("sparse without end", None), ("empty members", "decompression_bomb"),
+     ("zip, lzma damaged", "unreadable")],
+)  # fmt: skip
+def test_hostile_archives_are_refused_by_name_in_bounded_time_and_memory(tmp_path, kind, reason, monkeypatch):
+    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED_MEMBERS", 5_000)
+    name, data = hostile(kind)
+    (tmp_path / name).write_bytes(data)
+    started = time.monotonic()
+    tracemalloc.start()
+    listing = list_sources([tmp_path])
+    found = {rejection.reason for rejection in listing.rejections}
+    with SourceReader() as reader:
+        for source in listing.sources:
+            try:
+                reader.read(source, 1 << 28)
+            except SourceUnreadable as error:
+                found.add(error.reason)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.monotonic() - started < 20 and peak < 100 << 20
+    assert found == {reason} if reason else found <= {"archive_unreadable", "unreadable", "not_a_file"}
+
+
+def test_a_bad_archive_does_not_end_the_others(tmp_path):
+    fill(tmp_path / "set")
+    for kind in ("long name", "nested headers", "zip, lzma damaged"):
+        name, data = hostile(kind)
+        (tmp_path / "set" / name).write_bytes(data)
+    write_zip(tmp_path / "set" / "good.zip")
+    keys = {source.key for source in list_sources([tmp_path / "set"]).sources}
+    assert len({key for key in keys if "x.zip" not in key}) == 2 * len(FILES)
+
+
+def test_a_zip_is_opened_once_for_all_its_parts(tmp_path, monkeypatch):
+    write_zip(tmp_path / "z.zip")
+    opened = []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *options: opened.append(options) or real(*options))
+    sources = list_sources([tmp_path / "z.zip"]).sources
+    for source in sources:
+        with SourceReader() as reader:
+            reader.read(source, LIMIT)
+    assert len(opened) == 1
+
+
+def test_control_characters_never_reach_a_key(tmp_path):
+    for number, name in enumerate(("a\x1b[31m.png", "b\x85.png", "c\u202egnp.exe", "d\u2066.png")):
+        (tmp_path / name).write_bytes(bytes([number]))
+        write_zip(tmp_path / f"{number}.zip", [(name, b"data")])
+    keys = [source.key for source in list_sources([tmp_path]).sources]
+    assert len(keys) == 4 * (2 + len(FILES))
+    assert all(key.isprintable() for key in keys)
+    assert printable("\ud800 \udce9 \n") == "\\ud800 \\xe9 \\x0a"
+
+
+def test_brackets_in_the_names_of_folders_are_no_pattern(tmp_path):
+    fill(tmp_path / "set [1]")
+    assert len(list_sources([tmp_path / "set [1]"]).sources) == 4
+    assert len(list_sources([f"{tmp_path}/set [1]/**/*.jpg"]).sources) == 2
+
+
+def test_too_many_open_files_are_not_the_fault_of_an_image(tmp_path, monkeypatch):
+    fill(tmp_path / "set")
+    (source, *_) = list_sources([tmp_path / "set"]).sources
+
+    def full(*options):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", full)
+    with SourceReader() as reader, pytest.raises(InputError, match="ulimit"):
+        reader.read(source, LIMIT)

@@ -1,0 +1,211 @@
+"""Examples with labels, from any source, as a shard set; and labels of whole images from a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from data_pipelines.commands import printable, progress_bar
+from data_pipelines.decode import ImageRefused
+from data_pipelines.errors import InputError
+from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
+from data_pipelines.files import atomic_write, local_path
+from data_pipelines.prepare.collect import Candidate, describe_image, read_image
+from data_pipelines.prepare.curate import Filters
+from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
+from data_pipelines.prepare.results import describe_set
+from data_pipelines.shards import SHARD_SUFFIX, Manifest, Shard, make_split, write_manifest, write_shard
+
+FILE_COLUMN = "file"
+# Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
+KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
+
+
+def write_examples(
+    output: str | os.PathLike,
+    splits: Mapping[str, Iterable[Example]],
+    classes: Mapping[str, Sequence[str]],
+    settings: Mapping[str, Any],
+    shard_bytes: int = 1 << 28,
+) -> Manifest:
+    """Writes examples into a new shard set, whole or not at all.
+
+    Args:
+      output: must not exist, or be an empty folder.
+      splits: the examples of each split, in order.
+      classes: names in the order of their numbers, of "mask", "objects" and each label.
+      settings: what they were made from; stored in the manifest.
+      shard_bytes: a shard is closed when it holds at least this many bytes.
+
+    Raises:
+      InputError: the output is in the way or cannot be written.
+    """
+    output = local_path(output, "output")
+    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+        raise InputError(f"output {output} exists already: remove it or choose another")
+    rows: list[Candidate] = []
+    try:
+        with atomic_write(output) as folder:
+            folder.mkdir()
+            made = {
+                name: make_split(_write_shards(folder, name, iter(examples), rows, shard_bytes))
+                for name, examples in splits.items()
+            }
+            manifest = describe_set(rows, made, classes, settings)
+            write_manifest(folder, manifest)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+    return manifest
+
+
+def _write_shards(
+    folder: Path, split: str, examples: Iterator[Example], rows: list[Candidate], shard_bytes: int
+) -> Iterator[Shard]:
+    def encoded(first: Example) -> Iterator[bytes]:
+        size = 0
+        for example in itertools.chain([first], examples):
+            stored = encode_example(example)
+            rows.append(describe_image(example, decode_pixels(example), len(stored)))
+            yield stored
+            size += len(stored)
+            if size >= shard_bytes:
+                return
+
+    for number, first in enumerate(examples):
+        yield write_shard(folder / f"{split}-{number:05d}{SHARD_SUFFIX}", encoded(first))
+
+
+def labelled_image(reader: SourceReader, path: str | os.PathLike, key: str, encoding: str = "source") -> Example:
+    """Returns the example of an image that has labels, uncropped.
+
+    Raises:
+      InputError: it cannot be used; leaving it out would silently drop its labels.
+    """
+    try:
+        return read_image(reader, Source(printable(key), str(path), size=0, modified=0), KEEP_ALL, encoding)[0]
+    except (SourceUnreadable, ImageRefused) as refusal:
+        raise InputError(
+            f"labelled image {path} is not usable ({refusal.reason}: {refusal.detail}); fix it or remove its entry"
+        ) from refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    line: int
+    file: str
+    split: str
+    labels: tuple[str, ...]
+
+
+def prepare_table(
+    table: str | os.PathLike,
+    columns: Sequence[str],
+    output: str | os.PathLike,
+    split_column: str = "split",
+    encoding: str = "source",
+    progress: bool = True,
+) -> Manifest:
+    """Writes the images that a CSV table lists, with their class labels, into the new shard set `output`.
+
+    Args:
+      table: CSV (UTF-8, comma) with a header. Column `file` is a path relative to the table's folder.
+      columns: the label columns; their values are class names, numbered in order (in numerical order where all are
+        numbers). A single column is stored as the label "label", several under their own names.
+      output: new folder.
+      split_column: names the split of each image.
+      encoding: see `prepare.PrepareConfig`.
+      progress: show a progress bar.
+
+    Raises:
+      InputError: the table or an image is unusable, or one image is in two splits: the same file, or the same pixels.
+    """
+    table = Path(local_path(table, "table"))
+    if not columns:
+        raise InputError(f"{table}: name at least one label column")
+    rows = _read_rows(table, columns, split_column)
+    _check_files(table, rows)
+    names = [LABEL] if len(columns) == 1 else list(columns)
+    classes = {name: sorted_classes(row.labels[place] for row in rows) for place, name in enumerate(names)}
+    numbers = {name: {text: number for number, text in enumerate(classes[name])} for name in names}
+    seen: dict[str, _Row] = {}
+
+    def examples(split: str) -> Iterator[Example]:
+        for row in rows:
+            if row.split != split:
+                continue
+            example = labelled_image(reader, table.parent / row.file, row.file, encoding)
+            content = describe_image(example, decode_pixels(example), 0).content
+            other = seen.setdefault(content, row)
+            if other.split != row.split:
+                raise InputError(
+                    f"{table}, line {row.line}: image {row.file} of split {row.split} has the pixels of {other.file} "
+                    f"(line {other.line}) of split {other.split}: keep one of them"
+                )
+            labels = {name: numbers[name][text] for name, text in zip(names, row.labels, strict=True)}
+            bar.update(1)
+            yield dataclasses.replace(example, labels=labels)
+
+    splits = {split: examples(split) for split in dict.fromkeys(row.split for row in rows)}
+    settings = {"table": str(table), "columns": list(columns), "encoding": encoding}
+    with progress_bar("labelling", len(rows), "image", active=progress) as bar, SourceReader() as reader:
+        return write_examples(output, splits, classes, settings)
+
+
+def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Distinct class names in order; in numerical order where all are numbers."""
+    distinct = set(names)
+    try:
+        return tuple(sorted(distinct, key=lambda name: (float(name), name)))
+    except ValueError:
+        return tuple(sorted(distinct))
+
+
+def _read_rows(table: Path, columns: Sequence[str], split_column: str) -> list[_Row]:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.reader(stream)
+            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
+        ) from error
+    header = lines[0][1] if lines else []
+    for name in (FILE_COLUMN, split_column, *columns):
+        if header.count(name) != 1:
+            raise InputError(
+                f"{table}: {header.count(name)} columns {name!r}; they are {', '.join(header) or '(none)'}"
+            )
+    rows = []
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{table}, line {line} has {len(cells)} fields, the header {len(header)}: quote fields with commas"
+            )
+        row = dict(zip(header, cells, strict=True))
+        for name in (FILE_COLUMN, split_column, *columns):
+            if not row[name]:
+                raise InputError(f"{table}, line {line}: column {name!r} is empty; fill it or remove the row")
+        rows.append(_Row(line, row[FILE_COLUMN], row[split_column], tuple(row[name] for name in columns)))
+    if not rows:
+        raise InputError(f"{table} has a header but no rows")
+    return rows
+
+
+def _check_files(table: Path, rows: Sequence[_Row]) -> None:
+    """Each row names a file of its own, by its real path: links and `..` lead to the same one."""
+    seen: dict[str, _Row] = {}
+    for row in rows:
+        path = table.parent / row.file
+        if not path.is_file() or PurePosixPath(row.file).is_absolute():
+            raise InputError(f"{table}, line {row.line}: no image {path}; give paths from the table's folder")
+        other = seen.setdefault(os.path.realpath(path), row)
+        if other is not row:
+            where = "the same split" if other.split == row.split else f"split {other.split}"
+            raise InputError(
+                f"{table}, line {row.line}: {row.file} is in line {other.line} ({where}) too; keep one row"
+            )
