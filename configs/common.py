@@ -6,7 +6,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from infmae_jax.training.config import EmbeddedConfig, PretrainConfig, to_config
+from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
+from infmae_jax.training.config import to_config
 
 _SMOKE_MODEL = dict(widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 

@@ -48,7 +48,8 @@ from infmae_jax.benchmarks.scaling import MESHES, QUICK_MESHES, parse_meshes, sc
 from infmae_jax.benchmarks.step import TORCH_FORMS, Grid, step, step_against_torch
 from infmae_jax.benchmarks.training import visible_tokens
 from infmae_jax.models.infmae import VARIANTS
-from infmae_jax.training.config import PretrainConfig, from_config
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import from_config
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
 _QUICK_MODEL = dict(

@@ -9,7 +9,7 @@ from data_pipelines.prepare import prepare
 from data_pipelines.synthetic import write_dataset
 from infmae_jax.evaluation.encoder import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 _PRETRAIN_SEED, _PROBE_SEED = 0, 1  # different scenes
 

@@ -51,7 +51,7 @@ def reconstruction_panel(
     pred: np.ndarray,
     scores: np.ndarray,
     norm_pix: bool,
-    path: str | Path,
+    path: str | Path | None = None,
     colormap: str = "inferno",
     patch: int = PATCH,
 ) -> np.ndarray:
@@ -65,7 +65,7 @@ def reconstruction_panel(
       scores: (B,N), the token scores that the selection was made from; any number type.
       norm_pix: the model was trained on pixels normalised per patch: the output is scaled back with each patch's own
         mean and standard deviation, visible or masked, as in the pictures of MAE.
-      path: PNG to write; its folder is made.
+      path: PNG to write, if any; its folder is made.
       colormap: "inferno" or "gray", for images and scores.
       patch: side of a patch in pixels.
 
@@ -265,9 +265,11 @@ def _render(figure: Figure) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _save(figure: Figure, path: str | Path) -> np.ndarray:
-    """Renders a figure, writes it as PNG and returns its pixels."""
+def _save(figure: Figure, path: str | Path | None) -> np.ndarray:
+    """Renders a figure, writes it as PNG where a path is given, and returns its pixels."""
     pixels = _render(figure)
+    if path is None:
+        return pixels
     try:
         with atomic_write(path) as partial:
             Image.fromarray(pixels).save(partial, format="PNG")

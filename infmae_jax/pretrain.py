@@ -14,12 +14,12 @@ from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from infmae_jax import embedded, pictures, report
+from infmae_jax import embedded, report
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import distributed, loop
-from infmae_jax.training.config import PretrainConfig, from_config, to_config
+from infmae_jax.training.config import from_config, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.metrics import METRICS_NAME
-from infmae_jax.training.pretraining import PretrainTask
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
 
@@ -33,7 +33,9 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
-    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir)
+    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), Path(flags.FLAGS.workdir).expanduser()
+    if "://" in flags.FLAGS.workdir:
+        raise InputError(f"--workdir={flags.FLAGS.workdir} is a URL: give a folder, of a mounted bucket for example")
     if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
@@ -42,15 +44,14 @@ def main(argv: list[str]) -> int:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
     config = embedded.with_shards(config, workdir)
     task = PretrainTask(config)
-    with distributed.joined(config.distributed, to_config(config), task.data_record) as group:
+    with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
         primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, group, clock, at_end=_report)
+        result = loop.train(task, config, workdir, peers, clock, at_end=_report)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
         return result.stop_code
     if primary:
-        pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
         print(_summary(config, workdir, result.step))
     return 0
 
@@ -72,14 +73,13 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         labels = str(workdir / "data" / "labelled" / "class_labels.csv")
         scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items())
         lines.append(f"linear probe, scene class of synthetic scenes, top-1: {scores}")
-    drawn = workdir / "pictures" / f"step_{step:08d}.png"
+    drawn = workdir / "pictures" / f"step_{step:08d}_reconstruction.png"
     return "\n".join([
         *lines,
         "",
         f"finished {step} steps in {workdir}:",
         f"  checkpoints      {workdir / 'checkpoints'}",
         f"  losses           {workdir / METRICS_NAME}, {workdir / 'tensorboard'}",
-        f"  loss curve       {workdir / 'pictures' / 'loss.png'}",
         f"  report           {workdir / 'report.html'}",
         *([f"  reconstructions  {drawn}"] if drawn.exists() else []),
         f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 import re
 import time
@@ -29,7 +28,8 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
-from infmae_jax.training.config import PretrainConfig, flat, to_config
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import flat, to_config
 
 NAME = "report.html"
 _RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
@@ -181,8 +181,8 @@ def _events(history: RunHistory) -> str:
     shown = [event for event in history.events if event["event"] not in _ROUTINE_EVENTS]
     rows, keys_left = [], _MAX_KEYS
     for event in reversed(shown[-_MAX_EVENTS:]):
-        told = ((key, value) for key, value in flat(event).items() if key not in _NOT_DETAILS)
-        details = _text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in told))
+        details = flat({key: value for key, value in event.items() if key not in _NOT_DETAILS})
+        details = _text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in details.items()))
         if isinstance(records := event.get("records"), list) and records:
             names = [_text(key) for key in records[:keys_left]]
             keys_left -= len(names)
@@ -216,8 +216,7 @@ def _pictures(paths: Sequence[Path]) -> str:
 
 
 def _config(config: Mapping[str, Any]) -> str:
-    defaults = flat(json.loads(json.dumps(to_config(PretrainConfig()).to_dict())))  # lists for tuples, as in the file
-    rows = flat(config)
+    rows, defaults = flat(config), flat(to_config(PretrainConfig()))
     changed = [(key, value, defaults[key]) for key, value in rows.items() if defaults.get(key, value) != value]
     shown = f"<h2>Config</h2><p>{len(changed)} keys differ from the defaults.</p>" if rows else ""
     everything = _folded(f"all {len(rows)} keys", _table((), rows.items()))

@@ -13,11 +13,11 @@ import pytest
 from data_pipelines import pipeline
 from infmae_jax.evaluation.encoder import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
 from infmae_jax.training.checkpoint import read_config
-from infmae_jax.training.config import PretrainConfig, from_config
+from infmae_jax.training.config import from_config
 from infmae_jax.training.metrics import read_metrics
-from infmae_jax.training.pretraining import PretrainTask
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRETRAIN = sorted(path.stem for path in (CONFIGS / "pretrain").glob("*.py") if path.stem != "__init__")

@@ -12,7 +12,8 @@ from configs import common
 from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.infmae import variant
-from infmae_jax.training.config import OptimizerConfig, PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import OptimizerConfig
 
 
 def get_config(arg: str = "") -> ConfigDict:

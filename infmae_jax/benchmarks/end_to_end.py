@@ -11,10 +11,9 @@ import numpy as np
 from infmae_jax.benchmarks import shards, timing
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, on_accelerator, report
 from infmae_jax.benchmarks.training import TrainingProgram
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.config import PretrainConfig
 from infmae_jax.training.metrics import read_metrics
-from infmae_jax.training.pretraining import PretrainTask
 
 _PUBLISHED_IMAGES = 305_241 * 400  # of Inf30, times epochs
 

@@ -14,7 +14,7 @@ from infmae_jax.benchmarks.training import synthetic_batch
 from infmae_jax.evaluation.features import images_at_once, in_pieces
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 # Of pooled features of two frameworks, relative to their largest value.
 _SAME_FEATURES = {"float32": 1e-4, "bfloat16": 5e-2}

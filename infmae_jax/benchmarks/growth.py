@@ -10,7 +10,7 @@ from typing import Any
 from infmae_jax.benchmarks import flops, timing
 from infmae_jax.benchmarks.report import Row, report
 from infmae_jax.benchmarks.training import TrainingProgram, visible_tokens
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 AXES = ("batch size", "image size", "masking stride")
 

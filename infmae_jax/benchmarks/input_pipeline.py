@@ -7,7 +7,7 @@ from typing import Any
 from data_pipelines import throughput
 from infmae_jax.benchmarks import shards
 from infmae_jax.benchmarks.report import report
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 _SCENES, _QUICK_SCENES = 256, 32  # where the config has no shards
 

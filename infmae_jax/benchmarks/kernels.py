@@ -17,7 +17,7 @@ from infmae_jax.benchmarks import timing
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, report
 from infmae_jax.benchmarks.training import visible_tokens
 from infmae_jax.models import blocks, patches
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 Kernel = Callable[..., jax.Array]
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}  # of gradients that sum over a batch, relative to their largest value

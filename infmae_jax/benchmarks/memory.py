@@ -18,7 +18,8 @@ import jax
 from infmae_jax.benchmarks import flops
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, on_accelerator, report
 from infmae_jax.benchmarks.training import TrainingProgram
-from infmae_jax.training.config import PretrainConfig, from_config, to_config
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import from_config, to_config
 
 _DOES_NOT_FIT = 17  # exit code of a child process that ran out of device memory
 

@@ -14,9 +14,9 @@ import numpy as np
 from infmae_jax.benchmarks import shards, timing
 from infmae_jax.benchmarks.end_to_end import short_run, train_to_the_end
 from infmae_jax.benchmarks.report import report
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
+from infmae_jax.training.task import Position
 from infmae_jax.training.metrics import read_events
-from infmae_jax.training.pretraining import PretrainTask
 
 _WARM = 2  # steps that do not count: the first ones allocate
 _MINUTES = 10  # between the saves of a long run
@@ -26,9 +26,9 @@ _ALIKE = {"checkpoints": "bare", "both": "observed"}  # a form that saves: the o
 class _TimedTask(PretrainTask):
     """Notes when the loop takes each batch; it takes the next one only when the step before the last has ended."""
 
-    def batches(self, start_step: int, order: int) -> Any:
+    def train_batches(self, at: Position) -> Any:
         self.taken: list[float] = []
-        return _TimedBatches(super().batches(start_step, order), self.taken)
+        return _TimedBatches(super().train_batches(at), self.taken)
 
 
 class _TimedBatches:

@@ -20,7 +20,7 @@ import jax
 from infmae_jax.benchmarks.flops import STAGES
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, on_accelerator, report
 from infmae_jax.benchmarks.training import TrainingProgram, visible_tokens
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 
 KINDS = ("matrix products", "depthwise convolutions", "norms, activations, sums", "copies and moves", "updates")
 LOSS, UPDATE = "input, loss", "optimizer, guards"

@@ -25,12 +25,14 @@ from infmae_jax.benchmarks.report import report, table
 from infmae_jax.benchmarks.training import visible_tokens
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import sharding
-from infmae_jax.training.config import MeshConfig, PretrainConfig, from_config, to_config
+from infmae_jax.training.config import MeshConfig, from_config, to_config
 from infmae_jax.training.hardware import peak_flops
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.step import make_train_step, stop_sharding
+from infmae_jax.training.task import Loss
 
 MESHES = (MeshConfig(1), MeshConfig(1, 8), MeshConfig(8, 8), MeshConfig(32, 8))
 QUICK_MESHES = (MeshConfig(1), MeshConfig(4, 2))
@@ -186,9 +188,10 @@ def compile_step(config: PretrainConfig, mesh: jax.sharding.Mesh, batch: int) ->
         ids_keep = jnp.arange(keep)[None]
         return TrainState.create(model.init(key, jnp.zeros((1, height, width, 1)), ids_keep)["params"], optimizer)
 
-    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         del key
-        return model.apply({"params": params}, patches.normalize(batch["image"]), batch["ids_keep"]).loss, {}
+        images = patches.normalize(batch["image"])
+        return Loss(model.apply({"params": params}, images, batch["ids_keep"]).loss * len(images), len(images), {})
 
     shapes = jax.eval_shape(create, jax.random.key(config.seed))
     shardings = sharding.state_shardings(shapes, mesh)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from infmae_jax import embedded
-from infmae_jax.training.config import EmbeddedConfig, PretrainConfig
+from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from infmae_jax.benchmarks import flops, timing
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, on_accelerator, report
 from infmae_jax.benchmarks.training import TrainingProgram, learning_rate, synthetic_batch, visible_tokens
 from infmae_jax.models.infmae import variant
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.hardware import mfu
 
 TORCH_FORMS = ("eager", "compiled")

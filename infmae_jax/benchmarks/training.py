@@ -12,11 +12,13 @@ import numpy as np
 from data_pipelines.masking import num_visible
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import sharding
-from infmae_jax.training.config import MeshConfig, PretrainConfig
+from infmae_jax.training.config import MeshConfig
 from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step, stop_flags
+from infmae_jax.training.step import make_train_step, stop_flag
+from infmae_jax.training.task import Loss
 
 _GIB = 2**30
 
@@ -69,7 +71,7 @@ class TrainingProgram:
             self._loss, self._optimizer, lambda _: jnp.float32(rate), self._mesh, self._shardings, config.seed,
             config.optimizer.accumulate,
         )  # fmt: skip
-        self._stop = stop_flags(self._mesh)[0]
+        self._stop = stop_flag(self._mesh, 0)
         since = time.perf_counter()
         self._compiled = step.lower(shapes, batch_spec(config, batch), self._stop).compile()
         self.compile_seconds = time.perf_counter() - since
@@ -106,7 +108,7 @@ class TrainingProgram:
         params = self._model.init(key, jnp.zeros((1, *self.config.data.image_size, 1)), ids_keep)["params"]
         return TrainState.create(params, self._optimizer)
 
-    def _loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         del key
         images = patches.normalize(batch["image"])
-        return self._model.apply({"params": params}, images, batch["ids_keep"]).loss, {}
+        return Loss(self._model.apply({"params": params}, images, batch["ids_keep"]).loss * len(images), len(images), {})

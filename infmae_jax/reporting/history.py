@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import InputError
-from infmae_jax.training.duration import in_steps
 from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME, read_events
 from infmae_jax.training.record import RECORD_NAME
 from infmae_jax.training.run_folder import CONFIG_NAME
 
 MAX_METRICS_BYTES = 16 << 20  # of metrics.jsonl; of a longer file as much is read, in evenly spaced blocks
 _BLOCKS = 256
-_RECENT = 0.1  # of the rows
+_RECENT_ROWS = 10
 _ENDINGS = ("finished", "preempted", "interrupted", "stopped")
 _INTERRUPTED = 130  # exit code that a `preempted` event carries after Ctrl-C
 _SILENT_SECONDS = 600.0  # at least; a run that logs rarely may be silent for longer
@@ -68,9 +67,9 @@ class RunHistory:
         return series[np.isfinite(series[:, 1])]
 
     def recent(self, key: str) -> float | None:
-        """Median over the last tenth of the rows."""
-        values = self.finite(key)[:, 1]
-        return float(np.median(values[-max(1, math.ceil(len(values) * _RECENT)) :])) if len(values) else None
+        """Median over the last rows, None without any."""
+        values = self.finite(key)[-_RECENT_ROWS:, 1]
+        return float(np.median(values)) if len(values) else None
 
     @functools.cached_property
     def step(self) -> int:
@@ -80,12 +79,9 @@ class RunHistory:
 
     @functools.cached_property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None where the folder does not say."""
-        try:
-            images, batch_size = self.config["data_set"]["images"], self.config["data"]["batch_size"]
-            return in_steps(self.config["duration"], batch_size=batch_size, num_examples=images)
-        except (KeyError, TypeError, AttributeError, ArithmeticError, InputError):
-            return None
+        """Steps of the whole run; None where the events do not say."""
+        totals = [_number(event["total_steps"]) for event in self.events if "total_steps" in event]
+        return int(totals[-1]) if totals and totals[-1] > 0 else None
 
     @functools.cached_property
     def seen(self) -> tuple[float, float] | None:
@@ -111,8 +107,6 @@ class RunHistory:
                 return kinds[-1], str(event.get("reason", ""))
             word = "interrupted" if event.get("code") == _INTERRUPTED else kinds[-1]
             return word, f"at step {int(event['step']):,}; the same command continues it"
-        if not self.events and self.total_steps is not None and self.step >= self.total_steps:
-            return "finished", "by its last logged step; there are no events"
         if self.seen is None:
             return ("silent", "nothing says since when") if self.rows else ("new", "nothing logged yet")
         gaps = np.diff(self.finite("time")[:, 1])
@@ -123,11 +117,12 @@ class RunHistory:
 
     @functools.cached_property
     def seconds_left(self) -> float | None:
-        """Of a running run, from the rate of its recent steps."""
-        rate = self.recent("images_per_second")
-        if self.status[0] != "running" or not rate or self.total_steps is None:
+        """Of a running run, from the pace of its last rows; None where there is none."""
+        times = self.finite("time")[-_RECENT_ROWS:]
+        if self.status[0] != "running" or self.total_steps is None or len(times) < 2:
             return None
-        return max(0, self.total_steps - self.step) * self.config["data"]["batch_size"] / rate
+        steps, seconds = times[-1] - times[0]
+        return max(0, self.total_steps - self.step) * seconds / steps if seconds > 0 else None
 
 
 def read_history(run: str | Path) -> RunHistory:

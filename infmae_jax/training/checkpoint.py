@@ -66,9 +66,10 @@ class Checkpointer:
     Args:
       run: run folder, which must exist when saving, on a file system that all processes share.
       keep: the latest so many are kept.
-      keep_best: the so many with the lowest metrics["loss"] are kept too.
+      keep_best: the so many that are best are kept too.
       keep_every: steps; checkpoints at its multiples are kept for good; 0: none.
       on_damage: called with step and reason for each damaged checkpoint that `restore` finds.
+      best: name of the entry of `metrics` that says which is best, and whether "min" or "max" is.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Checkpointer:
         keep_best: int = 0,
         keep_every: int = 0,
         on_damage: Callable[[int, str], None] | None = None,
+        best: tuple[str, str] = ("loss", "min"),
     ):
         self._run = Path(run).absolute()
         self._keep, self._keep_best, self._keep_every = max(keep, 1), keep_best, keep_every
@@ -91,7 +93,8 @@ class Checkpointer:
         self._known: list[int] = []  # steps on disk, as last seen
         if self._primary:
             self._attempt_removal()
-        self._losses = {step: _stored_loss(self._run, step) for step in self._steps()}
+        self._best = best
+        self._losses = {step: self._stored_loss(step) for step in self._steps()}
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one that is being saved included; None where there is none."""
@@ -183,6 +186,16 @@ class Checkpointer:
             self._writer.shutdown()
             self._quiet.close()
 
+    def _badness(self, metrics: Mapping[str, float]) -> float:
+        name, mode = self._best
+        return metrics[name] * (1 if mode == "min" else -1) if name in metrics else np.inf
+
+    def _stored_loss(self, step: int) -> float:
+        try:
+            return self._badness(storage.read_record(storage.checkpoint_path(self._run, step))["metrics"])
+        except storage.Damaged:
+            return np.inf
+
     def _steps(self) -> set[int]:
         with contextlib.suppress(OSError):
             self._known = storage.steps_of(self._run)
@@ -200,7 +213,7 @@ class Checkpointer:
         if found.unequal:
             logging.warning("step %d: devices hold different copies of %s", step, ", ".join(found.unequal))
         record = storage.make_record(step, found.digests, metrics, metadata)
-        self._losses[step] = metrics.get("loss", np.inf)
+        self._losses[step] = self._badness(metrics)
         try:
             with jax.transfer_guard("allow"):
                 finish = storage.start_save(self._run, step, items, record)
@@ -319,13 +332,6 @@ class Checkpointer:
 
 def _items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": state.opt_state, "guard": state.guard}
-
-
-def _stored_loss(run: Path, step: int) -> float:
-    try:
-        return storage.read_record(storage.checkpoint_path(run, step))["metrics"].get("loss", np.inf)
-    except storage.Damaged:
-        return np.inf
 
 
 def _tell_all(text: str) -> list[str]:

@@ -1,35 +1,38 @@
 """ConfigDict stops here: configs become nested frozen dataclasses, and every mistake names its key.
 
 Config files build a dataclass and return `to_config` of it; commands turn the ConfigDict, with the overrides of the
-command line, back with `from_config`.
+command line, back with `from_config`. Ranges of numbers are annotations, in the notation of intervals:
+`b1: Annotated[float, "[0, 1)"]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from data_pipelines.errors import InputError
-from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import InfMAEConfig, variant
 from infmae_jax.training.duration import in_steps
 
 T = TypeVar("T")
+Count = Annotated[int, "[0, inf)"]
+Seconds = Annotated[int, "[1, inf)"]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with per-step linear warm-up and half-cosine decay to zero (InfMAE, training recipe).
+    """AdamW with per-step linear warm-up and decay to zero (half a cosine in the training recipe of InfMAE).
 
     Attributes:
       base_learning_rate: for 256 images; the peak is base_learning_rate * batch_size / 256.
       warmup: duration of the linear warm-up.
+      schedule: of the decay, "half_cosine" or "polynomial": (1 - share of it done) ** power.
       weight_decay: decoupled; not applied to biases and other one-dimensional parameters.
       b1, b2: AdamW's moment decays.
       clip_norm: clip gradients to this global norm; 0 is off.
@@ -37,14 +40,16 @@ class OptimizerConfig:
       mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a quarter of the training state less).
     """
 
-    base_learning_rate: float = 1.5e-4
+    base_learning_rate: Annotated[float, "[0, inf)"] = 1.5e-4
     warmup: str = "40 epochs"
-    weight_decay: float = 0.05
-    b1: float = 0.9
-    b2: float = 0.95
-    clip_norm: float = 0.0
-    accumulate: int = 1
-    mu_dtype: str = "float32"
+    schedule: Annotated[str, "half_cosine, polynomial"] = "half_cosine"
+    power: Annotated[float, "(0, inf)"] = 1.0
+    weight_decay: Annotated[float, "[0, inf)"] = 0.05
+    b1: Annotated[float, "[0, 1)"] = 0.9
+    b2: Annotated[float, "[0, 1)"] = 0.95
+    clip_norm: Annotated[float, "[0, inf)"] = 0.0
+    accumulate: Annotated[int, "[1, inf)"] = 1
+    mu_dtype: Annotated[str, "float32, bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +63,10 @@ class MeshConfig:
       slices: groups of devices that only the slower network between slices joins; the `data` axis spans them.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    slices: int = 1
+    data: Annotated[int, "[-1, inf)"] = -1
+    fsdp: Annotated[int, "[-1, inf)"] = 1
+    tensor: Annotated[int, "[-1, inf)"] = 1
+    slices: Annotated[int, "[1, inf)"] = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +86,11 @@ class DistributedConfig:
 
     method: str = "none"
     coordinator: str = ""
-    num_processes: int = 1
-    process_id: int = 0
-    timeout_seconds: int = 300
-    heartbeat_seconds: int = 100
-    stall_seconds: int = 900
+    num_processes: Annotated[int, "[1, inf)"] = 1
+    process_id: Count = 0
+    timeout_seconds: Seconds = 300
+    heartbeat_seconds: Seconds = 100
+    stall_seconds: Count = 900
     notice_url: str = ""
 
 
@@ -95,14 +100,14 @@ class GuardConfig:
 
     Attributes:
       rollback_after: so many skipped updates in a row go back to the last checkpoint, with a new data order.
-      max_rollbacks: after so many, the run stops.
+      max_rollbacks: after so many, over all restarts, the run stops.
       spike_factor: also skip updates whose loss is above this multiple of its running mean; 0 is off.
       spike_warmup: steps before the running mean counts.
     """
 
-    rollback_after: int = 10
-    max_rollbacks: int = 3
-    spike_factor: float = 0.0
+    rollback_after: Annotated[int, "[1, inf)"] = 10
+    max_rollbacks: Count = 3
+    spike_factor: Annotated[float, "[0, inf)"] = 0.0
     spike_warmup: str = "200 steps"
 
 
@@ -124,73 +129,57 @@ class ObserveConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EmbeddedConfig:
-    """The embedded synthetic data set, made when `images` > 0: pretraining data, and a labelled set to probe with."""
-
-    images: int = 0
-    height: int = 256
-    width: int = 320
-    probe_images: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that defines a pretraining run.
+class RunConfig:
+    """What every run has, whatever its task; a task's config extends it.
 
     Attributes:
-      seed: of initialisation; data have their own (`data.seed`).
+      seed: of initialisation; data have their own.
       duration: of the whole run, e.g. "400 epochs".
-      log_every, checkpoint_every, picture_every: durations; "0 steps" is never.
+      log_every, checkpoint_every: durations; "0 steps" is never.
       keep_checkpoints: the latest n are kept.
-      keep_best: the n checkpoints with the lowest loss (mean since the one before) are kept too.
+      keep_best: the n best checkpoints are kept too.
+      best_metric, best_mode: what is best: the name of an evaluator's result, or "loss", the mean training loss since
+        the checkpoint before; "min" or "max".
       keep_every: duration; checkpoints at its multiples are kept for good; "0 steps": none.
       on_save_failure: "stop", or "continue" without the checkpoint (disk full, folder gone); earlier ones are intact.
-      init_from: a run folder whose weights start this run; empty: random.
-      colormap: of pictures, "inferno" or "gray".
       compilation_cache: folder for compiled programs, so that a restart need not compile again; empty is off.
     """
 
-    seed: int = 0
-    model: InfMAEConfig = variant("base")
-    data: PipelineConfig = PipelineConfig()
+    seed: Annotated[int, "[0, 4294967295]"] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     duration: str = "400 epochs"
     log_every: str = "50 steps"
     checkpoint_every: str = "1 epochs"
-    picture_every: str = "10 epochs"
-    keep_checkpoints: int = 3
-    keep_best: int = 0
+    keep_checkpoints: Annotated[int, "[1, inf)"] = 3
+    keep_best: Count = 0
+    best_metric: str = "loss"
+    best_mode: Annotated[str, "min, max"] = "min"
     keep_every: str = "0 steps"
-    on_save_failure: str = "stop"
-    init_from: str = ""
-    colormap: str = "inferno"
+    on_save_failure: Annotated[str, "stop, continue"] = "stop"
     compilation_cache: str = "~/.cache/infmae/compiled"
     distributed: DistributedConfig = DistributedConfig()
     guards: GuardConfig = GuardConfig()
     observe: ObserveConfig = ObserveConfig()
-    embedded: EmbeddedConfig = EmbeddedConfig()
+
+    # Beginnings of keys that do not change what a run computes; all others must stay as they are when it is resumed.
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (
+        "mesh.", "log_every", "checkpoint_every", "keep_", "best_", "on_save_failure", "compilation_cache",
+        "distributed.", "observe.",
+    )  # fmt: skip
 
     def __post_init__(self):
         durations = (
-            self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.picture_every,
-            self.keep_every, self.guards.spike_warmup, self.observe.layer_norms_every,
+            self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.keep_every,
+            self.guards.spike_warmup, self.observe.layer_norms_every,
         )  # fmt: skip
         for duration in durations:
             in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
 
 
-# Keys that do not change what a run computes; all others must stay as they are when a run is resumed. Shard sets may
-# move: their fingerprints are compared.
-FREE_KEYS = (
-    "data.shards", "data.workers", "data.threads", "data.prefetch", "data.cache", "data.max_corrupt", "mesh.",
-    "log_every", "checkpoint_every", "picture_every", "keep_", "on_save_failure", "colormap", "compilation_cache",
-    "distributed.", "observe.",
-)  # fmt: skip
-
-
 def to_config(value: Any) -> ConfigDict:
-    """A dataclass as ConfigDict. Tuples of strings become comma-separated text, so that flags can set them."""
+    """A dataclass as ConfigDict. Tuples of strings become comma-separated text, and what is None a placeholder of its
+    type, so that flags can set them."""
     out = ConfigDict()
     for field, hint in _fields(type(value)).items():
         item = getattr(value, field)
@@ -198,6 +187,9 @@ def to_config(value: Any) -> ConfigDict:
             item = to_config(item)
         elif hint == tuple[str, ...]:
             item = ",".join(item)
+        elif item is None:
+            kind = _without_none(hint)
+            item = config_dict.placeholder(typing.get_origin(kind) or kind)
         out[field] = item
     return out
 
@@ -228,54 +220,84 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
 
 
 def flat(settings: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    """A nested config as dotted keys and text values."""
+    """A nested config as dotted keys and text values; lists count as tuples, as JSON has only those."""
     found: dict[str, str] = {}
     for key, value in settings.items():
         nested = isinstance(value, (Mapping, ConfigDict))
-        found |= flat(value, f"{path}{key}.") if nested else {f"{path}{key}": str(value)}
+        found |= flat(value, f"{path}{key}.") if nested else {f"{path}{key}": str(_as_tuple(value))}
     return found
 
 
+def binding(settings: Mapping[str, Any], free_keys: tuple[str, ...]) -> dict[str, str]:
+    """`flat` without the keys that begin with one of `free_keys`: what defines a run."""
+    return {key: value for key, value in flat(settings).items() if not key.startswith(free_keys)}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free_keys: tuple[str, ...]) -> list[str]:
+    """Readable lines of the keys whose values differ, the free ones left out."""
+    old, new = binding(old, free_keys), binding(new, free_keys)
+    return [
+        f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)
+    ]
+
+
 def _fields(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _without_none(hint: Any) -> Any:
+    """int of int | None; other types as they are."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return hint
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_config(hint, value, f"{path}.")
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    if value is None and _without_none(hint) is not hint:
+        return None
+    hint = _without_none(hint)
+    if typing.get_origin(hint) is Annotated:
+        hint, allowed = typing.get_args(hint)
+        value = _convert(hint, value, path)
+        if not _within(value, allowed):
+            raise InputError(f"config key {path}={value!r} must be {'one of' if hint is str else 'in'} {allowed}")
+        return value
     if hint == tuple[str, ...] and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     if hint is tuple or typing.get_origin(hint) is tuple:
-        if isinstance(value, (tuple, list)):
-            return _as_tuple(value)
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _convert_tuple(hint, value, path)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, bool):
-        pass
-    elif isinstance(value, hint):
+    if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise InputError(f"config key {path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
 
 
+def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
+    """A sequence, or a text such as 96x96, as a tuple of the length and kinds that `hint` says."""
+    kinds = typing.get_args(hint)
+    if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], str):
+        (value,) = value  # what a flag makes of 96x96
+    if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)+", value):
+        value = [int(part) for part in value.split("x")]
+    if not isinstance(value, (tuple, list)) or (... not in kinds and kinds and len(value) != len(kinds)):
+        names = ", ".join("..." if kind is ... else getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise InputError(f"config key {path} must be ({names or 'a tuple'}), got {value!r}")
+    if not kinds:
+        return _as_tuple(value)
+    return tuple(_convert(kinds[0 if ... in kinds else i], item, f"{path}[{i}]") for i, item in enumerate(value))
+
+
+def _within(value: Any, allowed: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"."""
+    if isinstance(value, str):
+        return value in allowed.split(", ")
+    low, high = (float(end) for end in allowed[1:-1].split(","))
+    return (low <= value if allowed[0] == "[" else low < value) and (value <= high if allowed[-1] == "]" else value < high)
+
+
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(v) for v in value) if isinstance(value, (tuple, list)) else value
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> list[str]:
-    """Readable lines of the keys whose values differ, `FREE_KEYS` left out."""
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        where = f"{path}{key}"
-        if where.startswith(FREE_KEYS):
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{where}.")
-        elif _as_tuple(a) != _as_tuple(b):
-            lines.append(f"{where} was {a!r}, is {b!r}")
-    return lines

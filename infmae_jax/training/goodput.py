@@ -21,7 +21,7 @@ SHARES = {
     "saving": "waiting for a checkpoint to let go of the device arrays",
     "compiling": "tracing and compiling programs",
     "restoring": "reading a checkpoint",
-    "picture": "computing and drawing pictures",
+    "evaluating": "evaluators: measures and pictures",
     "other": "everything else: starting Python, opening files, making the model, writing logs",
 }
 

@@ -6,19 +6,19 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from data_pipelines.commands import progress_bar
 from infmae_jax.training import hardware
-from infmae_jax.training.config import PretrainConfig, flat, to_config
+from infmae_jax.training.config import RunConfig, flat, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.metrics import EventLog, MetricsWriter
-from infmae_jax.training.task import HostBatches, Task
+from infmae_jax.training.task import Batches, Position, Task
 
 _NOT_LOGGED = ("skipped", "in_a_row", "stop")
 _KEYS_NAMED = 4  # record keys in a message; the event has all
@@ -46,13 +46,18 @@ class _Pending:
 
 
 class Monitor:
-    """Metrics, events and the progress line of a run. Close it."""
+    """Metrics, events and the progress line of a run. Close it.
+
+    Attributes:
+      signs: what the last step that was read says.
+      last_row_time: of an earlier process, for the `resume` event.
+    """
 
     def __init__(
         self,
         workdir: Path,
         task: Task,
-        config: PretrainConfig,
+        config: RunConfig,
         clock: Goodput,
         events: EventLog,
         flops_per_step: float,
@@ -63,26 +68,22 @@ class Monitor:
         self._task, self._clock, self._events, self._primary = task, clock, events, primary
         self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
         self._bar = progress_bar("train", total, "step", done=first, active=primary)
-        self.last_row_time = self._writer.last_row_time  # of an earlier process, for the `resume` event
+        self.last_row_time = self._writer.last_row_time
         self._utilisation = functools.partial(
             hardware.mfu,
             flops_per_step,
             device_kind=jax.local_devices()[0].device_kind,
             devices=jax.device_count(),
-            dtype=config.model.dtype,
+            dtype=task.dtype,
         )
         self._pending: _Pending | None = None
-        self._losses: list[float] = []
-        self._order = 0
         self._host_memory, self._looked = 0.0, -math.inf
-        self.batches: HostBatches
-        self._start_window()
 
-    def restart(self, batches: HostBatches, step: int, order: int) -> None:
-        """From now on steps are counted from `step` and come from `batches`."""
-        self.batches, self._order = batches, order
+    def restart(self, batches: Batches, at: Position) -> None:
+        """From now on steps are counted from `at` and come from `batches`."""
+        self._batches, self.signs = batches, Signs()
         self._pending, self._losses = None, []
-        self._bar.n = step
+        self._bar.n = at.step
         self._start_window()
 
     def rewind(self, step: int) -> None:
@@ -92,51 +93,60 @@ class Monitor:
     def _start_window(self) -> None:
         self._steps, self._since, self._waited = 0, time.perf_counter(), self._clock.seconds()["data_wait"]
 
-    def step(self, step: int, metrics: dict[str, jax.Array], log: bool) -> Signs:
+    def step(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         """Takes the metrics of a step that was just dispatched; reads those of the one before, which is done or soon
         will be, so that the device is never without work."""
         before, self._pending = self._pending, _Pending(step, metrics, log)
         self._bar.update()
-        return self._read(before) if before else Signs()
+        if before:
+            self._read(before)
 
-    def settle(self) -> Signs:
+    def flush(self) -> Signs:
         """Reads what is left to read."""
         before, self._pending = self._pending, None
-        return self._read(before) if before else Signs()
+        if before:
+            self._read(before)
+        return self.signs
 
     def mean_loss(self) -> float:
         """Of the accepted updates since the last call (infinite without any)."""
         losses, self._losses = self._losses, []
         return math.fsum(losses) / len(losses) if losses else math.inf
 
-    def picture(self, image: Any, step: int) -> None:
-        """image: (H,W,3) uint8 or None."""
-        if image is not None:
-            self._writer.picture("reconstruction", image, step)
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """image: (H,W,3) uint8."""
+        self._writer.picture(name, image, step)
+
+    def results(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what evaluators found at the state before `step`."""
+        self._writer.write({"step": step, "epoch": self._epoch(step), **values})
 
     def close(self) -> None:
         self._bar.close()
         self._writer.close()
 
-    def _read(self, seen: _Pending) -> Signs:
+    def _read(self, seen: _Pending) -> None:
         with self._clock.spend("stepping"):
             values = {name: value.item() for name, value in jax.device_get(seen.metrics).items()}
         self._steps += 1
         if values["skipped"]:
-            self._tell_skipped(seen.step, values)
+            self._log_skipped(seen.step, values)
         else:
             self._losses.append(values["loss"])
         if seen.log and not values["skipped"]:
             self._log(seen.step, {k: v for k, v in values.items() if k not in _NOT_LOGGED})
-        return Signs(values["stop"], values["in_a_row"])
+        self.signs = Signs(values["stop"], values["in_a_row"])
+
+    def _epoch(self, step: int) -> float:
+        return step * self._task.batch_size / self._task.num_examples
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         seconds_per_step = max(time.perf_counter() - self._since, 1e-9) / self._steps
-        row = {"step": step, "epoch": step * self._task.batch_size / self._task.num_examples, **values}
+        row = {"step": step, "epoch": self._epoch(step), **values}
         row |= {
             "images_per_second": self._task.batch_size / seconds_per_step,
             "data_wait_seconds": self._clock.seconds()["data_wait"] - self._waited,
-            "substituted_samples": self.batches.substituted,
+            "substituted_samples": self._batches.substituted,
             "goodput": self._clock.goodput,
             "host_memory_gib": self._host_memory_gib(),
             "device_memory_gib": hardware.device_memory_gib(),
@@ -152,13 +162,13 @@ class Monitor:
             self._host_memory, self._looked = hardware.host_memory_gib(), time.monotonic()
         return self._host_memory
 
-    def _tell_skipped(self, step: int, values: dict[str, float]) -> None:
+    def _log_skipped(self, step: int, values: dict[str, float]) -> None:
         if not self._primary:
             return
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         part = "loss" if not math.isfinite(values["loss"]) else "gradient"
         reason = "spike" if finite else f"non-finite {part}"
-        keys = self._task.record_keys(step, self._order)
+        keys = self._batches.keys(step)
         self._events.write(
             "skip", step, reason=reason, loss=values["loss"], grad_norm=values["grad_norm"], records=keys
         )
@@ -167,20 +177,3 @@ class Monitor:
             "step %d: %s (loss %g, gradient norm %g), update skipped; records: %s",
             step, reason, values["loss"], values["grad_norm"], named,
         )  # fmt: skip
-
-
-LayerNorms = Callable[[Any, dict[str, jax.Array], jax.Array], dict[str, jax.Array]]
-
-
-def make_layer_norms(task: Task, path_text: Callable[[Any], str]) -> LayerNorms:
-    """A jitted function (params, batch, key) -> norm of every parameter and of its gradient, by metric name."""
-
-    def norms(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> dict[str, jax.Array]:
-        grads = jax.grad(lambda p: task.loss(p, batch, key)[0])(params)
-        return {
-            f"{kind}/{path_text(path)}": jax.numpy.linalg.norm(leaf.reshape(-1))
-            for kind, tree in (("param_norm", params), ("grad_norm", grads))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    return jax.jit(norms)

@@ -1,7 +1,8 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW by parameter groups, and learning-rate schedules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,17 +10,33 @@ import jax.numpy as jnp
 import optax
 
 from infmae_jax.training.config import OptimizerConfig
+from infmae_jax.training.task import Group
+
+
+def make_schedule(config: OptimizerConfig, batch_size: int, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step: linear warm-up, then the decay `config.schedule`."""
+    peak = peak_learning_rate(config, batch_size)
+    if config.schedule == "polynomial":
+        return warmup_polynomial(peak, warmup_steps, total_steps, config.power)
+    return warmup_half_cosine(peak, warmup_steps, total_steps)
 
 
 def warmup_half_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Linear from 0 over the warm-up steps, then half a cosine to 0 at `total_steps`; a function of the step."""
+    return _warmed_up(peak, warmup_steps, total_steps, lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
 
+
+def warmup_polynomial(peak: float, warmup_steps: int, total_steps: int, power: float) -> optax.Schedule:
+    """Linear from 0 over the warm-up steps, then peak * (1 - share done) ** power, 0 at `total_steps`."""
+    return _warmed_up(peak, warmup_steps, total_steps, lambda done: (1.0 - done) ** power)
+
+
+def _warmed_up(peak: float, warmup: int, total: int, falling: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        rising = peak * step / max(warmup_steps, 1)
-        progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-        falling = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(progress, 0.0, 1.0)))
-        return jnp.where(step < warmup_steps, rising, falling)
+        rising = peak * step / max(warmup, 1)
+        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        return jnp.where(step < warmup, rising, peak * falling(done))
 
     return schedule
 
@@ -29,20 +46,29 @@ def peak_learning_rate(config: OptimizerConfig, batch_size: int) -> float:
     return config.base_learning_rate * batch_size / 256
 
 
-def decayed(params: Any) -> Any:
-    """Tree of bools: True where weight decay applies, that is to everything but biases and 1-D parameters."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.GradientTransformation:
     """AdamW with decoupled weight decay, after clipping by global norm when configured, without a learning rate.
 
     Its update is the direction d of the step `params - learning_rate * d`. The step multiplies by the schedule itself,
     so that a skipped update, which leaves the optimizer's state as it was, does not delay the schedule.
+
+    Args:
+      groups: tree of `Group` as the parameters; None: `Group()` for all. Frozen parameters, whose gradients must be
+        zero, have direction 0 and no moments. Biases and other 1-D parameters are not decayed.
     """
-    transforms = [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype)),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-    ]
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype))
+    if any(group.frozen for group in jax.tree.leaves(groups)):
+        adam = optax.masked(adam, jax.tree.map(lambda group: not group.frozen, groups))
+
+    def direction(update: jax.Array, param: jax.Array, group: Group) -> jax.Array:
+        decay = config.weight_decay * group.weight_decay
+        if param.ndim > 1 and decay and not group.frozen:
+            update = update + decay * param
+        return update if group.learning_rate == 1.0 else group.learning_rate * update
+
+    def directions(updates: Any, params: Any) -> Any:
+        known = groups if groups is not None else jax.tree.map(lambda _: Group(), params)
+        return jax.tree.map(direction, updates, params, known)
+
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    return optax.chain(*clip, *transforms)
+    return optax.chain(*clip, adam, optax.stateless(directions))

@@ -22,7 +22,7 @@ from infmae_jax.training.config import MeshConfig
 AXES = ("data", "fsdp", "tensor")  # from the slowest network to the fastest
 BATCH_AXES = ("data", "fsdp")
 
-# Each parameter is matched by exactly one rule (a test holds this). A rule names the dimension that is cut, from the
+# Each parameter of our models is matched by exactly one rule (a test holds this); `_largest` serves all others. A rule names the dimension that is cut, from the
 # end, and the axes it is cut over; () keeps the parameter whole. MLPs are cut by hidden unit over `tensor`, so that
 # nothing is exchanged between their two layers. Attention is not: the qkv kernel holds q, k and v side by side, and no
 # contiguous cut of its columns is a cut by head, so that activations would be gathered.
@@ -104,12 +104,9 @@ def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarr
     return np.array(devices, object).reshape(shape)
 
 
-def parameter_rule(path: str) -> tuple[int, tuple[str, ...]]:
-    """Dimension and axes of a parameter (path with slashes); KeyError when not exactly one rule matches."""
-    matches = [rule for pattern, *rule in PARAMETER_RULES if re.search(pattern, "/" + path)]
-    if len(matches) != 1:
-        raise KeyError(f"parameter {path} matches {len(matches)} sharding rules, not one")
-    return tuple(matches[0])
+def parameter_rule(path: str) -> tuple[int, tuple[str, ...]] | None:
+    """Dimension and axes of a parameter (path with slashes), None where no rule names it."""
+    return next((rule for pattern, *rule in PARAMETER_RULES if re.search(pattern, "/" + path)), None)
 
 
 def path_text(path: tuple[Any, ...]) -> str:
@@ -121,7 +118,8 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """NamedSharding for every leaf of a training state (arrays or shapes).
 
     Parameters follow the rule table, and optimizer moments the parameter whose path theirs ends in; scalars are
-    replicated. A dimension that the `fsdp` axis does not divide is not cut over it.
+    replicated. A dimension that the `fsdp` axis does not divide is not cut over it. Of a parameter without a rule the
+    largest dimension that `fsdp` divides is cut.
 
     Raises:
       InputError: the `tensor` axis does not divide a dimension that is to be cut over it.
@@ -130,11 +128,16 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         spec: list[Any] = [None] * leaf.ndim
         if leaf.ndim:
-            dim, axes = parameter_rule(path_text(path))
+            dim, axes = parameter_rule(path_text(path)) or (_largest(leaf.shape, mesh.shape["fsdp"]), ("fsdp",))
             spec[dim] = _dividing(mesh, axes, leaf.shape[dim], path_text(path)) or None
         return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _largest(shape: tuple[int, ...], parts: int) -> int:
+    """The largest dimension that can be cut into `parts`, the last of equals; any where there is none."""
+    return max(range(len(shape)), key=lambda dim: (shape[dim] % parts == 0, shape[dim], dim))
 
 
 def _dividing(mesh: Mesh, axes: tuple[str, ...], size: int, path: str) -> tuple[str, ...]:

@@ -11,13 +11,56 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data_pipelines.commands import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from infmae_jax.training import sharding
 from infmae_jax.training.state import GuardState, TrainState
+from infmae_jax.training.task import Loss
 
 Batch = dict[str, jax.Array]
-LossFunction = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+LossFunction = Callable[[Any, Batch, jax.Array], Loss]
 _SLOWEST_MEAN = 0.01  # weight of a new loss in the running mean, once there are many
+
+
+def make_gradients(
+    loss: LossFunction, shardings: Any, seed: int, accumulate: int = 1, frozen: Any | None = None
+) -> Callable[[Any, Batch, jax.Array], tuple[Any, dict[str, jax.Array]]]:
+    """Builds (params, batch, step) -> (gradients of the loss, metrics, its value as "loss" among them).
+
+    Sums and weights are added up over devices and micro-batches, and divided at the end. The arguments are those of
+    `make_train_step`; `shardings` are of the parameters.
+    """
+    whole = sharding.gathered(shardings)
+
+    def totals(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Loss]:
+        def total(params: Any) -> tuple[jax.Array, Loss]:
+            if frozen is not None:
+                params = jax.tree.map(lambda p, still: jax.lax.stop_gradient(p) if still else p, params, frozen)
+            found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss(params, batch, key))
+            return found.sum, found
+
+        grads, found = jax.grad(total, has_aux=True)(params)
+        return jax.lax.with_sharding_constraint(grads, shardings), found
+
+    def accumulated(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Loss]:
+        if accumulate == 1:
+            return totals(params, batch, key)
+
+        def micro(index, total):
+            part = jax.tree.map(lambda x: x[index], split)
+            return jax.tree.map(jnp.add, total, totals(params, part, jax.random.fold_in(key, index)))
+
+        # Every micro-batch takes every n-th sample, so that each stays spread over all devices.
+        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
+        first = totals(params, jax.tree.map(lambda x: x[0], split), jax.random.fold_in(key, 0))
+        return jax.lax.fori_loop(1, accumulate, micro, first)
+
+    def gradients(params: Any, batch: Batch, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        grads, found = accumulated(jax.lax.with_sharding_constraint(params, whole), batch, key)
+        weight = jnp.where(found.weight > 0, found.weight, 1.0)
+        metrics = {"loss": found.sum, **found.metrics}
+        return jax.tree.map(lambda x: x / weight, (grads, metrics))
+
+    return gradients
 
 
 def make_train_step(
@@ -30,6 +73,7 @@ def make_train_step(
     accumulate: int = 1,
     spike_factor: float = 0.0,
     spike_warmup: int = 0,
+    frozen: Any | None = None,
 ) -> jax.stages.Wrapped:
     """Builds the jitted step: (state, batch, stop) -> (state, metrics), the old state's buffers donated.
 
@@ -37,38 +81,21 @@ def make_train_step(
     state stay bit for bit as they were, and the step counts all the same.
 
     Args:
-      loss: (params, batch, key) -> (scalar, metrics), a mean over the samples of its batch.
+      loss: (params, batch, key) -> `task.Loss`.
       optimizer: gives the direction to go; its step length is the schedule's, a function of the step.
       shardings: of the state, as from `sharding.state_shardings`.
       seed: the key of step s is fold_in(key(seed), s), so that randomness is a function of the step.
-      accumulate: micro-batches whose gradients are averaged, for batches that do not fit at once.
+      accumulate: micro-batches whose gradients are added up, for batches that do not fit at once.
       spike_factor: a loss above this multiple of the running mean is a spike; 0 is off.
       spike_warmup: accepted updates before the running mean counts.
+      frozen: tree of bools as the parameters: True where there is to be no gradient; None: nowhere.
 
-    `stop` is (devices,) int32, this host's part of which is the exit code of a stop request, 0 without one. Metrics
-    are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of `loss`, float32; skipped
-    (this update), skipped_updates, in_a_row and stop (the highest code of any host), int32.
+    `stop` is (devices,) int32, this host's part of which is whatever it asks the others to end with, 0 for nothing.
+    Metrics are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of `loss`, float32;
+    skipped (this update), skipped_updates, in_a_row and stop (the highest of any host), int32.
     """
 
-    whole = sharding.gathered(shardings.params)
-
-    def gradients(params, batch, key):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return jax.lax.with_sharding_constraint(grads, shardings.params), {"loss": value, **metrics}
-
-    def accumulated(params, batch, key):
-        if accumulate == 1:
-            return gradients(params, batch, key)
-
-        def micro(index, total):
-            part = jax.tree.map(lambda x: x[index], split)
-            return jax.tree.map(jnp.add, total, gradients(params, part, jax.random.fold_in(key, index)))
-
-        # Every micro-batch takes every n-th sample, so that each stays spread over all devices.
-        split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch)
-        first = gradients(params, jax.tree.map(lambda x: x[0], split), jax.random.fold_in(key, 0))
-        total = jax.lax.fori_loop(1, accumulate, micro, first)
-        return jax.tree.map(lambda x: x / accumulate, total)
+    gradients = make_gradients(loss, shardings.params, seed, accumulate, frozen)
 
     def accepted(guard: GuardState, step: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
         fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -78,8 +105,7 @@ def make_train_step(
         return fine
 
     def step(state: TrainState, batch: Batch, stop: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, metrics = accumulated(jax.lax.with_sharding_constraint(state.params, whole), batch, key)
+        grads, metrics = gradients(state.params, batch, state.step)
         grad_norm, rate = optax.global_norm(grads), schedule(state.step)
         ok = accepted(state.guard, state.step, metrics["loss"], grad_norm)
         directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -112,15 +138,26 @@ def stop_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
-def stop_flags(mesh: Mesh) -> dict[int, jax.Array]:
-    """The step's `stop` argument for each exit code that may be asked for, 0 included."""
-
-    def filled(code: int) -> jax.Array:
+def stop_flag(mesh: Mesh, code: int) -> jax.Array:
+    """The step's `stop` argument for what this host asks for, 0 for nothing."""
+    with jax.transfer_guard("allow"):  # with several processes JAX does not count it as explicit
         return jax.make_array_from_callback(
             (mesh.size,), stop_sharding(mesh), lambda index: np.full((mesh.size,), code, np.int32)[index]
         )
 
-    return {code: filled(code) for code in (0, EXIT_PREEMPTED, EXIT_INTERRUPTED)}
+
+def make_layer_norms(gradients: Callable) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
+    """A jitted function (state, batch) -> norm of every parameter and of its gradient, by metric name."""
+
+    def norms(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        grads, _ = gradients(state.params, batch, state.step)
+        return {
+            f"{kind}/{sharding.path_text(path)}": jnp.linalg.norm(leaf.reshape(-1))
+            for kind, tree in (("param_norm", state.params), ("grad_norm", grads))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    return jax.jit(norms)
 
 
 def _remember(guard: GuardState, step: jax.Array, loss: jax.Array, ok: jax.Array) -> GuardState:

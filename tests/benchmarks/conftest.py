@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from configs.pretrain import inf30_base
-from infmae_jax.training.config import PretrainConfig, from_config
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import from_config
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.benchmarks.collectives import Collective, by_kind, collectives
 from infmae_jax.benchmarks.scaling import Network, parse_meshes, scaling, seconds
 from infmae_jax.models.infmae import InfMAEConfig
-from infmae_jax.training.config import MeshConfig, PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import MeshConfig
 
 CONFIG = PretrainConfig(
     model=InfMAEConfig(

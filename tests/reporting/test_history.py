@@ -35,15 +35,11 @@ def test_status(tmp_path, events, age, word, detail):
     assert status[0] == word and detail in status[1]
 
 
-def test_runs_from_before_there_were_events(tmp_path):
-    rows = [{k: v for k, v in metrics_row(s).items() if k != "time"} for s in range(100)]
-    history = read_history(make_run(tmp_path / "run", rows))
-    assert history.status[0] == "finished" and history.step == history.total_steps == 100
-
-
-def test_time_left_follows_the_rate(tmp_path):
-    history = read_history(make_run(tmp_path / "run", [metrics_row(s, time=NOW) for s in range(25)]))
-    assert history.seconds_left == pytest.approx(75 * 64 / 40)  # 75 steps of 64 images at 40 a second
+def test_time_left_follows_the_pace_of_the_last_rows(tmp_path):
+    events = [event(-90, "start", 0, total_steps=100)]
+    rows = [metrics_row(s, time=NOW - 50 + 2 * s) for s in range(25)]
+    history = read_history(make_run(tmp_path / "run", rows, events))
+    assert history.seconds_left == pytest.approx(75 * 2)
 
 
 def test_of_two_rows_of_a_step_the_later_counts_and_cut_lines_are_left_out(tmp_path):

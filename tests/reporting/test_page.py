@@ -122,7 +122,7 @@ def test_any_single_file_gives_a_page(eventful, tmp_path, present, state):
 
 def test_a_run_killed_at_step_0(tmp_path):
     page = parse(write_report(make_run(tmp_path / "run", record=False)))
-    assert "new step 0 of 100" in page.text and not page.count("figure")
+    assert "new step 0" in page.text and not page.count("figure")
 
 
 def test_broken_pictures_are_left_out(tmp_path):

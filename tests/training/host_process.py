@@ -15,9 +15,9 @@ import jax
 from configs import common
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.infmae import variant
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import distributed, loop, sharding
-from infmae_jax.training.config import DistributedConfig, MeshConfig, PretrainConfig, from_config, to_config
-from infmae_jax.training.pretraining import PretrainTask
+from infmae_jax.training.config import DistributedConfig, MeshConfig, from_config, to_config
 
 
 class EndingEarly(PretrainTask):

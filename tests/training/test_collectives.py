@@ -12,8 +12,9 @@ from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.benchmarks.collectives import by_kind, collectives
 from infmae_jax.benchmarks.scaling import compile_step
 from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import sharding
-from infmae_jax.training.config import MeshConfig, OptimizerConfig, PretrainConfig
+from infmae_jax.training.config import MeshConfig, OptimizerConfig
 
 CONFIG = PretrainConfig(
     model=InfMAEConfig(

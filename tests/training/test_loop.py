@@ -15,11 +15,11 @@ from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.infmae import variant
 from infmae_jax.report import write_report
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed, restore_params
-from infmae_jax.training.config import GuardConfig, ObserveConfig, PretrainConfig, from_config
+from infmae_jax.training.config import GuardConfig, ObserveConfig, from_config
 from infmae_jax.training.metrics import read_events, read_metrics
-from infmae_jax.training.pretraining import PretrainTask
 from tests.training.jobs import assert_same_run
 from tests.training.test_guards import poisoned
 

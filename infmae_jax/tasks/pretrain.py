@@ -1,0 +1,182 @@
+"""Pretraining: masked reconstruction of infrared images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Annotated, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from data_pipelines import masking, pipeline, records
+from data_pipelines.errors import InputError
+from data_pipelines.pipeline import PipelineConfig
+from data_pipelines.remote import local_folders
+from infmae_jax import pictures
+from infmae_jax.models import patches
+from infmae_jax.models.infmae import InfMAE, InfMAEConfig, variant
+from infmae_jax.training.checkpoint import restore_params
+from infmae_jax.training.config import Count, RunConfig, differences
+from infmae_jax.training.duration import in_steps
+from infmae_jax.training.task import Evaluator, Group, Loss, Position
+
+_PICTURE_ROWS = 6
+_ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig:
+    """The embedded synthetic data set, made when `images` > 0: pretraining data, and a labelled set to probe with."""
+
+    images: Count = 0
+    height: Annotated[int, "[16, inf)"] = 256
+    width: Annotated[int, "[16, inf)"] = 320
+    probe_images: Count = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A pretraining run.
+
+    Attributes:
+      init_from: a run folder whose weights start this run; empty: random.
+      picture_every: duration between pictures of reconstructions; "0 steps" is never.
+      colormap: of pictures, "inferno" or "gray".
+      embedded: see there.
+    """
+
+    model: InfMAEConfig = variant("base")
+    data: PipelineConfig = PipelineConfig()
+    init_from: str = ""
+    picture_every: str = "10 epochs"
+    colormap: Annotated[str, "inferno, gray"] = "inferno"
+    embedded: EmbeddedConfig = EmbeddedConfig()
+
+    # Shard sets may move: their fingerprints are compared.
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch", "data.cache",
+        "data.max_corrupt", "picture_every", "colormap",
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        in_steps(self.picture_every, batch_size=1, num_examples=1, total_steps=1)
+
+
+class PretrainTask:
+    """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and ids_keep (B,K) int32, masks made on the host.
+
+    Opens shards only where they are needed: compiling and measuring need none.
+    """
+
+    name = "pretrain"
+
+    def __init__(self, config: PretrainConfig):
+        """InputError when the sizes do not fit the model."""
+        data = config.data
+        visible = masking.num_visible(data.mask, np.prod(patches.token_grid(*data.image_size)))
+        self.config = config
+        self.model = InfMAE(config.model)
+        self.batch_size = data.batch_size
+        self.dtype = config.model.dtype
+        self.batch_spec = {
+            "image": ((data.batch_size, *data.image_size, 1), np.uint8),
+            "ids_keep": ((data.batch_size, visible), np.int32),
+        }
+
+    @functools.cached_property
+    def num_examples(self) -> int:
+        """InputError when the shards are missing or empty."""
+        return pipeline.num_examples(self.config.data)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        folders = local_folders(self.config.data.shards)
+        return {
+            "images": self.num_examples,
+            "fingerprints": [records.read_manifest(folder).fingerprint for folder in folders],
+        }
+
+    def init(self, key: jax.Array) -> Any:
+        shapes = {name: (1, *shape[1:]) for name, (shape, _) in self.batch_spec.items()}
+        ids_keep = jnp.broadcast_to(jnp.arange(shapes["ids_keep"][1]), shapes["ids_keep"])
+        return self.model.init(key, jnp.zeros(shapes["image"]), ids_keep)["params"]
+
+    def initial(self, shapes: Any) -> Any | None:
+        del shapes
+        return initial_params(self.config) if self.config.init_from else None
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
+        del key  # all randomness of pretraining is in the crops
+        out = self.model.apply({"params": params}, patches.normalize(batch["image"]), batch["ids_keep"])
+        samples = len(batch["image"])
+        return Loss(out.loss * samples, samples, {})
+
+    def group(self, path: str) -> Group:
+        del path
+        return Group()
+
+    def train_batches(self, at: Position) -> _Batches:
+        return _Batches(self._ordered(at.order), at.step)
+
+    def _ordered(self, order: int) -> PipelineConfig:
+        """The data config with another seed for every order but the first."""
+        data = self.config.data
+        return dataclasses.replace(data, seed=(data.seed + order * _ORDER_STRIDE) % 2**32) if order else data
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {"reconstruction": Evaluator(self.config.picture_every, self._picture)}
+
+    def _picture(self, params: Any) -> dict[str, np.ndarray]:
+        batch = self._picture_batch
+        everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+        pred = jax.device_get(self._predict(params, batch["image"], batch["ids_keep"], everywhere))
+        images = batch["image"][..., 0]
+        scores = masking.token_scores(images, self.config.data.mask)
+        norm_pix, colormap = self.config.model.norm_pix_loss, self.config.colormap
+        panel = pictures.reconstruction_panel(images, batch["ids_keep"], pred, scores, norm_pix, colormap=colormap)
+        return {"reconstruction": panel}
+
+    @functools.cached_property
+    def _picture_batch(self) -> dict[str, np.ndarray]:
+        return pipeline.fixed_batch(self.config.data, _PICTURE_ROWS)
+
+    @functools.cached_property
+    def _predict(self):
+        def predict(params, images, ids_keep, layout):
+            pred = self.model.apply({"params": params}, patches.normalize(images), ids_keep).pred
+            return jax.lax.with_sharding_constraint(pred, layout)  # whole on every host, whatever cuts the weights
+
+        return jax.jit(predict, static_argnames="layout")
+
+
+class _Batches:
+    """This host's batches of a data set in one order, see `training.task.Batches`."""
+
+    def __init__(self, data: PipelineConfig, start_step: int):
+        self._data = data
+        self._batches = pipeline.train_batches(data, start_step, jax.process_index(), jax.process_count())
+        self.close = self._batches.close
+
+    @property
+    def substituted(self) -> int:
+        return self._batches.substituted
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._batches)
+
+    def keys(self, step: int) -> list[str]:
+        return pipeline.record_keys(self._data, step)
+
+
+def initial_params(config: PretrainConfig) -> Any:
+    """Weights of the run `config.init_from`, which must have the same architecture: a tree of NumPy arrays."""
+    restored = restore_params(config.init_from)
+    free = ("dtype", "remat", "depthwise", "visible_only", "attention")
+    changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), free)
+    if changed:
+        raise InputError(f"init_from={config.init_from} is another model: model.{'; model.'.join(changed)}")
+    return restored.params
