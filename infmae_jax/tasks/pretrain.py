@@ -21,7 +21,7 @@ from infmae_jax.models.infmae import InfMAE, InfMAEConfig, variant
 from infmae_jax.training.checkpoint import restore_params
 from infmae_jax.training.config import Count, RunConfig, differences
 from infmae_jax.training.duration import in_steps
-from infmae_jax.training.task import Evaluator, Group, Loss, Position
+from infmae_jax.training.task import Evaluator, Loss, Position, Task
 
 _PICTURE_ROWS = 6
 _ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
@@ -66,7 +66,7 @@ class PretrainConfig(RunConfig):
         in_steps(self.picture_every, batch_size=1, num_examples=1, total_steps=1)
 
 
-class PretrainTask:
+class PretrainTask(Task):
     """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and ids_keep (B,K) int32, masks made on the host.
 
     Opens shards only where they are needed: compiling and measuring need none.
@@ -114,10 +114,6 @@ class PretrainTask:
         out = self.model.apply({"params": params}, patches.normalize(batch["image"]), batch["ids_keep"])
         samples = len(batch["image"])
         return Loss(out.loss * samples, samples, {})
-
-    def group(self, path: str) -> Group:
-        del path
-        return Group()
 
     def train_batches(self, at: Position) -> _Batches:
         return _Batches(self._ordered(at.order), at.step)

@@ -81,6 +81,8 @@ class Evaluator(NamedTuple):
 class Task(Protocol):
     """A job: a model, a loss, data, and how it is judged. All hosts call the same methods in the same order.
 
+    A task that derives from this class need not say what it starts with, which groups and which evaluators it has.
+
     Attributes:
       name: of the kind of task, e.g. "pretrain".
       batch_size: images per step, over all hosts.
@@ -104,15 +106,18 @@ class Task(Protocol):
         """The parameters that a new run starts with in place of random ones (of another run, say), or None.
 
         Called before the run folder is touched. `shapes` is the tree of their shapes and dtypes."""
+        return None
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         """The loss of a batch; `key` is a function of seed, step and micro-batch."""
 
     def group(self, path: str) -> Group:
         """How the parameter at a path (encoder/norm/scale) is trained."""
+        return Group()
 
     def train_batches(self, at: Position) -> Batches:
         """This host's batches from a position on: a function of the position alone."""
 
     def evaluators(self) -> Mapping[str, Evaluator]:
         """By name."""
+        return {}

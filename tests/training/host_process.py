@@ -27,11 +27,11 @@ class EndingEarly(PretrainTask):
         super().__init__(config)
         self._until = until
 
-    def batches(self, start_step, order):
-        inner, until = super().batches(start_step, order), self._until
+    def train_batches(self, at):
+        inner, until = super().train_batches(at), self._until
 
         class Batches:
-            step = start_step
+            step = at.step
             substituted = 0
             close = staticmethod(inner.close)
 

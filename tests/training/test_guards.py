@@ -9,7 +9,8 @@ from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step, stop_flags
+from infmae_jax.training.step import make_train_step, stop_flag
+from infmae_jax.training.task import Loss
 
 
 @jax.custom_vjp
@@ -26,7 +27,7 @@ def loss(params, batch, key):
     del key
     kernel = poisoned(params["encoder"]["conv1"]["kernel"], batch["poison"].max())
     error = batch["x"] @ kernel - 1.0
-    return jnp.square(error).mean(), {}
+    return Loss(jnp.square(error).sum(), error.size, {})
 
 
 def schedule(step):
@@ -47,13 +48,12 @@ class Run:
         shardings = sharding.state_shardings(shapes, self.mesh)
         self.state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
         self._step = make_train_step(loss, optimizer, schedule, self.mesh, shardings, 0, **guards)
-        self._flags = stop_flags(self.mesh)
 
     def step(self, scale=1.0, poison=0.0, stop=0, seed=None):
         number = int(self.state.step) if seed is None else seed
         x = np.random.default_rng(number).standard_normal((8, 6)).astype(np.float32) * np.float32(scale)
         batch = sharding.place_batch({"x": x, "poison": np.full(8, poison, np.float32)}, self.mesh)
-        self.state, metrics = self._step(self.state, batch, self._flags[stop])
+        self.state, metrics = self._step(self.state, batch, stop_flag(self.mesh, stop))
         return {name: value.item() for name, value in metrics.items()}
 
     def kept(self):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step, stop_flags
+from infmae_jax.training.step import make_train_step, stop_flag
+from infmae_jax.training.task import Loss
 
 SMALL = InfMAEConfig(
     widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
@@ -64,6 +66,8 @@ def test_every_parameter_matches_exactly_one_rule_and_moments_follow(name, encod
 
     paths = jax.tree_util.tree_leaves_with_path(specs.params)
     flat = {sharding.path_text(path): s.spec for path, s in paths}
+    for path in flat:
+        assert sum(bool(re.search(pattern, f"/{path}")) for pattern, *_ in sharding.PARAMETER_RULES) == 1, path
     first = [path for path in flat if path.endswith("fc1/kernel")]
     for path in first:  # the two layers of an MLP are cut by the same units
         assert flat[path] == PartitionSpec(None, ("tensor", "fsdp"))
@@ -83,9 +87,15 @@ def test_every_parameter_matches_exactly_one_rule_and_moments_follow(name, encod
     assert read - 0.001 * total < numbers_on_a_device(sharding.gathered(specs.params)) <= read
 
 
-def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(KeyError, match="encoder/gate/kernel matches 0"):
-        sharding.parameter_rule("encoder/gate/kernel")
+@pytest.mark.parametrize(
+    "shape, spec", [((6, 4), ("fsdp", None)), ((3, 4, 4), (None, None, "fsdp")), ((9, 4), (None, "fsdp")),
+                    ((3, 5), ()), ((7,), ()), ((), ())]
+)  # fmt: skip
+def test_a_parameter_without_a_rule_is_cut_along_its_largest_dimension_that_divides(shape, spec):
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2))
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    (found,) = jax.tree.leaves(sharding.state_shardings({"head": {"gate": leaf}}, mesh))
+    assert found.spec == PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1), (-1, -1), (0, 4), (2, 4), (1, 1, 3), (-1, 3), (-1, 1, -1)])
@@ -154,7 +164,7 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
     }
 
     def loss(params, batch, key):
-        return model.apply({"params": params}, batch["image"], batch["ids_keep"]).loss, {}
+        return Loss(model.apply({"params": params}, batch["image"], batch["ids_keep"]).loss * 8, 8, {})
 
     def run(mesh_config, devices, accumulate):
         mesh = sharding.make_mesh(mesh_config, devices)
@@ -164,7 +174,7 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
         step = make_train_step(loss, optimizer, schedule, mesh, specs, 0, accumulate)
         losses = []
         for _ in range(3):
-            state, metrics = step(state, sharding.place_batch(batch, mesh), stop_flags(mesh)[0])
+            state, metrics = step(state, sharding.place_batch(batch, mesh), stop_flag(mesh, 0))
             losses.append(float(metrics["loss"]))
         return losses, jax.device_get(state.params), float(metrics["grad_norm"])
 
