@@ -1,27 +1,11 @@
-"""Collectives read from HLO, networks by hand, and the step compiled for more devices than there are."""
-
-import dataclasses
+"""Collectives read from the text of compiled programs."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from data_pipelines.errors import InputError
-from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.benchmarks.collectives import Collective, by_kind, collectives
-from infmae_jax.benchmarks.scaling import Network, parse_meshes, scaling, seconds
-from infmae_jax.models.infmae import InfMAEConfig
-from infmae_jax.tasks.pretrain import PretrainConfig
-from infmae_jax.training.config import MeshConfig
-
-CONFIG = PretrainConfig(
-    model=InfMAEConfig(
-        in_channels=1, widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
-    ),
-    data=PipelineConfig(image_size=(32, 32)),
-)
+from tests.training.collectives import Collective, by_kind, collectives
 
 
 def program(line):
@@ -82,40 +66,3 @@ def test_rings_send_what_the_formulas_say():
     assert Collective("all-reduce", 800, eight, 1, "").sent == pytest.approx(1400)  # 2 (n-1) / n
     assert Collective("all-gather", 800, eight, 3, "").sent == pytest.approx(2100)  # (n-1) / n, three times
     assert Collective("collective-permute", 800, ((0, 1), (1, 0)), 1, "").sent == 800
-
-
-def test_a_ring_is_as_slow_as_its_slowest_part():
-    network = Network("", "TPU v5e", node=4, inside=100.0, between=10.0)
-
-    def time(*groups):
-        return seconds(Collective("all-gather", 800, groups, 1, ""), network) * 0.7  # the assumed share of bandwidth
-
-    assert time((0, 1, 2, 3)) == pytest.approx(600 / 100)
-    assert time((0, 4)) == pytest.approx(400 / 10)  # one member a node: its own link alone
-    assert time(tuple(range(8))) == pytest.approx(700 / 40)  # four links out of each node
-
-
-def test_meshes_are_written_with_x():
-    assert parse_meshes(["32", "8x4", "2x1x2"]) == (MeshConfig(32), MeshConfig(8, 4), MeshConfig(2, 1, 2))
-    for text in ("", "2x", "0x2", "-1", "1x1x1x1"):
-        with pytest.raises(InputError, match="is not of the form"):
-            parse_meshes([text])
-
-
-def test_the_step_is_counted_for_more_devices_than_there_are():
-    result = scaling(CONFIG, [MeshConfig(2, 3)], batch=2)
-    (row,) = result["rows"]
-    assert row["devices"] == 6 > jax.device_count()
-    assert row["all_gather_mib"] > 0 and row["all_to_all_mib"] == 0
-    assert row["all_reduce_mib"] > row["all_gather_mib"]
-    assert row["temporaries_mib"] > 0
-    for prediction in result["predictions"]:
-        whole = prediction["compute_ms"] + prediction["exchange_ms"]
-        np.testing.assert_allclose(prediction["efficiency"], prediction["compute_ms"] / whole)
-        assert prediction["efficiency"] <= prediction["efficiency_hidden"] <= 1
-
-
-def test_a_mesh_that_does_not_fit_the_model_is_one_line():
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, mlp_ratio=1))
-    with pytest.raises(InputError, match="^mesh.tensor=3 does not divide the .* units of params/.*fc1"):
-        scaling(config, [MeshConfig(1, 1, 3)], batch=1)
