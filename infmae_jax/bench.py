@@ -47,7 +47,7 @@ from infmae_jax.benchmarks.report import on_accelerator, text
 from infmae_jax.benchmarks.scaling import MESHES, QUICK_MESHES, parse_meshes, scaling
 from infmae_jax.benchmarks.step import TORCH_FORMS, Grid, step, step_against_torch
 from infmae_jax.benchmarks.training import visible_tokens
-from infmae_jax.models.infmae import VARIANTS
+from infmae_jax.models.config import VARIANTS
 from infmae_jax.training.config import PretrainConfig, from_config
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
@@ -89,12 +89,12 @@ class _Settings:
         shards = tuple(values.shards) or config.data.shards
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
         if self.quick:
-            model = dataclasses.replace(config.model, **_QUICK_MODEL)
+            model = config.model.replace(**_QUICK_MODEL)
             data = dataclasses.replace(config.data, image_size=(64, 64), workers=0)
             config = dataclasses.replace(config, model=model, data=data)
-        self.dtypes = values.dtypes or [config.model.dtype if on_accelerator() else "float32"]
+        self.dtypes = values.dtypes or [config.model.encoder.dtype if on_accelerator() else "float32"]
         try:
-            self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=self.dtypes[0]))
+            self.config = dataclasses.replace(config, model=config.model.replace(dtype=self.dtypes[0]))
         except ValueError as error:
             raise InputError(f"--dtypes={','.join(self.dtypes)}: {error}") from error
 

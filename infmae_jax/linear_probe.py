@@ -18,7 +18,7 @@ from ml_collections import config_flags
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import write_dataset
-from infmae_jax.evaluation.encoder import load_encoder
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.evaluation.probe import RESULTS_NAME, ProbeConfig, linear_probe, table_text
 from infmae_jax.training.config import from_config
 

@@ -22,7 +22,8 @@ from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from infmae_jax import pictures
 from infmae_jax.interop import formats
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import PATCH, normalize
 
 VIEWS = ("crop", "stretch", "original")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from infmae_jax.evaluation.encoder import load_encoder
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
 from infmae_jax.training import loop
 from infmae_jax.training.checkpoint import read_config
@@ -80,7 +80,7 @@ def test_pretrain_config(name, scenes, shards, tmp_path):
         "step", "time", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_seconds",
         "substituted_samples", "skipped_updates", "goodput", "host_memory_gib",
     }  # fmt: skip
-    assert read_config(run)["model"]["encoder"] == config.model.encoder
+    assert read_config(run)["model"]["encoder"] == config.model.encoder.kind
     record = json.loads((run / "record.json").read_text())
     assert record["gflop_per_image"] > 0 and record["data"]["images"] == 24
     assert {path.name for path in (run / "pictures").iterdir()} == {f"step_{s:08d}.png" for s in (0, 3, 6)}

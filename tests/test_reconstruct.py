@@ -13,7 +13,8 @@ from data_pipelines import augment, masking
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import generate_scene
 from infmae_jax import pictures
-from infmae_jax.models.infmae import InfMAE, variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.reconstruct import reconstruct
 from infmae_jax.training import checkpoint
@@ -33,7 +34,7 @@ def make_run(folder, mask, **overrides):
     model = variant("tiny", **SMALL, **overrides)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), checkpoint.abstract_params(model)
+        lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(model)
     )
     checkpoint.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
     return folder

@@ -49,7 +49,7 @@ def growth(config: PretrainConfig, ranges: Range, rounds: int, plot: Path | None
         row["predicted"] = reference["images_per_second"] * reference["gflop_per_image"] / row["gflop_per_image"]
     if plot:
         draw(rows, plot)
-    settings = {"dtype": config.model.dtype, "widths": list(config.model.widths), "rounds": rounds, "plot": str(plot)}
+    settings = {"dtype": config.model.encoder.dtype, "widths": list(config.model.encoder.widths), "rounds": rounds, "plot": str(plot)}
     return report("growth", settings, rows, ["predicted: from the useful operations alone, from the first values"])
 
 

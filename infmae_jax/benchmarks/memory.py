@@ -44,7 +44,7 @@ def memory(config: PretrainConfig, batch: int, budget_gib: float) -> dict[str, A
     notes = ["gib: state, batch and temporaries of the compiled program"]
     if not on_accelerator():
         notes.append(f"largest batch by real allocation: {NEEDS_ACCELERATOR}")
-    settings = {"image_size": list(config.data.image_size), "dtype": config.model.dtype, "remat": config.model.remat}
+    settings = {"image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype, "remat": config.model.encoder.remat}
     return report("memory", settings, rows, notes)
 
 

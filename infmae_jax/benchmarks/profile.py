@@ -166,7 +166,7 @@ def profile(config: PretrainConfig, batch: int, steps: int, slowest: int = 12) -
         notes.append("what an operation leaves to other CPU threads is not seen; with taskset -c 0 in front, all is")
     if not on_accelerator():
         notes.append(f"kernels of a GPU: {NEEDS_ACCELERATOR}")
-    settings = {"batch": batch, "dtype": config.model.dtype, "image_size": list(config.data.image_size)}
+    settings = {"batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size)}
     return report("profile", settings | {"visible_tokens": visible_tokens(config), "steps": steps}, rows, notes)
 
 

@@ -97,7 +97,7 @@ def scaling(config: PretrainConfig, meshes: Sequence[MeshConfig] = MESHES, batch
     Raises:
       InputError: a mesh that does not fit the model.
     """
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
+    config = dataclasses.replace(config, model=config.model.replace(dtype="float32"))
     rows, predictions = [], []
     for program in _in_child(config, meshes, batch):
         rows.append(program["row"])

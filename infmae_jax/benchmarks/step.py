@@ -13,7 +13,7 @@ import numpy as np
 from infmae_jax.benchmarks import flops, timing
 from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, on_accelerator, report
 from infmae_jax.benchmarks.training import TrainingProgram, learning_rate, synthetic_batch, visible_tokens
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.training.config import PretrainConfig
 from infmae_jax.training.hardware import mfu
 
@@ -43,7 +43,7 @@ class Grid:
             self.variants or ("",), self.batch_sizes, self.dtypes, self.remat
         ):
             model = variant(name) if name else config.model
-            model = dataclasses.replace(model, dtype=dtype, remat=remat)
+            model = model.replace(dtype=dtype, remat=remat)
             ways = {way: (flops.on_visible if way else flops.as_published)(model) for way in self.visible_only}
             label = f"{name or 'model'}, batch {batch}, {dtype}{', remat' if remat else ''}, "
             yield {
@@ -83,7 +83,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     program.start()
     params = jax.device_get(program.state.params)
     calls: dict[str, timing.Call] = {"ours": program}
-    inputs = torch_model.batch(**_torch_names(synthetic_batch(config, batch)), channels=config.model.in_channels)
+    inputs = torch_model.batch(**_torch_names(synthetic_batch(config, batch)), channels=config.model.encoder.in_channels)
     for form in forms:
         model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
         update = torch_model.make_train_step(
@@ -98,7 +98,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
 
     seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
     for name, loss in losses.items():
-        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.dtype], atol=0):
+        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0):
             raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
     rows: list[Row] = []
     for name in calls:
@@ -109,7 +109,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
             faster = timing.ratio(seconds[name], seconds["ours"])
             rows.append(row | timing.rate_row(seconds[name], batch) | {"ours_is_faster_by": faster})
     settings = _settings(config, rounds) | {
-        "batch": batch, "dtype": config.model.dtype, "torch": torch_model.torch.__version__,
+        "batch": batch, "dtype": config.model.encoder.dtype, "torch": torch_model.torch.__version__,
         "torch_threads": torch_model.torch.get_num_threads(),
     }  # fmt: skip
     notes = [] if on_accelerator() else [f"GPU rows: {NEEDS_ACCELERATOR}"]
@@ -127,7 +127,7 @@ def measures(program: TrainingProgram, seconds: np.ndarray) -> Row:
     config, batch = program.config, program.batch
     useful = flops.useful_gflop(config.model, config.data.image_size, visible_tokens(config))
     share = mfu(
-        useful * 1e9 * batch, float(np.median(seconds)), jax.devices()[0].device_kind, 1, config.model.dtype
+        useful * 1e9 * batch, float(np.median(seconds)), jax.devices()[0].device_kind, 1, config.model.encoder.dtype
     )
     return {
         **timing.rate_row(seconds, batch),

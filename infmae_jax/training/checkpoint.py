@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
 from infmae_jax.training import digests, storage
-from infmae_jax.training.run_folder import abstract_params, read_config, restore_params, write_config, write_run
+from infmae_jax.training.run_folder import read_config, restore_params, write_config, write_run
 from infmae_jax.training.state import TrainState
 
-__all__ = ["Checkpointer", "NonFiniteState", "SaveFailed", "abstract_params", "read_config", "restore_params",
+__all__ = ["Checkpointer", "NonFiniteState", "SaveFailed", "read_config", "restore_params",
            "write_config", "write_run"]  # fmt: skip
 
 _THERE = "it is there"

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import InfMAEConfig, variant
+from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.training.duration import in_steps
 
 T = TypeVar("T")

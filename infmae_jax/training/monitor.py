@@ -69,7 +69,7 @@ class Monitor:
             flops_per_step,
             device_kind=jax.local_devices()[0].device_kind,
             devices=jax.device_count(),
-            dtype=config.model.dtype,
+            dtype=config.model.encoder.dtype,
         )
         self._pending: _Pending | None = None
         self._losses: list[float] = []

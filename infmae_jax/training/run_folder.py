@@ -17,20 +17,17 @@ from absl import logging
 
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.training import digests, storage
-from infmae_jax.training.config import from_config
 
 CONFIG_NAME = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """Weights and what is needed to use them. `params` is a tree of float32 NumPy arrays."""
+    """Weights of a run and the config that it was made with. `params` is a tree of float32 NumPy arrays."""
 
-    model: InfMAEConfig
-    mask: MaskConfig
-    image_size: tuple[int, int]
+    config: dict[str, Any]
     params: dict[str, Any]
     step: int
 
@@ -42,7 +39,7 @@ def read_config(run: str | Path) -> dict[str, Any]:
         raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore it or start a new run") from error
 
 
@@ -64,10 +61,9 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
       step: checkpoint; by default the latest that is not damaged.
 
     Raises:
-      InputError: no run, no checkpoint or only damaged ones, or parameters that do not fit the run's own config.
+      InputError: no run, no checkpoint, or only damaged ones.
     """
     config = read_config(run)
-    model = from_config(InfMAEConfig, config["model"])
     steps = storage.steps_of(run)
     if not (Path(run) / storage.FOLDER).is_dir():
         raise InputError(f"{run} has no checkpoints yet: let the run reach its first checkpoint")
@@ -75,10 +71,7 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
         raise InputError(f"{run} has no checkpoint{'' if step is None else f' {step}'}; it has {steps or 'none'}")
     with storage.quiet():
         step, params = _newest_whole(run, steps[::-1] if step is None else [step], subtree)
-    _check_shapes(params, model, run)
-    data = config.get("data", {})
-    mask = from_config(MaskConfig, data.get("mask", {}), "data.mask.")
-    return Restored(model, mask, tuple(data.get("image_size", (224, 224))), params, step)
+    return Restored(config, params, step)
 
 
 def write_run(
@@ -103,13 +96,6 @@ def write_run(
     write_config(run, {"model": dataclasses.asdict(model), "data": data, "source": dict(source)})
 
 
-def abstract_params(model: InfMAEConfig) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters, without computing anything."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 1), np.float32)
-    ids_keep = jax.ShapeDtypeStruct((1, 1), np.int32)
-    return jax.eval_shape(InfMAE(model).init, jax.random.key(0), images, ids_keep)["params"]
-
-
 def _newest_whole(run: str | Path, steps: list[int], subtree: str | None) -> tuple[int, dict[str, Any]]:
     """The first of `steps` that is not damaged, and its parameters."""
     damaged = []
@@ -126,16 +112,3 @@ def _newest_whole(run: str | Path, steps: list[int], subtree: str | None) -> tup
             logging.warning("checkpoint %s is damaged: %s", path, error)
             damaged.append(f"{step} ({error})")
     raise InputError(f"{run} has only damaged checkpoints: {', '.join(damaged)}; restore one from a copy")
-
-
-def _check_shapes(params: Mapping[str, Any], model: InfMAEConfig, run: str | Path) -> None:
-    expected = abstract_params(model)
-    for key, tree in params.items():
-        want = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(expected.get(key, {}))}
-        have = {jax.tree_util.keystr(p): v.shape for p, v in jax.tree_util.tree_leaves_with_path(tree)}
-        wrong = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
-        if wrong:
-            raise InputError(
-                f"checkpoint of {run} does not fit its config: {key}{wrong[0]} is {have.get(wrong[0])}, "
-                f"expected {want.get(wrong[0])}; use the checkpoint of the same variant"
-            )

@@ -31,8 +31,8 @@ def claim(workdir: Path, config: PretrainConfig, data_record: dict[str, Any], re
 def initial_params(config: PretrainConfig, shardings: Any) -> Any:
     """Weights of the run `config.init_from`, which must have the same architecture."""
     restored = checkpoint.restore_params(config.init_from)
-    changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), "model.")
-    free = ("model.dtype", "model.remat", "model.depthwise", "model.visible_only", "model.attention")
+    changed = differences(restored.config["model"], dataclasses.asdict(config.model), "model.")
+    free = tuple(f"model.encoder.{key}" for key in ("dtype", "remat", "depthwise", "visible_only", "attention"))
     changed = [line for line in changed if not line.startswith(free)]
     if changed:
         raise InputError(f"init_from={config.init_from} is another model: {'; '.join(changed)}")

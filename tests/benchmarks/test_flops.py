@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from infmae_jax.benchmarks import flops
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 
 SIZE, KEEP = (224, 224), 49
 SHALLOW = variant("base", depths=(2, 1, 2))
@@ -40,5 +40,5 @@ def test_masked_patches_cost_nothing():
     for stage in flops.STAGES[:2]:
         assert published[stage] == pytest.approx(196 / 49 * visible[stage])
     assert published[flops.STAGES[2]] == visible[flops.STAGES[2]]
-    everything = flops.hand_count(dataclasses.replace(model, in_channels=1), SIZE, 196, True)
+    everything = flops.hand_count(model.replace(in_channels=1), SIZE, 196, True)
     assert everything[flops.STAGES[0]] == published[flops.STAGES[0]]

@@ -41,7 +41,7 @@ def test_what_fits_a_budget_follows_from_two_programs(smoke, monkeypatch):
         """1 GiB and what the images need: an eighth of it each, or a quarter as published."""
 
         def __init__(self, config, batch):
-            self.memory_gib = 1 + batch / (8 if config.model.visible_only else 4)
+            self.memory_gib = 1 + batch / (8 if config.model.encoder.visible_only else 4)
 
     monkeypatch.setattr(memory, "TrainingProgram", Program)
     published, visible, largest_published, largest_visible = memory.memory(smoke, 64, budget_gib=3.0)["rows"]

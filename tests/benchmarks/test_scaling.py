@@ -12,11 +12,11 @@ from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.benchmarks.collectives import Collective, by_kind, collectives
 from infmae_jax.benchmarks.scaling import Network, parse_meshes, scaling, seconds
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.training.config import MeshConfig, PretrainConfig
 
 CONFIG = PretrainConfig(
-    model=InfMAEConfig(
+    model=InfMAEConfig().replace(
         in_channels=1, widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
     ),
     data=PipelineConfig(image_size=(32, 32)),

@@ -44,7 +44,7 @@ def test_every_combination_is_named(smoke):
     rows = {name: row for group in grid.groups(smoke) for name, row in group.items()}
     assert len(rows) == 2**5
     config, batch = rows["small, batch 4, bfloat16, remat, as published"]
-    assert (config.model.widths[0], batch, config.model.dtype, config.model.remat, config.model.visible_only) == (
+    assert (config.model.encoder.widths[0], batch, config.model.encoder.dtype, config.model.encoder.remat, config.model.encoder.visible_only) == (
         128, 4, "bfloat16", True, False,
     )  # fmt: skip
 

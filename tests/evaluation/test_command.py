@@ -24,7 +24,7 @@ def probe(*arguments):
 @pytest.fixture
 def run(tmp_path, small_encoder):
     folder = tmp_path / "run"
-    write_run(folder, small_encoder.model, MaskConfig(), SIZE, small_encoder.params, {})
+    write_run(folder, small_encoder.config, MaskConfig(), SIZE, small_encoder.params, {})
     return folder
 
 

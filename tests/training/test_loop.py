@@ -13,7 +13,7 @@ from configs import common
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.report import write_report
 from infmae_jax.training import loop
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed, restore_params
@@ -27,7 +27,7 @@ from tests.training.test_guards import poisoned
 @pytest.fixture
 def config(shards):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(str(shards),))), "smoke")
-    smoke.model.depths = (1, 1, 1)
+    smoke.model.encoder.depths = (1, 1, 1)
     return dataclasses.replace(
         from_config(PretrainConfig, smoke), picture_every="0 steps", checkpoint_every="4 steps", duration="12 steps",
         guards=GuardConfig(rollback_after=2, max_rollbacks=2),

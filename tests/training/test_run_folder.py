@@ -6,9 +6,10 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import abstract_params
 from infmae_jax.training import digests, storage
-from infmae_jax.training.run_folder import abstract_params, restore_params, write_run
+from infmae_jax.training.run_folder import restore_params, write_run
 from tests.training.damage import checkpoints, flip_a_bit, largest_file
 
 
