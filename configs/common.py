@@ -27,7 +27,7 @@ def pretrain(config: PretrainConfig, arg: str) -> ConfigDict:
 def _smoke(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, **_SMOKE_MODEL),
+        model=config.model.replace(**_SMOKE_MODEL),
         data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0),
         optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
         duration="6 steps",

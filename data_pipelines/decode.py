@@ -32,7 +32,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import MAPPINGS, to_uint8
+from data_pipelines.intensity import MAPPINGS, Intensity, to_uint8
 from data_pipelines.radiometric import (
     RadiometricExtraMissing,
     RadiometricUnreadable,
@@ -292,8 +292,8 @@ def make_example(key: str, data: bytes, image: DecodedImage) -> Example:
     )
 
 
-def read_image_file(path: str | os.PathLike, mapping: str = "auto") -> np.ndarray:
-    """Returns the image file `path` as (H, W) uint8 under an intensity mapping of `to_uint8`.
+def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None) -> np.ndarray:
+    """Returns the image file `path` as (H, W) uint8 under an `Intensity`, by default "auto".
 
     Raises:
       InputError: the file is missing or not usable; the message names it.
@@ -310,4 +310,5 @@ def read_image_file(path: str | os.PathLike, mapping: str = "auto") -> np.ndarra
             f"{os.fspath(path)} is not usable ({refusal.reason}: {refusal.detail}); remove it or replace it"
         ) from refusal
     scale, offset = float(image.attributes.get("scale", 1.0)), float(image.attributes.get("offset", 0.0))
-    return to_uint8(image.pixels, mapping, scale=scale, offset=offset)
+    how = ("auto", None, None) if intensity is None else (intensity.mapping, intensity.low, intensity.high)
+    return to_uint8(image.pixels, *how, scale=scale, offset=offset)

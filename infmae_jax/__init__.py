@@ -1,14 +1,7 @@
 """infmae-jax: self-supervised pretraining on infrared images with JAX and Flax."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
-
-if TYPE_CHECKING:
-    from infmae_jax.interop.load import load
 
 
 def __getattr__(name: str):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_pipelines.prepare import prepare
 from data_pipelines.synthetic import write_dataset
-from infmae_jax.evaluation.encoder import load_encoder
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
 from infmae_jax.tasks.pretrain import PretrainConfig
 

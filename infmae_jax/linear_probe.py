@@ -18,8 +18,9 @@ from ml_collections import config_flags
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import write_dataset
-from infmae_jax.evaluation.encoder import load_encoder
 from infmae_jax.evaluation.probe import RESULTS_NAME, ProbeConfig, linear_probe, table_text
+from infmae_jax.interop import checkpoint_flags
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.training.config import from_config
 
 
@@ -29,18 +30,22 @@ def _define_flags() -> None:
         "checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True
     )
     flags.DEFINE_string("workdir", None, "Folder for features and results.", required=True)
+    checkpoint_flags.define_architecture()
+    checkpoint_flags.define_intensity()
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     config = from_config(ProbeConfig, flags.FLAGS.config)
-    workdir = Path(flags.FLAGS.workdir)
+    workdir = Path(flags.FLAGS.workdir).expanduser()
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"workdir {workdir} is a file; give a folder")
     encoder = load_encoder(
-        flags.FLAGS.checkpoint, config.model, config.like, image_size=config.image_size, seed=config.encoder_seed
-    )
+        flags.FLAGS.checkpoint, config.model, config.like, config.image_size, config.encoder_seed,
+        **checkpoint_flags.load_options(),
+    )  # fmt: skip
+    encoder = checkpoint_flags.with_intensity(encoder)
     if not config.csv:
         config = dataclasses.replace(config, csv=str(_synthetic(config, workdir)))
     results = linear_probe(encoder, config, workdir)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from infmae_jax.evaluation.encoder import load_encoder
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop

@@ -13,8 +13,8 @@ from data_pipelines import masking, transforms
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import generate_scene
 from infmae_jax import pictures
-from infmae_jax.interop import runs
-from infmae_jax.models.infmae import InfMAE, abstract_params, variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.reconstruct import reconstruct
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import OptimizerConfig
 

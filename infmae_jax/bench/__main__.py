@@ -38,7 +38,7 @@ from infmae_jax.bench.kernels import kernels
 from infmae_jax.bench.profile import profile
 from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, Grid, step, step_against_torch, step_in_the_loop, visible_tokens
-from infmae_jax.models.infmae import VARIANTS, variant
+from infmae_jax.models.config import VARIANTS, variant
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import from_config
 
@@ -78,11 +78,11 @@ class _Settings:
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
         model = config.model
         if self.quick:
-            model = dataclasses.replace(model, **_QUICK_MODEL)
+            model = model.replace(**_QUICK_MODEL)
             data = dataclasses.replace(data, image_size=(64, 64), workers=0)
-        self.dtypes = values.dtypes or [model.dtype if on_accelerator() else "float32"]
+        self.dtypes = values.dtypes or [model.encoder.dtype if on_accelerator() else "float32"]
         try:
-            model = dataclasses.replace(model, dtype=self.dtypes[0])
+            model = model.replace(dtype=self.dtypes[0])
         except ValueError as error:
             raise InputError(f"--dtypes={','.join(self.dtypes)}: {error}") from error
         self.config = dataclasses.replace(config, model=model, data=data)

@@ -51,7 +51,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
         pooled["ours"] = np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
     calls: dict[str, timing.Call] = {"ours": ours}
-    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.dtype}
+    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype}
     settings["images_at_once"] = at_once
     if against_torch:
         from infmae_jax.bench import torch_model
@@ -66,7 +66,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
         settings |= {"torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads()}
     seconds = timing.take_turns(calls, rounds)
     if against_torch:
-        _check_same(pooled["ours"], pooled["PyTorch eager"], config.model.dtype)
+        _check_same(pooled["ours"], pooled["PyTorch eager"], config.model.encoder.dtype)
     rows = [
         {"name": name, **timing.rate_row(seconds[name], batch)}
         | ({"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])} if name != "ours" else {})

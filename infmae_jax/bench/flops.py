@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from infmae_jax.bench.results import Row, report
 from infmae_jax.models import patches
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 
 _KERNEL = 5 * 5  # of a depthwise convolution
 _PIXELS = patches.PATCH**2
@@ -24,12 +25,12 @@ VISIBLE_ONLY, PUBLISHED = "visible only", "as published"
 
 def as_published(model: InfMAEConfig) -> InfMAEConfig:
     """The same model computed as published: every patch, masked or not."""
-    return dataclasses.replace(model, visible_only=False, predict_masked_only=False)
+    return model.replace(visible_only=False, predict_masked_only=False)
 
 
 def on_visible(model: InfMAEConfig) -> InfMAEConfig:
     """The same model without what neither its loss nor its gradients depend on: the default."""
-    return dataclasses.replace(model, visible_only=True, predict_masked_only=True)
+    return model.replace(visible_only=True, predict_masked_only=True)
 
 
 WAYS = {VISIBLE_ONLY: on_visible, PUBLISHED: as_published}
@@ -46,20 +47,20 @@ def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visi
     """
     h, w = patches.token_grid(*image_size)
     tokens = h * w
-    computed, channels, predicted = (keep, 1, tokens - keep) if visible_only else (tokens, model.in_channels, tokens)
-    width1, width2, width3 = model.widths
-    inner, ratio = model.decoder_width, model.mlp_ratio
+    computed, channels, predicted = (keep, 1, tokens - keep) if visible_only else (tokens, model.encoder.in_channels, tokens)
+    width1, width2, width3 = model.encoder.widths
+    inner, ratio = model.decoder.width, model.encoder.mlp_ratio
 
     def decoder(length: int) -> int:
         """Blocks over so many tokens; what the last one makes of tokens that are not predicted is not needed."""
-        whole = (model.decoder_depth - 1) * _transformer_block(length, length, inner, ratio)
+        whole = (model.decoder.depth - 1) * _transformer_block(length, length, inner, ratio)
         return whole + _transformer_block(length, predicted if visible_only else length, inner, ratio)
 
-    prediction = predicted * _PIXELS * model.in_channels * inner
-    if model.encoder == "vit":
+    prediction = predicted * _PIXELS * model.encoder.in_channels * inner
+    if model.encoder.kind == "vit":
         # The class token is in every block; masked patches are dropped before the embedding is of use.
         multiplies = {
-            STAGES[2]: model.depths[-1] * _transformer_block(keep + 1, keep + 1, width3, ratio),
+            STAGES[2]: model.encoder.depths[-1] * _transformer_block(keep + 1, keep + 1, width3, ratio),
             STAGES[3]: computed * _PIXELS * channels * width3,
             STAGES[4]: (keep + 1) * width3 * inner + decoder(tokens + 1) + prediction,
         }
@@ -69,11 +70,11 @@ def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visi
             cells1 * 16 * channels * width1 + cells2 * 4 * width1 * width2 + computed * 4 * width2 * width3
             + computed * width3**2
         )  # fmt: skip
-        fusion = model.fuse_stages * computed * (16 * width1 + 4 * width2) * width3
+        fusion = model.encoder.fuse_stages * computed * (16 * width1 + 4 * width2) * width3
         multiplies = {
-            STAGES[0]: model.depths[0] * _conv_block(cells1, width1, ratio),
-            STAGES[1]: model.depths[1] * _conv_block(cells2, width2, ratio),
-            STAGES[2]: model.depths[2] * _transformer_block(keep, keep, width3, ratio),
+            STAGES[0]: model.encoder.depths[0] * _conv_block(cells1, width1, ratio),
+            STAGES[1]: model.encoder.depths[1] * _conv_block(cells2, width2, ratio),
+            STAGES[2]: model.encoder.depths[2] * _transformer_block(keep, keep, width3, ratio),
             STAGES[3]: embeddings + fusion,
             STAGES[4]: keep * width3 * inner + decoder(tokens) + prediction,
         }
@@ -105,7 +106,7 @@ def xla_count(
       encoder_only: of the latent, not of the loss.
     """
     module, batch = InfMAE(model), 2
-    channels = 1 if model.visible_only else model.in_channels  # the published way repeats the one channel
+    channels = 1 if model.encoder.visible_only else model.encoder.in_channels  # the published way repeats the one channel
     images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.uint8)
     ids_keep = jax.ShapeDtypeStruct((batch, keep), jnp.int32)
 
@@ -127,7 +128,7 @@ def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> d
     """XLA's count by stage, before optimisation, from programs that differ by one block or by the decoder."""
 
     def count(depths: tuple[int, int, int], encoder_only: bool = True) -> dict[str, float]:
-        shallow = dataclasses.replace(model, depths=depths)
+        shallow = model.replace(depths=depths)
         return xla_count(shallow, image_size, keep, compiled=False, encoder_only=encoder_only)
 
     def difference(more: dict[str, float], less: dict[str, float]) -> dict[str, float]:
@@ -136,7 +137,7 @@ def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> d
     encoder = count((1, 1, 1))
     deeper = ((2, 1, 1), (1, 2, 1), (1, 1, 2)) if model.encoder == "hybrid" else (None, None, (1, 1, 2))
     stages, rest = {}, encoder
-    for stage, depth, depths in zip(STAGES, model.depths, deeper, strict=False):
+    for stage, depth, depths in zip(STAGES, model.encoder.depths, deeper, strict=False):
         if depths:
             block = difference(count(depths), encoder)
             rest = difference(rest, block)
@@ -152,11 +153,11 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
       compiled: count the whole step in the compiled program; before optimisation otherwise.
     """
     # Float32 keeps conversions, which XLA counts as operations, out of the figures.
-    model = dataclasses.replace(model, dtype="float32")
+    model = model.replace(dtype="float32")
     rows: list[Row] = []
     for way, change in WAYS.items():
         config = change(model)
-        by_hand = hand_count(config, image_size, keep, config.visible_only)
+        by_hand = hand_count(config, image_size, keep, config.encoder.visible_only)
         for stage, counts in xla_stages(config, image_size, keep).items():
             rows.append({"way": way, "stage": stage, "by_hand": by_hand[stage], **_columns(counts)})
         total = xla_count(config, image_size, keep, compiled)

@@ -37,7 +37,7 @@ def kernels(config: PretrainConfig, batch: int, rounds: int) -> dict[str, Any]:
     for group, (ways, arrays) in groups.items():
         measured = {way: kernel for way, kernel in ways.items() if kernel is not None}
         calls = {way: _ForwardBackward(kernel, arrays) for way, kernel in measured.items()}
-        _check_same(group, calls, config.model.dtype)
+        _check_same(group, calls, config.model.encoder.dtype)
         seconds = timing.take_turns(calls, rounds, slice_seconds=0.1)
         first = seconds[next(iter(calls))]
         for way in ways:
@@ -47,14 +47,14 @@ def kernels(config: PretrainConfig, batch: int, rounds: int) -> dict[str, Any]:
                 rows.append({"kernel": group, "way": way, "ms": median, "low": low, "high": high, "faster_by": faster})
             else:
                 rows.append({"kernel": group, "way": way, "note": NEEDS_ACCELERATOR})
-    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.dtype}
+    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype}
     return report("kernels", settings | {"visible_tokens": keep, "rounds": rounds}, rows)
 
 
 def _depthwise(config: PretrainConfig, ids: jax.Array, grid: tuple[int, int], rng: np.random.Generator) -> dict:
     groups = {}
     for stage, side in ((1, 4), (2, 2)):
-        width = config.model.widths[stage - 1]
+        width = config.model.encoder.widths[stage - 1]
         weights = {"kernel": rng.normal(size=(5, 5, width)), "bias": rng.normal(size=width)}
         weights = {name: jnp.asarray(value, jnp.float32) for name, value in weights.items()}
         for what, layout, shape in (
@@ -63,10 +63,10 @@ def _depthwise(config: PretrainConfig, ids: jax.Array, grid: tuple[int, int], rn
         ):
 
             def way(method: str, layout=layout) -> Kernel:
-                module = blocks.DepthwiseConv(config.model.dtype, method)
+                module = blocks.DepthwiseConv(config.model.encoder.dtype, method)
                 return lambda cells, weights: module.apply({"params": weights}, cells, layout)
 
-            cells = jnp.asarray(rng.normal(size=shape), config.model.dtype)
+            cells = jnp.asarray(rng.normal(size=shape), config.model.encoder.dtype)
             ways = {"grouped convolution": way("conv"), "shifted multiply-adds": way("shift")}
             groups[f"depthwise 5x5, stage {stage}, {what}"] = (ways, (cells, weights))
     return groups
@@ -74,7 +74,7 @@ def _depthwise(config: PretrainConfig, ids: jax.Array, grid: tuple[int, int], rn
 
 def _tokens(config: PretrainConfig, ids: jax.Array, grid: tuple[int, int], rng: np.random.Generator) -> dict:
     """Between the visible tokens and all of them, at the decoder's width."""
-    n, width, dtype = grid[0] * grid[1], config.model.decoder_width, config.model.dtype
+    n, width, dtype = grid[0] * grid[1], config.model.decoder.width, config.model.encoder.dtype
     visible = jnp.asarray(rng.normal(size=(*ids.shape, width)), dtype)
     everything = jnp.asarray(rng.normal(size=(len(ids), n, width)), dtype)
 
@@ -117,11 +117,11 @@ def _attention(config: PretrainConfig, batch: int, rng: np.random.Generator) -> 
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
     groups = {}
-    for n, heads, width in ((keep, model.heads, model.widths[-1]), (h * w, model.decoder_heads, model.decoder_width)):
-        arrays = tuple(jnp.asarray(rng.normal(size=(batch, n, heads, width // heads)), model.dtype) for _ in range(3))
+    for n, heads, width in ((keep, model.encoder.heads, model.encoder.widths[-1]), (h * w, model.decoder.heads, model.decoder.width)):
+        arrays = tuple(jnp.asarray(rng.normal(size=(batch, n, heads, width // heads)), model.encoder.dtype) for _ in range(3))
         # cuDNN takes half precision only, and for training no odd number of tokens.
         ways: dict[str, Kernel | None] = {"written out": written_out, "jax.nn, XLA": library("xla")}
-        if model.dtype == "bfloat16" and n % 2 == 0:
+        if model.encoder.dtype == "bfloat16" and n % 2 == 0:
             ways["jax.nn, cuDNN"] = library("cudnn") if jax.default_backend() == "gpu" else None
         groups[f"attention, {n} tokens, {heads} heads of {width // heads}"] = (ways, arrays)
     return groups

@@ -77,7 +77,7 @@ def profile(config: PretrainConfig, batch: int, steps: int) -> dict[str, Any]:
     notes = ["shares of the time of all operations, which run beside each other where they can"]
     if not on_accelerator():
         notes.append("what an operation leaves to other CPU threads is not seen; with taskset -c 0 in front, all is")
-    settings = {"batch": batch, "dtype": config.model.dtype, "image_size": list(config.data.image_size)}
+    settings = {"batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size)}
     return report("profile", settings | {"steps": steps}, rows, notes)
 
 

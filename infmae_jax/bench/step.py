@@ -18,7 +18,7 @@ import numpy as np
 
 from infmae_jax.bench import flops, timing
 from infmae_jax.bench.results import NEEDS_ACCELERATOR, Row, on_accelerator, report
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.patches import token_grid
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop, sharding
@@ -125,7 +125,7 @@ class Grid:
         ):
             mask = dataclasses.replace(config.data.mask, stride=stride)
             data = dataclasses.replace(config.data, image_size=size, mask=mask)
-            model = dataclasses.replace(self.models[name], dtype=dtype, remat=remat)
+            model = self.models[name].replace(dtype=dtype, remat=remat)
             label = f"{name}, batch {batch}, {size[0]}x{size[1]}, stride {stride}, {dtype}{', remat' * remat}, "
             yield {
                 label + way: (dataclasses.replace(config, model=change(model), data=data), batch)
@@ -186,14 +186,14 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
 
     seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
     for name, loss in losses.items():
-        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.dtype], atol=0):
+        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0):
             raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
     rows: list[Row] = [{"name": "ours", "first_loss": losses["ours"], **measures(program, seconds["ours"])}]
     for name in list(calls)[1:]:
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
     settings = {
-        "batch": batch, "dtype": config.model.dtype, "image_size": list(config.data.image_size), "rounds": rounds,
+        "batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size), "rounds": rounds,
         "torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads(),
     }  # fmt: skip
     notes = [] if on_accelerator() else [f"GPU rows: {NEEDS_ACCELERATOR}"]
@@ -241,7 +241,7 @@ def measures(program: TimedStep, seconds: np.ndarray) -> Row:
     device = jax.devices()[0].device_kind
     return {
         **timing.rate_row(seconds, batch),
-        "mfu": mfu(useful * 1e9 * batch, float(np.median(seconds)), device, 1, model.dtype),
+        "mfu": mfu(useful * 1e9 * batch, float(np.median(seconds)), device, 1, model.encoder.dtype),
         "useful_gflop_per_image": useful,
         "memory_gib": program.memory_gib,
         "compile_s": program.compile_seconds,

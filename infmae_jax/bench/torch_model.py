@@ -19,7 +19,7 @@ from flax import traverse_util
 from data_pipelines.errors import InputError
 from infmae_jax.interop import names
 from infmae_jax.models.blocks import CONV_EPS, TOKEN_EPS
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD, position_embedding
 from infmae_jax.training.config import OptimizerConfig
 
@@ -139,32 +139,32 @@ class TorchInfMAE(nn.Module):
 
     def __init__(self, config: InfMAEConfig, image_size: tuple[int, int], fused_attention: bool = False):
         super().__init__()
-        if config.encoder != "hybrid":
-            raise InputError(f"model.encoder={config.encoder}: the PyTorch comparison model is the hybrid encoder only")
+        if config.encoder.kind != "hybrid":
+            raise InputError(f"model.encoder.kind={config.encoder.kind}: the PyTorch comparison model is the hybrid encoder only")
         self.config = config
         self.grid = (image_size[0] // PATCH, image_size[1] // PATCH)
-        width1, width2, width3 = config.widths
-        ratio, inner = config.mlp_ratio, config.decoder_width
-        self.patch_embed1 = PatchEmbed(config.in_channels, width1, 4)
+        width1, width2, width3 = config.encoder.widths
+        ratio, inner = config.encoder.mlp_ratio, config.decoder.width
+        self.patch_embed1 = PatchEmbed(config.encoder.in_channels, width1, 4)
         self.patch_embed2 = PatchEmbed(width1, width2, 2)
         self.patch_embed3 = PatchEmbed(width2, width3, 2)
         self.patch_embed4 = nn.Linear(width3, width3)
-        self.blocks1 = nn.ModuleList(ConvBlock(width1, ratio) for _ in range(config.depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(width2, ratio) for _ in range(config.depths[1]))
+        self.blocks1 = nn.ModuleList(ConvBlock(width1, ratio) for _ in range(config.encoder.depths[0]))
+        self.blocks2 = nn.ModuleList(ConvBlock(width2, ratio) for _ in range(config.encoder.depths[1]))
         self.blocks3 = nn.ModuleList(
-            TransformerBlock(width3, config.heads, ratio, fused_attention) for _ in range(config.depths[2])
+            TransformerBlock(width3, config.encoder.heads, ratio, fused_attention) for _ in range(config.encoder.depths[2])
         )
-        if config.fuse_stages:
+        if config.encoder.fuse_stages:
             self.stage1_output_decode = nn.Conv2d(width1, width3, 4, stride=4)
             self.stage2_output_decode = nn.Conv2d(width2, width3, 2, stride=2)
         self.norm = nn.LayerNorm(width3, eps=TOKEN_EPS)
         self.decoder_embed = nn.Linear(width3, inner)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, inner))
         self.decoder_blocks = nn.ModuleList(
-            TransformerBlock(inner, config.decoder_heads, ratio, fused_attention) for _ in range(config.decoder_depth)
+            TransformerBlock(inner, config.decoder.heads, ratio, fused_attention) for _ in range(config.decoder.depth)
         )
         self.decoder_norm = nn.LayerNorm(inner, eps=TOKEN_EPS)
-        self.decoder_pred = nn.Linear(inner, PATCH**2 * config.in_channels)
+        self.decoder_pred = nn.Linear(inner, PATCH**2 * config.encoder.in_channels)
         for name, channels in (("positions", width3), ("decoder_positions", inner)):
             table = torch.from_numpy(position_embedding(self.grid, channels))[None]
             self.register_buffer(name, table, persistent=False)
@@ -299,7 +299,7 @@ def make_train_step(
             group["lr"] = learning_rate(updates)
         updates += 1
         optimizer.zero_grad(set_to_none=True)
-        with autocast(model.config.dtype):
+        with autocast(model.config.encoder.dtype):
             loss = forward(images, ids_keep)
         loss.backward()
         if config.clip_norm > 0:
@@ -312,12 +312,12 @@ def make_train_step(
 
 def feature_call(model: TorchInfMAE, images: np.ndarray) -> Callable[[int], np.ndarray]:
     """Computes dense features of (B,H,W,1) uint8 images so many times; returns pooled, (B,D) float32."""
-    inputs, _ = batch(images, np.zeros((1, 1), np.int32), model.config.in_channels)
+    inputs, _ = batch(images, np.zeros((1, 1), np.int32), model.config.encoder.in_channels)
 
     @torch.inference_mode()
     def call(times: int) -> np.ndarray:
         for _ in range(times):
-            with autocast(model.config.dtype):
+            with autocast(model.config.encoder.dtype):
                 out = model.features(inputs)
         return out["pooled"].float().cpu().numpy()  # which waits for the device
 

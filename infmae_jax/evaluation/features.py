@@ -24,8 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data_pipelines.transforms import center_crop_resize, random_resized_crop
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from infmae_jax.evaluation.encoder import FrozenEncoder
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from data_pipelines.intensity import Intensity
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.training.config import MeshConfig
 from infmae_jax.training.sharding import make_mesh, place_batch
@@ -80,7 +82,7 @@ class FeatureExtractor:
         views and the files (path, size, time of change) are the same.
     """
 
-    def __init__(self, encoder: FrozenEncoder, batch_size: int = 64, threads: int = 4, cache: Path | None = None):
+    def __init__(self, encoder: TrainedModel, batch_size: int = 64, threads: int = 4, cache: Path | None = None):
         self._encoder = encoder
         self._mesh = make_mesh(MeshConfig(), jax.local_devices())
         self._batch = -(-batch_size // self._mesh.size) * self._mesh.size
@@ -101,7 +103,7 @@ class FeatureExtractor:
         Raises:
           InputError: an unknown feature for this encoder, an unreadable image, features that are not finite.
         """
-        _check_feature(feature, self._encoder.model)
+        _check_feature(feature, self._encoder.config)
         names = ("stage1", "stage2", "stage3") if feature == "multi" else (feature,)
         folder = None if self._cache is None else self._cache / self.key(files, views)[:16]
         size = _BATCHES_PER_PART * self._batch
@@ -121,7 +123,7 @@ class FeatureExtractor:
     def key(self, files: Sequence[Path], views: Views) -> str:
         """SHA-256 of everything that features depend on."""
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        known = [self._encoder.digest, dataclasses.asdict(views), stats, self._batch]
+        known = [self._encoder.digest, repr(self._encoder.intensity), dataclasses.asdict(views), stats, self._batch]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def _part(
@@ -171,11 +173,11 @@ class FeatureExtractor:
         ahead = max(1, _BATCHES_AHEAD * self._batch // views.count)
         try:
             for index in itertools.islice(todo, ahead):
-                waiting.append(pool.submit(_read_views, files[index], index, views))
+                waiting.append(pool.submit(_read_views, files[index], index, views, self._encoder.intensity))
             while waiting:
                 result = waiting.popleft().result()
                 for index in itertools.islice(todo, 1):
-                    waiting.append(pool.submit(_read_views, files[index], index, views))
+                    waiting.append(pool.submit(_read_views, files[index], index, views, self._encoder.intensity))
                 bar.update(1)
                 yield from result
         finally:
@@ -183,7 +185,7 @@ class FeatureExtractor:
 
     def _encode(self, batch: np.ndarray) -> dict[str, jax.Array]:
         images = place_batch({"image": batch}, self._mesh)["image"]
-        return encode(self._encoder.model, self._params, images, images_at_once(self._batch, self._mesh.devices.flat))
+        return encode(self._encoder.config, self._params, images, images_at_once(self._batch, self._mesh.devices.flat))
 
     @functools.cached_property
     def _params(self):
@@ -218,7 +220,7 @@ def _encode_at_once(model: InfMAEConfig, params: dict, images: jax.Array) -> dic
     module, normalized = InfMAE(model), normalize(images)
     maps = module.apply({"params": params}, normalized, method="features")
     vectors = {"pooled": maps["pooled"]}
-    if model.encoder == "hybrid" and model.fuse_stages:
+    if model.encoder.kind == "hybrid" and model.encoder.fuse_stages:
         # XLA computes what both calls share once.
         fused = module.apply({"params": params}, normalized, fuse_stages=True, method="features")
         vectors["fused"] = fused["pooled"]
@@ -237,8 +239,8 @@ def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary.replace(path)
 
 
-def _read_views(file: Path, index: int, views: Views) -> np.ndarray:
-    return views.of(read_image_file(file), index)
+def _read_views(file: Path, index: int, views: Views, intensity: Intensity) -> np.ndarray:
+    return views.of(read_image_file(file, intensity), index)
 
 
 def _to_host(vectors: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]:
@@ -247,8 +249,8 @@ def _to_host(vectors: dict[str, jax.Array], count: int) -> dict[str, np.ndarray]
 
 
 def _check_feature(feature: str, model: InfMAEConfig) -> None:
-    available = FEATURES if model.encoder == "hybrid" else ("pooled", "stage3")
-    if not model.fuse_stages:
+    available = FEATURES if model.encoder.kind == "hybrid" else ("pooled", "stage3")
+    if not model.encoder.fuse_stages:
         available = tuple(name for name in available if name != "fused")
     if feature not in available:
         raise InputError(f"feature {feature!r} is not one of {', '.join(available)} of this encoder")

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation import metrics
-from infmae_jax.evaluation.encoder import FrozenEncoder
+from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.evaluation.features import FeatureExtractor, Views, write_npz
 from infmae_jax.evaluation.knn import knn_predict
 from infmae_jax.evaluation.labels import LabelColumn, LabelTable, read_labels
@@ -78,12 +78,12 @@ class ProbeConfig:
 
 
 def linear_probe(
-    encoder: FrozenEncoder, config: ProbeConfig, workdir: str | Path | None = None
+    encoder: TrainedModel, config: ProbeConfig, workdir: str | Path | None = None
 ) -> dict[str, dict[str, Any]]:
     """Trains and scores linear classifiers, and k-NN beside them, on frozen features.
 
     Args:
-      encoder: from `load_encoder`, `untrained_encoder` or given weights.
+      encoder: from `load_encoder`, `untrained` or given weights.
       config: what to probe; `config.csv` names the label file.
       workdir: folder for features, results.json, probe.npz and confusion_matrix.png (several label columns: a folder
         each). A column that is finished there is not computed again. None writes nothing.
@@ -173,7 +173,7 @@ def _score(heads: Heads, train: np.ndarray, test: np.ndarray, column: LabelColum
     }
 
 
-def _describe(encoder: FrozenEncoder, config: ProbeConfig, table: LabelTable, name: str) -> dict[str, Any]:
+def _describe(encoder: TrainedModel, config: ProbeConfig, table: LabelTable, name: str) -> dict[str, Any]:
     return {
         "checkpoint": encoder.name,
         "step": encoder.step,

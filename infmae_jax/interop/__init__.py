@@ -1,1 +1,1 @@
-"""Checkpoints in and out: the published PyTorch format, safetensors, serialised StableHLO."""
+"""Trained models in and out: run folders, the published PyTorch format, safetensors, serialised StableHLO."""

@@ -4,14 +4,12 @@ Import and export both walk it. Our arrays are channels-last and map inputs to o
 the output first, (out, in).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
 
 
 @dataclass(frozen=True)
@@ -63,11 +61,11 @@ class Entry:
 
 def table(config: InfMAEConfig) -> list[Entry]:
     """An entry for every parameter of the model that `config` describes, in the order of the forward pass."""
-    encoder = _hybrid(config) if config.encoder == "hybrid" else _vit(config)
-    return [*encoder, *_decoder(config)]
+    encoder = _hybrid(config.encoder) if config.encoder.kind == "hybrid" else _vit(config.encoder)
+    return [*encoder, *_decoder(config.decoder)]
 
 
-def _hybrid(config: InfMAEConfig) -> Iterator[Entry]:
+def _hybrid(config: EncoderConfig) -> Iterator[Entry]:
     for stage in (1, 2, 3):
         yield from _layer(f"encoder/patch_embed{stage}/proj", f"patch_embed{stage}.proj", CONV)
         yield from _norm(f"encoder/patch_embed{stage}/norm", f"patch_embed{stage}.norm")
@@ -83,7 +81,7 @@ def _hybrid(config: InfMAEConfig) -> Iterator[Entry]:
     yield from _norm("encoder/norm", "norm")
 
 
-def _vit(config: InfMAEConfig) -> Iterator[Entry]:
+def _vit(config: EncoderConfig) -> Iterator[Entry]:
     yield from _layer("encoder/patch_embed", "patch_embed.proj", CONV)
     yield Entry(("encoder", "cls_token"), "cls_token", SAME)
     for index in range(config.depths[-1]):
@@ -91,10 +89,10 @@ def _vit(config: InfMAEConfig) -> Iterator[Entry]:
     yield from _norm("encoder/norm", "norm")
 
 
-def _decoder(config: InfMAEConfig) -> Iterator[Entry]:
+def _decoder(config: DecoderConfig) -> Iterator[Entry]:
     yield from _layer("decoder/embed", "decoder_embed", LINEAR)
     yield Entry(("decoder", "mask_token"), "mask_token", SAME)
-    for index in range(config.decoder_depth):
+    for index in range(config.depth):
         yield from _transformer_block(f"decoder/blocks_{index}", f"decoder_blocks.{index}")
     yield from _norm("decoder/norm", "decoder_norm")
     yield from _layer("decoder/pred", "decoder_pred", LINEAR)

@@ -1,40 +1,36 @@
 """Reads the pickle inside a torch checkpoint as data: an interpreter that has no way to run code.
 
 A pickle is a program for a small stack machine. Python's own machine imports whatever name the program gives and calls
-it. This one knows a dozen names, builds plain values for them and refuses every other name, so what a file may do is
-bounded by this page: nothing is imported, no object of a foreign class is made, no method of one is called.
+it, and crashes or never ends when keys of dictionaries are deep tuples. This one knows the few names of the format,
+builds plain values for them and an inert stand-in for the rest of what checkpoints carry. Nothing is imported, no
+object of a foreign class is made, nothing but strings and integers is hashed, and time and memory are bounded by
+`MAX_BYTES` and `MAX_STEPS`.
 """
 
-from __future__ import annotations
-
+import io
 import pickletools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
+
+MAX_BYTES = 32 << 20  # the pickle of a billion-parameter model with optimizer state is below 1 MB
+MAX_STEPS = 500_000  # instructions and arguments of calls; Base with its optimizer has 30,000
+MAX_RANK = 32
+MAX_NAME = 1000  # characters of a key or of an imported name
 
 
 class PickleRefused(ValueError):
     """The pickle is damaged or asks for something that is not data; the message is one clause."""
 
 
-@dataclass(frozen=True)
-class Storage:
-    """A flat run of numbers kept outside the pickle.
-
-    Attributes:
-      key: name of the run inside the file.
-      kind: torch's name of the element type, such as `FloatStorage`.
-      count: number of elements.
-    """
+class Storage(NamedTuple):
+    """A flat run of numbers outside the pickle: its key in the file, torch's name of the element type, the length."""
 
     key: str
     kind: str
     count: int
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A strided view of a storage; offset and stride count elements."""
 
     storage: Storage
@@ -43,71 +39,78 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Inert:
-    """Stands for an object that a checkpoint may carry beside its tensors and that nobody here reads."""
+class Inert(NamedTuple):
+    """Stands for a name, or for an object that a checkpoint carries beside its tensors and that nobody here reads."""
 
     name: str
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A module-level name that the pickle mentions."""
-
-    name: str
-
-
-class _Mark:
-    """The stack's own marker; one instance, `_MARK`."""
-
-
-_MARK = _Mark()
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *unused) -> StoredTensor:
-    del unused  # requires_grad, backward hooks, metadata: nothing that belongs to the numbers
+    """`unused`: requires_grad, backward hooks, metadata: nothing that belongs to the numbers."""
     if not isinstance(storage, Storage):
         raise PickleRefused("a tensor without a storage")
-    numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+    if len(shape) != len(stride) or len(shape) > MAX_RANK or not all(map(_is_count, (offset, *shape, *stride))):
         raise PickleRefused("a tensor with an impossible shape")
     return StoredTensor(storage, offset, tuple(shape), tuple(stride))
 
 
-def _rebuild_parameter(tensor, *unused):
-    del unused
-    return tensor
+def _rebuild_typed_tensor(storage, offset, shape, stride, grad, hooks, dtype, *unused):
+    name = getattr(dtype, "name", "unknown")
+    raise PickleRefused(f"a tensor has the element type {_short(name)}, which is not supported")
 
 
-def _ordered_dict(items=()) -> dict:
-    return {key: value for key, value in items}
-
-
-# What may be called, and what stands in for it. The names are data of the file format.
-_CALLABLE: dict[str, Callable[..., Any]] = {
+# What a call of these names makes. The names are data of the file format.
+_MAKERS = {
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "collections.OrderedDict": _ordered_dict,
-    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor_v3": _rebuild_typed_tensor,
+    "torch._utils._rebuild_parameter": lambda tensor, *unused: tensor,
+    "torch._utils._rebuild_parameter_with_state": lambda tensor, *unused: tensor,
+    "collections.OrderedDict": lambda items=(): _fill({}, [value for key, item in items for value in (key, item)]),
+    "torch.Size": lambda extents=(): extents if isinstance(extents, tuple) else tuple(extents[: MAX_RANK + 1]),
 }
-_INERT = {
-    "argparse.Namespace",
-    "torch.device",
-    "collections.defaultdict",
-    "_codecs.encode",
-    "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
-}
-_STORAGE_KIND = re.compile(r"torch\.[A-Z][A-Za-z0-9]*Storage")
+# Names of what checkpoints carry beside tensors: arguments, random states, paths, NumPy numbers, configs. All inert.
+_INERT = re.compile(
+    r"(torch|numpy|collections|argparse|pathlib|datetime|omegaconf|yacs|easydict|addict|typing)(\.(?!__)\w+)+"
+    r"|_codecs\.encode|copy_?reg\._reconstructor"
+    r"|(builtins|__builtin__)\.(object|set|frozenset|bytearray|complex|slice|range|int|float|str|bool|dict|list|tuple)"
+)
 
-# Instructions whose argument is the value itself: INT, BININT1, LONG4, FLOAT, UNICODE, BINBYTES8, ...
-_CONSTANT = re.compile(r"(BIN)?(INT|FLOAT)[12]?|LONG[14]?|(SHORT_)?(BIN)?(UNICODE|STRING|BYTES)8?")
-_LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
-_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
-_FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_IGNORED = frozenset({"PROTO", "FRAME"})
+_CONSTANT = re.compile(r"(BIN)?(INT|FLOAT)[12]?|LONG[14]?|(SHORT_)?(BIN)?(UNICODE|STRING|BYTES)8?|BYTEARRAY8")
+_MARK = Inert("mark")
+_FIXED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": _MARK}
+_DAMAGED = "its pickle is damaged"
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:80] + "...")
+
+
+def _fill(target: Any, flat: list[Any]) -> Any:
+    """Sets key, value, key, value, ... of a dictionary; an inert stand-in forgets them."""
+    if isinstance(target, Inert):
+        return target
+    keys = flat[::2]
+    if not isinstance(target, dict):
+        raise PickleRefused(_DAMAGED)
+    if not all(map(_is_key, keys)):
+        raise PickleRefused("it has dictionary keys that are neither short text nor numbers")
+    target.update(zip(keys, flat[1::2], strict=True))
+    return target
+
+
+def _is_key(key: Any) -> bool:
+    """What may be hashed: the hash of deep tuples crashes the interpreter, that of shared ones or large values takes
+    time without end."""
+    return len(key) <= MAX_NAME if isinstance(key, str) else key is None or isinstance(key, float) or _is_index(key)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) < 1 << 63
 
 
 class _Machine:
@@ -116,30 +119,59 @@ class _Machine:
     def __init__(self):
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.steps = 0
 
-    def step(self, opcode: str, arg: Any) -> None:
+    def step(self, name: str, arg: Any) -> None:
         """Applies one instruction."""
-        if opcode in _IGNORED:
-            return
-        if _CONSTANT.fullmatch(opcode):
-            self.stack.append(arg)
-        elif opcode in _LITERALS:
-            self.stack.append(_LITERALS[opcode])
-        elif opcode in _EMPTY:
-            self.stack.append(_EMPTY[opcode]())
-        elif opcode in _FIXED_TUPLES:
-            self.stack.append(tuple(self._pop(_FIXED_TUPLES[opcode])))
-        else:
-            action = getattr(self, "_op_" + opcode.lower(), None)
-            if action is None:
-                raise PickleRefused(f"its pickle uses the instruction {opcode}, which no checkpoint needs")
-            action(arg)
+        stack = self.stack
+        self._spend(1)
+        if _CONSTANT.fullmatch(name):
+            stack.append(arg)
+        elif name in _FIXED:
+            stack.append(_FIXED[name])
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if arg is None else arg] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[arg])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name in ("POP", "BUILD"):  # BUILD: attributes of an object, which no plain value has
+            stack.pop()
+        elif name.startswith("EMPTY_"):
+            kinds = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+            stack.append(kinds[name]() if name in kinds else Inert("set"))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(self._pop(int(name[-1]))))
+        elif name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
+            items = self._pop_to_mark()
+            makers = {"TUPLE": tuple, "LIST": list, "DICT": lambda flat: _fill({}, flat)}
+            stack.append(makers[name](items) if name in makers else Inert("frozenset"))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self._pop(2) if name == "SETITEM" else self._pop_to_mark()
+            _fill(stack[-1], items)
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = self._pop(1) if name == "APPEND" else self._pop_to_mark()
+            if not isinstance(stack[-1], Inert):
+                stack[-1].extend(items)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(self._named(*(arg.split(" ", 1) if arg else self._pop(2))))
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(self._call(*self._pop(2)))
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME"):
+            raise PickleRefused(f"its pickle uses the instruction {name}, which no checkpoint needs")
+
+    def _spend(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise PickleRefused("its pickle is too long to describe a model")
 
     def _pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
-            raise PickleRefused("its pickle is damaged")
-        taken = self.stack[len(self.stack) - count :]
-        del self.stack[len(self.stack) - count :]
+            raise PickleRefused(_DAMAGED)
+        taken = self.stack[-count:]
+        del self.stack[-count:]
         return taken
 
     def _pop_to_mark(self) -> list[Any]:
@@ -148,111 +180,43 @@ class _Machine:
             items.append(top)
         return items[::-1]
 
-    def _op_tuple(self, _):
-        self.stack.append(tuple(self._pop_to_mark()))
+    def _named(self, module: str, attribute: str) -> Inert:
+        if len(module) + len(attribute) > MAX_NAME:
+            raise PickleRefused(_DAMAGED)
+        name = f"{module}.{attribute}"
+        if name not in _MAKERS and not _INERT.fullmatch(name):
+            raise PickleRefused(f"it asks to import {_short(name)}, and loading a checkpoint never runs code from it")
+        return Inert(name)
 
-    def _op_list(self, _):
-        self.stack.append(self._pop_to_mark())
-
-    def _op_dict(self, _):
-        items = self._pop_to_mark()
-        self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
-
-    def _op_append(self, _):
-        (item,) = self._pop(1)
-        self._extend([item])
-
-    def _op_appends(self, _):
-        self._extend(self._pop_to_mark())
-
-    def _op_additems(self, _):
-        self.stack[-1].update(self._pop_to_mark())
-
-    def _op_setitem(self, _):
-        self._fill(self._pop(2))
-
-    def _op_setitems(self, _):
-        self._fill(self._pop_to_mark())
-
-    def _op_pop(self, _):
-        self._pop(1)
-
-    def _op_pop_mark(self, _):
-        self._pop_to_mark()
-
-    def _op_dup(self, _):
-        self.stack.append(self.stack[-1])
-
-    def _extend(self, items: list[Any]) -> None:
-        if isinstance(self.stack[-1], list):
-            self.stack[-1].extend(items)
-        elif not isinstance(self.stack[-1], Inert):
-            raise PickleRefused("its pickle is damaged")
-
-    def _fill(self, flat: list[Any]) -> None:
-        if isinstance(self.stack[-1], dict):
-            self.stack[-1].update(zip(flat[::2], flat[1::2], strict=True))
-        elif not isinstance(self.stack[-1], Inert):
-            raise PickleRefused("its pickle is damaged")
-
-    def _op_put(self, arg):
-        self.memo[arg] = self.stack[-1]
-
-    _op_binput = _op_long_binput = _op_put
-
-    def _op_memoize(self, _):
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def _op_get(self, arg):
-        self.stack.append(self.memo[arg])
-
-    _op_binget = _op_long_binget = _op_get
-
-    def _op_global(self, arg):
-        self._push_name(arg.replace(" ", ".", 1))
-
-    def _op_stack_global(self, _):
-        module, name = self._pop(2)
-        self._push_name(f"{module}.{name}")
-
-    def _push_name(self, name: str) -> None:
-        if name not in _CALLABLE and name not in _INERT and not _STORAGE_KIND.fullmatch(name):
-            raise PickleRefused(f"it asks to import {name!r}, and loading a checkpoint never runs code from it")
-        self.stack.append(_Name(name))
-
-    def _op_reduce(self, _):
-        called, args = self._pop(2)
-        if not isinstance(called, _Name) or not isinstance(args, tuple):
+    def _call(self, called: Any, args: Any) -> Any:
+        if not isinstance(called, Inert) or not isinstance(args, tuple):
             raise PickleRefused("its pickle calls something that is not a name")
-        maker = _CALLABLE.get(called.name)
-        self.stack.append(Inert(called.name) if maker is None else maker(*args))
+        maker = _MAKERS.get(called.name)
+        if maker is None:
+            return called
+        self._spend(sum(len(arg) for arg in args if isinstance(arg, (list, tuple))))
+        return maker(*args)
 
-    _op_newobj = _op_reduce
-
-    def _op_build(self, _):
-        self._pop(1)  # an object's attributes: kept by no plain value, and Inert has none
-
-    def _op_binpersid(self, _):
-        (identity,) = self._pop(1)
+    def _storage(self, identity: Any) -> Storage:
         if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-            raise PickleRefused("its pickle is damaged")
+            raise PickleRefused(_DAMAGED)
         _, kind, key, _, count = identity[:5]
-        if not isinstance(kind, _Name) or not isinstance(count, int) or count < 0:
-            raise PickleRefused("its pickle is damaged")
+        if not isinstance(kind, Inert) or not _is_count(count) or not _is_key(key):
+            raise PickleRefused(_DAMAGED)
         if len(identity) > 5 and identity[5] is not None:
             raise PickleRefused("its tensors are views in the oldest torch format; save it again with torch >= 1.6")
-        self.stack.append(Storage(str(key), kind.name.removeprefix("torch."), count))
+        return Storage(str(key), kind.name.removeprefix("torch."), count)
 
 
-def read_pickle(stream: bytes | BinaryIO) -> Any:
+def read_pickle(stream: bytes | io.BytesIO) -> Any:
     """Builds the value of one pickle out of plain containers, numbers, strings, `StoredTensor` and `Inert`.
 
     Args:
-      stream: the pickle, or a file positioned at one; a file is left right behind it.
+      stream: the pickle, or a stream positioned at one, which is left right behind it.
 
     Raises:
-      PickleRefused: the pickle is damaged, uses an instruction that no checkpoint needs, or names anything that is not
-        part of the checkpoint format.
+      PickleRefused: the pickle is damaged, too long, uses an instruction that no checkpoint needs, or names anything
+        that is not part of the checkpoint format.
     """
     machine = _Machine()
     try:
@@ -264,5 +228,5 @@ def read_pickle(stream: bytes | BinaryIO) -> Any:
     except PickleRefused:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-        raise PickleRefused("its pickle is damaged") from error
-    raise PickleRefused("its pickle is damaged")
+        raise PickleRefused(_DAMAGED) from error
+    raise PickleRefused(_DAMAGED)

@@ -4,13 +4,10 @@ Beside the parameters a published checkpoint holds the fixed position embeddings
 on the way out, and (InfMAE) the convolution that scores patches for the mask, whose channel mean is the host's kernel.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -19,8 +16,10 @@ from flax import traverse_util
 
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
-from infmae_jax.interop import names
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.interop import names, wrappers
+from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
+from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
+from infmae_jax.models.infmae import abstract_params
 from infmae_jax.models.patches import PATCH, position_embedding
 from infmae_jax.models.infmae import abstract_params
 
@@ -31,26 +30,7 @@ _SCORE_WEIGHT, _SCORE_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 _POSITIONS = ("pos_embed", "decoder_pos_embed")
 _POSITION_TOLERANCE = 1e-4  # of float32 tables computed in another precision; half precision rounds further
 _NAMES_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained model wherever it is stored.
-
-    Attributes:
-      model: architecture.
-      mask: the token selection that belongs to it.
-      image_size: pixel rows and columns of its pretraining crops.
-      params: tree of float32 arrays, as `InfMAE.init` makes it.
-      score_filters: the published scoring convolution, weight (D,C,16,16) and bias (D,), float32; None where the model
-        does not come from a published InfMAE checkpoint.
-    """
-
-    model: InfMAEConfig
-    mask: MaskConfig
-    image_size: tuple[int, int]
-    params: dict[str, Any]
-    score_filters: tuple[np.ndarray, np.ndarray] | None = None
+_MAX_DEPTH = 64  # blocks of a stage: more than any published model has
 
 
 def from_state(
@@ -60,8 +40,8 @@ def from_state(
     heads: int | None = None,
     decoder_heads: int | None = None,
     norm_pix_loss: bool | None = None,
-) -> Checkpoint:
-    """Reads a published state dict.
+) -> TrainedModel:
+    """Reads a published state dict, or the encoder of one (MAE publishes encoders alone).
 
     Args:
       state: published name -> array.
@@ -74,22 +54,27 @@ def from_state(
       InputError: not the state dict of an InfMAE or MAE model, or tensors are missing, unknown or of the wrong shape
         (each named), or its position embedding is not the fixed one.
     """
+    state = wrappers.strip_prefixes(dict(state))
     noted, mask = _read_metadata(metadata)
     given = {"heads": heads, "decoder_heads": decoder_heads, "norm_pix_loss": norm_pix_loss}
     config = _read_architecture(state, noted | {field: value for field, value in given.items() if value is not None})
-    entries = names.table(config)
-    _check_tensors(state, config, entries)
-    image_size = tuple(extent * PATCH for extent in _check_positions(state, config))
+    whole = _has_decoder(state)
+    entries = [entry for entry in names.table(config) if whole or entry.path[0] == "encoder"]
+    _check_tensors(state, config, entries, whole)
+    image_size = DEFAULT_SIZE
+    if whole or _POSITIONS[0] in state:
+        image_size = tuple(extent * PATCH for extent in _check_positions(state, config, whole))
     params = {entry.path: entry.layout.adopt(np.asarray(state[entry.name], np.float32)) for entry in entries}
     filters = None
-    if config.encoder == "hybrid":
+    if config.encoder.kind == "hybrid" and _SCORE_WEIGHT in state:
         filters = tuple(np.asarray(state[name], np.float32) for name in (_SCORE_WEIGHT, _SCORE_BIAS))
-    return Checkpoint(
-        config, mask or published_mask(filters), image_size, traverse_util.unflatten_dict(params), filters
-    )
+    if mask is None:
+        mask = MaskConfig() if config.encoder.kind == "hybrid" and filters is None else published_mask(filters)
+    tree = traverse_util.unflatten_dict(params)
+    return TrainedModel(config, tree, mask, image_size, score_filters=filters)
 
 
-def to_state(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], str]:
+def to_state(checkpoint: TrainedModel) -> tuple[dict[str, np.ndarray], str]:
     """Writes a checkpoint in published names and layouts.
 
     Returns:
@@ -98,19 +83,20 @@ def to_state(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], str]:
     Raises:
       InputError: the checkpoint has no decoder, which the published format needs.
     """
-    config = checkpoint.model
+    config = checkpoint.config
     params = traverse_util.flatten_dict(checkpoint.params)
     entries = names.table(config)
     absent = [entry.name for entry in entries if entry.path not in params]
     if absent:
         raise InputError(f"the checkpoint lacks {_listing(absent)}, so it cannot be written in the published format")
     state = {}
-    if config.encoder == "hybrid":
+    if config.encoder.kind == "hybrid":
         state[_SCORE_WEIGHT], state[_SCORE_BIAS] = checkpoint.score_filters or score_filters(config, checkpoint.mask)
     grid = tuple(extent // PATCH for extent in checkpoint.image_size)
     state.update(zip(_POSITIONS, _published_positions(config, grid), strict=True))
     state.update({entry.name: entry.layout.publish(np.asarray(params[entry.path], np.float32)) for entry in entries})
-    model = {field: getattr(config, field) for field in _UNTOLD}
+    untold = (config.encoder.heads, config.decoder.heads, config.norm_pix_loss)
+    model = dict(zip(_UNTOLD, untold, strict=True))
     return state, json.dumps({"model": model, "mask": dataclasses.asdict(checkpoint.mask)})
 
 
@@ -139,9 +125,9 @@ def score_filters(config: InfMAEConfig, mask: MaskConfig) -> tuple[np.ndarray, n
         kernel, bias = sign * np.asarray(mask.kernel, np.float64).transpose(2, 0, 1), sign * mask.bias
     else:
         sign = 1.0 if mask.score == "gray_mean" and not mask.descending else -1.0
-        count = config.in_channels * PATCH**2
-        kernel, bias = np.full((config.in_channels, PATCH, PATCH), sign / count), 0.0
-    width = config.widths[-1]
+        channels = config.encoder.in_channels
+        kernel, bias = np.full((channels, PATCH, PATCH), sign / (channels * PATCH**2)), 0.0
+    width = config.encoder.widths[-1]
     weight = np.broadcast_to(kernel.astype(np.float32), (width, *kernel.shape))
     return np.ascontiguousarray(weight), np.full((width,), bias, np.float32)
 
@@ -154,7 +140,7 @@ def _read_metadata(metadata: str | None) -> tuple[dict[str, Any], MaskConfig | N
         fields = json.loads(metadata)
         model = {field: type(default)(fields["model"][field]) for field, default in _UNTOLD.items()}
         mask = MaskConfig(**{**fields["mask"], "kernel": _nested_tuple(fields["mask"]["kernel"])})
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"its {METADATA_KEY!r} entry is damaged; remove the entry or copy the file again") from error
     return model, mask
 
@@ -179,26 +165,32 @@ def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) 
         shapes = [_shape(state, "patch_embed.proj.weight", 4)]
         widths, depths = (shapes[0][0],) * 3, (_depth(state, "blocks"),) * 3
         block = "blocks.0"
-    decoder_width = _shape(state, "decoder_embed.weight", 2)[0]
     hidden = _shape(state, f"{block}.mlp.fc1.weight", 2)[0]
     if hidden % widths[-1]:
         raise InputError(f"its MLPs are {hidden} wide, not a multiple of the width {widths[-1]}")
-    if untold["heads"] < 1 or untold["decoder_heads"] < 1:
-        raise InputError(f"a model needs at least one attention head, not {untold['heads']}, {untold['decoder_heads']}")
     try:
-        return InfMAEConfig(
-            encoder="hybrid" if hybrid else "vit",
+        encoder = EncoderConfig(
+            kind="hybrid" if hybrid else "vit",
             in_channels=shapes[0][1],
             widths=widths,
             depths=depths,
+            heads=untold["heads"],
             mlp_ratio=hidden // widths[-1],
             fuse_stages=not hybrid or any(name.startswith("stage1_output_decode.") for name in state),
-            decoder_width=decoder_width,
-            decoder_depth=_depth(state, "decoder_blocks"),
-            **untold,
         )
+        decoder = DecoderConfig()
+        if _has_decoder(state):
+            width, depth = _shape(state, "decoder_embed.weight", 2)[0], _depth(state, "decoder_blocks")
+            decoder = DecoderConfig(width=width, depth=depth, heads=untold["decoder_heads"])
+        return InfMAEConfig(encoder, decoder, untold["norm_pix_loss"])
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"{error}; give the checkpoint's own --heads and --decoder_heads") from error
+
+
+def _has_decoder(state: Mapping[str, np.ndarray]) -> bool:
+    return any(name == "mask_token" or name.startswith("decoder_") for name in state)
 
 
 def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, ...]:
@@ -212,16 +204,22 @@ def _shape(state: Mapping[str, np.ndarray], name: str, rank: int) -> tuple[int, 
 def _depth(state: Mapping[str, np.ndarray], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"\.(\d{1,4})\.")
     deepest = max((int(match[1]) for name in state if (match := pattern.match(name))), default=-1)
-    return min(deepest + 1, len(state))  # a made-up index must not make a model of thousands of blocks
+    return min(deepest + 1, _MAX_DEPTH)  # a made-up index must not make a model of thousands of blocks
 
 
-def _check_tensors(state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry]) -> None:
+def _check_tensors(
+    state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry], whole: bool
+) -> None:
     shapes = traverse_util.flatten_dict(abstract_params(config))
     expected = {entry.name: entry.layout.shape(shapes[entry.path].shape) for entry in entries}
-    if config.encoder == "hybrid":
-        width = config.widths[-1]
-        expected |= {_SCORE_WEIGHT: (width, config.in_channels, PATCH, PATCH), _SCORE_BIAS: (width,)}
-    missing = [name for name in (*expected, *_POSITIONS) if name not in state]
+    # What an encoder alone may lack: all of it is computed or has a default.
+    optional = _POSITIONS if whole else (*_POSITIONS, _SCORE_WEIGHT, _SCORE_BIAS)
+    if config.encoder.kind == "hybrid":
+        width = config.encoder.widths[-1]
+        expected |= {_SCORE_WEIGHT: (width, config.encoder.in_channels, PATCH, PATCH), _SCORE_BIAS: (width,)}
+    missing = [
+        name for name in (*expected, *_POSITIONS) if name not in state and (whole or name not in optional)
+    ]
     unknown = [name for name in state if name not in expected and name not in _POSITIONS]
     misshaped = [
         f"{name} {state[name].shape}, not {shape}"
@@ -244,8 +242,8 @@ def _listing(items: list[str]) -> str:
 
 def _published_positions(config: InfMAEConfig, grid: tuple[int, int]) -> list[np.ndarray]:
     """`pos_embed` and `decoder_pos_embed`: (1,N,D), a row of zeros first where there is a class token."""
-    prefix = int(config.encoder == "vit")
-    widths = (config.widths[-1], config.decoder_width)
+    prefix = int(config.encoder.kind == "vit")
+    widths = (config.encoder.widths[-1], config.decoder.width)
     return [np.pad(position_embedding(grid, width), ((prefix, 0), (0, 0)))[None] for width in widths]
 
 
@@ -253,18 +251,22 @@ def _tolerance(array: np.ndarray) -> float:
     return max(_POSITION_TOLERANCE, float(ml_dtypes.finfo(array.dtype).eps))
 
 
-def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig) -> tuple[int, int]:
+def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig, whole: bool) -> tuple[int, int]:
     """The token grid whose fixed embeddings the file holds; the published format does not say it otherwise."""
-    tokens = _shape(state, _POSITIONS[0], 3)[1] - int(config.encoder == "vit")
-    heights = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
-    for rows in sorted(heights, key=lambda rows: abs(rows - tokens / rows)):
-        expected = _published_positions(config, (rows, tokens // rows))
-        if all(
-            state[name].shape == array.shape and np.abs(state[name] - array).max() <= _tolerance(state[name])
-            for name, array in zip(_POSITIONS, expected, strict=True)
-        ):
-            return rows, tokens // rows
+    prefix = int(config.encoder.kind == "vit")
+    present = _POSITIONS if whole else _POSITIONS[:1]
+    widths = (config.encoder.widths[-1], config.decoder.width)
+    tokens = _shape(state, _POSITIONS[0], 3)[1] - prefix
+    if tokens > 0 and all(state[name].shape == (1, prefix + tokens, width) for name, width in zip(present, widths, strict=False)):
+        # The first channel of the second half is the sine of the row: 0 in the first row, 0.84 in the second.
+        rows_sine = np.asarray(state[_POSITIONS[0]][0, prefix:, widths[0] // 2], np.float32)
+        columns = int(np.argmax(rows_sine > 0.5)) or tokens
+        if tokens % columns == 0:
+            expected = _published_positions(config, (tokens // columns, columns))
+            pairs = [(state[name], table) for name, table in zip(present, expected, strict=False)]
+            if all(np.abs(found - table).max() <= _tolerance(found) for found, table in pairs):
+                return tokens // columns, columns
     raise InputError(
-        f"its {' and '.join(_POSITIONS)} are not the fixed sin-cos position embeddings of any grid of {tokens} tokens; "
+        f"its {' and '.join(present)} are not the fixed sin-cos position embeddings of any grid of {tokens} tokens; "
         "learned or interpolated ones are not supported"
     )

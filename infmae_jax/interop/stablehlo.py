@@ -1,14 +1,13 @@
 """The dense feature path as a serialised StableHLO module that runs with `jax` alone."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -16,7 +15,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_features(
     config: InfMAEConfig, params: dict[str, Any], image_size: tuple[int, int], platforms: Sequence[str] = PLATFORMS
 ) -> bytes:
-    """Serialises `InfMAE.features` with its weights inside.
+    """Serialises `InfMAE.features` with its weights inside and without source locations, which name folders and users.
 
     The result is read with `jax.export.deserialize(data).call(images)`: images (B,H,W,1) float32, normalised, any B and
     the given H x W; it returns the dict of `features`.
@@ -34,4 +33,9 @@ def export_features(
 
     (batch,) = jax.export.symbolic_shape("b")
     images = jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.float32)
-    return bytes(jax.export.export(jax.jit(features), platforms=platforms)(images).serialize())
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        return bytes(jax.export.export(jax.jit(features), platforms=platforms)(images).serialize())
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)

@@ -4,12 +4,11 @@ Since torch 1.6 a checkpoint is a zip archive of uncompressed records: `NAME/dat
 tensors, and `NAME/data/KEY`, the bytes of each storage. Before that it was five pickles and the storages in one stream.
 """
 
-from __future__ import annotations
-
+import io
 import os
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from data_pipelines.errors import InputError
-from infmae_jax.interop import pickle_data
+from infmae_jax.interop import pickle_data, wrappers
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -31,7 +30,8 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_MAX_PICKLE_BYTES = 64 << 20  # the pickle of a billion-parameter model with optimizer state is below 1 MB
+_MAX_RECORDS = 100_000
+_MAX_EXPANSION = 2  # tied weights are stored once: tensors may be this many times as large as the file
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
 # What `zipfile` raises for files that are cut, altered or encrypted.
@@ -40,28 +40,28 @@ _ALIGNMENT = 64  # torch maps records into memory at this alignment
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads the tensors of a torch checkpoint; no code of the file is run.
+    """Reads the tensors of a torch checkpoint; no code of the file is run, and its size bounds time and memory.
 
     Args:
-      path: a file holding `{"model": state_dict, ...}` or a bare state dict.
+      path: a file holding a bare state dict, or one under a usual key such as `{"model": state_dict, ...}`.
 
     Returns:
-      The state dict, name -> array of the stored dtype and shape, and what else the file holds at its top level that is
-      a string or number (an optimizer's tensors beside the model are not even read).
+      The state dict, name -> read-only array of the stored dtype and shape, and what else the file holds at its top
+      level that is a string or number (an optimizer's tensors beside the model are not even read).
 
     Raises:
       InputError: the file is missing, truncated, damaged, no torch checkpoint, has no state dict, or its pickle asks
         for anything but tensors and plain values.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe or device may never end
+        raise InputError(f"{path} cannot be read: it is not a file")
     try:
         with path.open("rb") as file:
             start = file.read(16)
             file.seek(0)
-            if start.startswith(b"PK"):
-                return _read_zip(file)
-            return _read_legacy(file, start)
-    except pickle_data.PickleRefused as error:
+            return _read_zip(file) if start.startswith(b"PK") else _read_legacy(file, start)
+    except (pickle_data.PickleRefused, InputError) as error:
         raise InputError(f"{path} cannot be loaded: {error}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -73,7 +73,7 @@ def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1:
+        if len(pickles) != 1 or len(records) > _MAX_RECORDS:
             raise pickle_data.PickleRefused("it is a zip archive but no torch checkpoint (no data.pkl inside)")
         root = pickles[0].removesuffix("data.pkl")
 
@@ -89,27 +89,30 @@ def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
             return record(name)
 
-        if records[pickles[0]].file_size > _MAX_PICKLE_BYTES:
+        if records[pickles[0]].file_size > pickle_data.MAX_BYTES:
             raise pickle_data.PickleRefused("its pickle is too large to describe a model")
         swapped = f"{root}byteorder" in records and record(f"{root}byteorder") == b"big"
-        return _materialise(pickle_data.read_pickle(record(pickles[0])), storage_bytes, swapped)
+        return _arrays_of(pickle_data.read_pickle(record(pickles[0])), file, storage_bytes, swapped)
 
 
 def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     # The stream opens with the pickled magic number: protocol 2, LONG1, ten bytes.
     if start[2:14] != b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little"):
         raise pickle_data.PickleRefused("it is not a torch checkpoint (neither a zip archive nor torch's older format)")
-    _, _, system, tree, keys = [pickle_data.read_pickle(file) for _ in range(_LEGACY_PICKLES)]
+    head = io.BytesIO(file.read(pickle_data.MAX_BYTES))
+    _, _, system, tree, keys = [pickle_data.read_pickle(head) for _ in range(_LEGACY_PICKLES)]
     if not isinstance(system, dict) or not isinstance(keys, list):
         raise pickle_data.PickleRefused("its header is damaged")
     swapped = system.get("little_endian") is False
     size = os.fstat(file.fileno()).st_size
     places = {}  # key -> (first byte, elements); the size of an element is known only with the tensor
-    sizes = {s.key: _dtype(s).itemsize for s in _storages(tree)}
-    for key in keys:
+    sizes = {storage.key: _dtype(storage).itemsize for storage in _storages(tree)}
+    position = head.tell()
+    for key in map(str, keys):
+        file.seek(position)
         count = int.from_bytes(_read_exactly(file, 8, size), "little")
         places[key] = (file.tell(), count)
-        file.seek(count * sizes.get(key, 0), os.SEEK_CUR)
+        position = file.tell() + count * sizes.get(key, 0)
 
     def storage_bytes(storage: pickle_data.Storage) -> bytes:
         if storage.key not in places:
@@ -118,7 +121,7 @@ def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], d
         file.seek(position)
         return _read_exactly(file, count * _dtype(storage).itemsize, size)
 
-    return _materialise(tree, storage_bytes, swapped)
+    return _arrays_of(tree, file, storage_bytes, swapped)
 
 
 def _read_exactly(file: BinaryIO, count: int, file_size: int) -> bytes:
@@ -139,26 +142,30 @@ def _storages(tree: Any) -> Iterator[pickle_data.Storage]:
             pending.extend(item.values() if isinstance(item, dict) else item)
 
 
-def _materialise(tree, storage_bytes, swapped: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _arrays_of(
+    tree: Any, file: BinaryIO, storage_bytes: Callable[[pickle_data.Storage], bytes], swapped: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not isinstance(tree, dict):
         raise pickle_data.PickleRefused("it holds no state dict (a whole pickled module cannot be loaded)")
-    state = tree["model"] if isinstance(tree.get("model"), dict) else tree
-    tensors = {name: item for name, item in state.items() if isinstance(item, pickle_data.StoredTensor)}
-    if not tensors or not all(isinstance(name, str) for name in tensors):
+    tensors = wrappers.find_state(tree, lambda item: isinstance(item, pickle_data.StoredTensor))
+    if not tensors:
         raise pickle_data.PickleRefused("it holds no state dict, neither at its top level nor under 'model'")
-    extras = {key: item for key, item in tree.items() if isinstance(item, (str, int, float))}
-    flat: dict[str, np.ndarray] = {}
-    arrays = {}
-    for name, tensor in tensors.items():
-        if tensor.storage.key not in flat:
-            flat[tensor.storage.key] = _storage_array(tensor.storage, storage_bytes(tensor.storage), swapped)
-        arrays[name] = _view(name, tensor, flat[tensor.storage.key])
-    return arrays, extras
+    storages = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    size = os.fstat(file.fileno()).st_size
+    stored = sum(storage.count * _dtype(storage).itemsize for storage in storages.values())
+    if stored > size:
+        raise EOFError(f"its tensors have {stored} bytes, the file has {size}")
+    flat = {key: _storage_array(storage, storage_bytes(storage), swapped) for key, storage in storages.items()}
+    arrays = {name: _view(name, tensor, flat[tensor.storage.key]) for name, tensor in tensors.items()}
+    if sum(array.nbytes for array in arrays.values()) > _MAX_EXPANSION * size:
+        raise pickle_data.PickleRefused(f"its tensors are more than {_MAX_EXPANSION} times as large as the file")
+    return arrays, {key: item for key, item in tree.items() if isinstance(item, (str, int, float))}
 
 
 def _dtype(storage: pickle_data.Storage) -> np.dtype:
     if storage.kind not in _DTYPES:
-        raise pickle_data.PickleRefused(f"a tensor has the element type {storage.kind}, which is not supported")
+        kind = storage.kind[:80]
+        raise pickle_data.PickleRefused(f"a tensor has the element type {kind!r}, which is not supported")
     return _DTYPES[storage.kind]
 
 
@@ -176,10 +183,10 @@ def _view(name: str, tensor: pickle_data.StoredTensor, flat: np.ndarray) -> np.n
     last = tensor.offset + sum((extent - 1) * step for extent, step in zip(shape, stride, strict=True))
     if count and (count > flat.size or last >= flat.size):
         raise pickle_data.PickleRefused(f"tensor {name} reaches outside its storage")
-    view = np.lib.stride_tricks.as_strided(
-        flat[tensor.offset :], shape, [step * flat.itemsize for step in stride], writeable=False
-    )
-    return np.ascontiguousarray(view).reshape(shape)
+    if not count:
+        return np.empty(shape, flat.dtype)
+    steps = [step * flat.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(flat[tensor.offset :], shape, steps, writeable=False)
 
 
 def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> None:

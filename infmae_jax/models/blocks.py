@@ -5,8 +5,6 @@ serves the dense map (B, h*r, w*r, C) and the packed visible patches (B, K, r, r
 looks across patches; `Layout` tells it how.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 
@@ -15,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.nn import dot_product_attention
 
 from infmae_jax.models import depthwise, patches
 
@@ -220,9 +219,6 @@ class DepthwiseConv(nn.Module):
         return _add_bias(out, bias)
 
 
-DEPTHWISE_METHODS = ("shift", "conv")
-
-
 def _grouped_convolution(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(
         grid_cells,
@@ -302,7 +298,7 @@ class Attention(nn.Module):
         qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch, n, 3, self.heads, width // self.heads), 2, 0)
         if self.method == "cudnn" and n % 2 == 0:
-            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
+            out = dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
         else:
             out = self._attend(q[:, first:], k, v)
         return linear(width, width, self.dtype, name="proj")(out.reshape(batch, n - first, width))
@@ -313,9 +309,6 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
         # Heads first, then moved: XLA writes products with the heads in the middle three times slower on a CPU.
         return jnp.swapaxes(jnp.einsum("bhqk,bkhd->bhqd", weights, v), 1, 2)
-
-
-ATTENTION_METHODS = ("xla", "cudnn")
 
 
 class TransformerBlock(nn.Module):

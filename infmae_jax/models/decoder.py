@@ -1,17 +1,11 @@
 """The light transformer decoder: latent of visible tokens to the pixels of other patches."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from infmae_jax.models import blocks, patches
-
-if TYPE_CHECKING:
-    from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import DecoderConfig, EncoderConfig
 
 
 class Decoder(nn.Module):
@@ -21,15 +15,16 @@ class Decoder(nn.Module):
     and masked ones follow: nothing is scattered, and predicting masked patches alone is a slice.
     """
 
-    config: InfMAEConfig
+    config: DecoderConfig
+    encoder: EncoderConfig
 
     def setup(self):
-        c = self.config
-        width, param_dtype = c.decoder_width, blocks.float_dtype(c.dtype)
+        c, width, param_dtype = self.encoder, self.config.width, blocks.float_dtype(self.encoder.dtype)
         block = nn.remat(blocks.TransformerBlock, static_argnums=(2,)) if c.remat else blocks.TransformerBlock
         self.embed = blocks.linear(width, c.widths[-1], c.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width), param_dtype)
-        self.blocks = [block(c.decoder_heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.decoder_depth)]
+        heads, depth = self.config.heads, self.config.depth
+        self.blocks = [block(heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(depth)]
         self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
         self.pred = blocks.linear(patches.PATCH**2 * c.in_channels, width, c.dtype)
 

@@ -7,8 +7,6 @@ and never scatters. And the kernel's gradient is summed over the r x r cells of 
 patches.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -1,17 +1,11 @@
 """The hybrid convolution + transformer encoder of InfMAE."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from infmae_jax.models import blocks, patches
-
-if TYPE_CHECKING:
-    from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import EncoderConfig
 
 
 class HybridEncoder(nn.Module):
@@ -22,7 +16,7 @@ class HybridEncoder(nn.Module):
     changes neither outputs nor gradients. `features` has no masks.
     """
 
-    config: InfMAEConfig
+    config: EncoderConfig
 
     def setup(self):
         c = self.config
@@ -51,8 +45,7 @@ class HybridEncoder(nn.Module):
         Returns:
           (B,K,D) in the compute dtype, after the final norm, in the order of `ids_keep`.
         """
-        patches.check_channels(images, self.config.in_channels)
-        grid = patches.token_grid(*images.shape[1:3])
+        grid = patches.check_images(images, self.config.in_channels)
         layout = blocks.Layout(grid, ids_keep, packed=self.config.visible_only)
         cells = layout.gather(images)
         return self.norm(self._stages(cells, layout, self.config.fuse_stages)[2])
@@ -69,8 +62,7 @@ class HybridEncoder(nn.Module):
           stage1 (B,H/4,W/4,C1), stage2 (B,H/8,W/8,C2), stage3 (B,h,w,D) before the final norm, and pooled (B,D): the
           mean over tokens after the final norm.
         """
-        patches.check_channels(images, self.config.in_channels)
-        grid = patches.token_grid(*images.shape[1:3])
+        grid = patches.check_images(images, self.config.in_channels)
         stage1, stage2, tokens = self._stages(images, blocks.Layout(grid), fuse_stages)
         stage3 = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
         return {"stage1": stage1, "stage2": stage2, "stage3": stage3, "pooled": self.norm(tokens).mean(axis=1)}

@@ -1,8 +1,5 @@
-"""InfMAE: encoder, decoder and masked reconstruction loss, with the variants by name."""
+"""InfMAE: encoder, decoder and masked reconstruction loss."""
 
-from __future__ import annotations
-
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,92 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from infmae_jax.models import blocks, patches
+from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.decoder import Decoder
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.vit import ViTEncoder
 
-ENCODERS = {"hybrid": HybridEncoder, "vit": ViTEncoder}
-
-
-@dataclasses.dataclass(frozen=True)
-class InfMAEConfig:
-    """Architecture of a masked autoencoder; the defaults are the published InfMAE-Base.
-
-    Attributes:
-      encoder: "hybrid" (InfMAE) or "vit" (MAE; uses the last entry of `widths` and `depths`).
-      in_channels: 3 as published (one-channel images are repeated), or 1.
-      widths, depths: of stages 1, 2 and 3.
-      heads: attention heads of stage 3.
-      mlp_ratio: hidden over outer width of every MLP.
-      fuse_stages: in pretraining, add stages 1 and 2, embedded, to the tokens before the final norm.
-      decoder_width, decoder_depth, decoder_heads: the transformer decoder.
-      norm_pix_loss: compare with pixels normalised per patch (unbiased variance, eps 1e-6).
-      dtype: of the computation ("float32", "bfloat16", "float64"); parameters, norms, softmax and loss stay at least
-        float32.
-      visible_only: compute the convolution stages on visible patches alone; False computes masked patches too, as
-        published. Same values and gradients.
-      predict_masked_only: the loss decodes masked patches alone; False decodes visible ones too, as published. Same
-        values and gradients.
-      remat: recompute block activations in the backward pass to save memory.
-      depthwise: how the 5 x 5 depthwise convolutions are computed, see `blocks.DepthwiseConv`.
-      attention: "xla", or "cudnn" in bfloat16 on NVIDIA GPUs, see `blocks.Attention`.
-    """
-
-    encoder: str = "hybrid"
-    in_channels: int = 3
-    widths: tuple[int, int, int] = (256, 384, 768)
-    depths: tuple[int, int, int] = (2, 2, 11)
-    heads: int = 12
-    mlp_ratio: int = 4
-    fuse_stages: bool = True
-    decoder_width: int = 512
-    decoder_depth: int = 2
-    decoder_heads: int = 16
-    norm_pix_loss: bool = False
-    dtype: str = "float32"
-    visible_only: bool = True
-    predict_masked_only: bool = True
-    remat: bool = False
-    depthwise: str = "shift"
-    attention: str = "xla"
-
-    def __post_init__(self):
-        for field, allowed in (
-            ("encoder", tuple(ENCODERS)),
-            ("in_channels", (1, 3)),
-            ("dtype", ("float32", "bfloat16", "float64")),
-            ("depthwise", blocks.DEPTHWISE_METHODS),
-            ("attention", blocks.ATTENTION_METHODS),
-        ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"model.{field}={getattr(self, field)!r} is not one of {', '.join(map(str, allowed))}")
-        for width, heads in ((self.widths[-1], self.heads), (self.decoder_width, self.decoder_heads)):
-            if width % heads or width % 4:
-                raise ValueError(f"model width {width} must be divisible by 4 and by its {heads} attention heads")
-            if self.attention == "cudnn" and (width // heads % 8 or width // heads > 128):
-                raise ValueError(
-                    f"model.attention=cudnn takes heads of 8, 16, ... 128 features, not {width} / {heads}; use xla"
-                )
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"model.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
-        if self.decoder_depth < 1:
-            raise ValueError(f"model.decoder_depth={self.decoder_depth} must be at least 1")
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "tiny": dict(widths=(48, 96, 192), depths=(2, 2, 4), heads=6, decoder_width=128, decoder_heads=4),
-    "small": dict(widths=(128, 192, 384), depths=(2, 2, 11), heads=6, decoder_width=256, decoder_heads=8),
-    "base": dict(),
-    "large": dict(widths=(384, 768, 1024), depths=(2, 2, 20), heads=16),
-    "huge": dict(widths=(512, 1024, 1280), depths=(2, 2, 28), heads=16),
-}
-
-
-def variant(name: str, **overrides: Any) -> InfMAEConfig:
-    """Config of a named variant (tiny, small, base, large, huge); ValueError names an unknown one."""
-    if name not in VARIANTS:
-        raise ValueError(f"model variant {name!r} is not one of {', '.join(VARIANTS)}")
-    return InfMAEConfig(**{**VARIANTS[name], **overrides})
+_ENCODERS = {"hybrid": HybridEncoder, "vit": ViTEncoder}
 
 
 @flax.struct.dataclass
@@ -118,8 +35,8 @@ class InfMAE(nn.Module):
     config: InfMAEConfig = InfMAEConfig()
 
     def setup(self):
-        self.encoder = ENCODERS[self.config.encoder](self.config)
-        self.decoder = Decoder(self.config)
+        self.encoder = _ENCODERS[self.config.encoder.kind](self.config.encoder)
+        self.decoder = Decoder(self.config.decoder, self.config.encoder)
 
     def __call__(self, images: jax.Array, ids_keep: jax.Array) -> InfMAEOutput:
         """Reconstructs masked patches.
@@ -130,8 +47,8 @@ class InfMAE(nn.Module):
           ids_keep: (B,K) int32, the visible tokens of each sample; no repeats.
         """
         c = self.config
-        patches.check_channels(images, c.in_channels)
-        grid = patches.token_grid(*images.shape[1:3])
+        grid = patches.check_images(images, c.encoder.in_channels)
+        patches.check_ids(ids_keep, images.shape[0], grid)
         latent = self.encoder(images, ids_keep)
         ids_masked = patches.masked_ids(ids_keep, grid[0] * grid[1])
         tokens = self.decoder(latent, ids_keep, ids_masked, grid)
@@ -139,7 +56,7 @@ class InfMAE(nn.Module):
         pred = patches.take_tokens(self._predict(tokens, latent.shape[1] - ids_keep.shape[1]), in_order)
         mask = patches.token_mask(ids_keep, grid[0] * grid[1])
         target = patches.patchify(images)
-        if c.predict_masked_only:
+        if c.decoder.predict_masked_only:
             masked = self._predict(tokens, latent.shape[1])
             loss = patch_errors(masked, patches.take_tokens(target, ids_masked), c.norm_pix_loss).mean()
         else:
@@ -147,7 +64,7 @@ class InfMAE(nn.Module):
         return InfMAEOutput(loss=loss, pred=pred, latent=latent, mask=mask)
 
     def _predict(self, tokens: jax.Array, first: int) -> jax.Array:
-        return self.decoder.predict(tokens, first).astype(blocks.float_dtype(self.config.dtype))
+        return self.decoder.predict(tokens, first).astype(blocks.float_dtype(self.config.encoder.dtype))
 
     def features(self, images: jax.Array, **options: bool) -> dict[str, jax.Array]:
         """Feature maps of whole images, see the encoder's `features`. Needs only the encoder's parameters."""

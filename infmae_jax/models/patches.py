@@ -1,7 +1,5 @@
 """Images, patches, tokens: the index arithmetic shared by encoders, decoder, loss and pictures."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +21,32 @@ def token_grid(height: int, width: int, patch: int = PATCH) -> tuple[int, int]:
     return height // patch, width // patch
 
 
-def check_channels(images: jax.Array, channels: int) -> None:
-    """ValueError unless images (B,H,W,C) have `channels` channels or one, which stands for as many equal ones."""
+def check_images(images: jax.Array, channels: int) -> tuple[int, int]:
+    """Token grid of images (B,H,W,C) for a model of C channels; one channel stands for as many equal ones.
+
+    Raises:
+      ValueError: another rank or number of channels, or sides that are not positive multiples of the patch.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be (B,H,W,C), got {images.shape}")
     if images.shape[-1] not in (1, channels):
         raise ValueError(f"images have {images.shape[-1]} channels, the model takes {channels} (or 1, repeated)")
+    return token_grid(*images.shape[1:3])
+
+
+def check_ids(ids_keep: jax.Array, batch: int, grid: tuple[int, int]) -> None:
+    """ValueError unless visible tokens are (B,K) integers with 1 <= K <= h*w and, outside jit, inside the grid.
+
+    Under jit values are not known: ids there are promised to be in bounds.
+    """
+    shape, tokens = ids_keep.shape, grid[0] * grid[1]
+    if len(shape) != 2 or shape[0] != batch or not 1 <= shape[1] <= tokens or ids_keep.dtype.kind not in "iu":
+        raise ValueError(f"ids_keep must be ({batch},K) integers, K from 1 to {tokens}, got {shape} {ids_keep.dtype}")
+    if not isinstance(ids_keep, jax.core.Tracer):
+        ids = np.asarray(ids_keep)
+        bad = ids[(ids < 0) | (ids >= tokens)]
+        if bad.size:
+            raise ValueError(f"ids_keep names token {bad[0]}, the images have tokens 0 to {tokens - 1}")
 
 
 def grid_to_tokens(cells: jax.Array, grid: tuple[int, int]) -> jax.Array:

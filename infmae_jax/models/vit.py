@@ -1,23 +1,17 @@
 """The plain ViT encoder of MAE, for comparison and for imported MAE checkpoints."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from infmae_jax.models import blocks, patches
-
-if TYPE_CHECKING:
-    from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.config import EncoderConfig
 
 
 class ViTEncoder(nn.Module):
     """Patch embedding and transformer blocks with a class token; masked patches are dropped before the blocks."""
 
-    config: InfMAEConfig
+    config: EncoderConfig
 
     def setup(self):
         c = self.config
@@ -45,8 +39,8 @@ class ViTEncoder(nn.Module):
         return {"stage3": stage3, "tokens": tokens, "pooled": tokens[:, 1:].mean(axis=1)}
 
     def _tokens(self, images: jax.Array, ids_keep: jax.Array | None) -> jax.Array:
-        patches.check_channels(images, self.config.in_channels)
-        layout = blocks.Layout(patches.token_grid(*images.shape[1:3]), ids_keep, packed=ids_keep is not None)
+        grid = patches.check_images(images, self.config.in_channels)
+        layout = blocks.Layout(grid, ids_keep, packed=ids_keep is not None)
         tokens = layout.tokens(self.patch_embed(layout.gather(images)))
         positions = jnp.asarray(patches.position_embedding(layout.grid, tokens.shape[-1]), tokens.dtype)
         tokens = tokens + (positions[None] if ids_keep is None else positions[ids_keep])

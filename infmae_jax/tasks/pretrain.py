@@ -17,8 +17,9 @@ from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
 from infmae_jax.models import patches
-from infmae_jax.interop.runs import read_run
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig, variant
+from infmae_jax.interop.load import graft, load
+from infmae_jax.models.config import InfMAEConfig, variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.training.config import Count, RunConfig, differences
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
@@ -42,7 +43,7 @@ class PretrainConfig(RunConfig):
     """A pretraining run.
 
     Attributes:
-      init_from: a run folder whose weights start this run; empty: random.
+      init_from: a run folder or checkpoint file whose weights start this run; empty: random.
       picture_every: duration between pictures of reconstructions; "0 steps" is never.
       colormap: of pictures, "inferno" or "gray".
       embedded: see there.
@@ -81,7 +82,7 @@ class PretrainTask(Task):
         self.config = config
         self.model = InfMAE(config.model)
         self.batch_size = data.batch_size
-        self.dtype = config.model.dtype
+        self.dtype = config.model.encoder.dtype
         self.batch_spec = {
             "image": ((data.batch_size, *data.image_size, 1), np.uint8),
             "ids_keep": ((data.batch_size, visible), np.int32),
@@ -106,8 +107,14 @@ class PretrainTask(Task):
         return self.model.init(key, jnp.zeros(shapes["image"]), ids_keep)["params"]
 
     def initial(self, shapes: Any) -> Any | None:
-        del shapes
-        return initial_params(self.config) if self.config.init_from else None
+        """Weights of `init_from`: its encoder, and its decoder where that fits; what was taken is printed."""
+        if not self.config.init_from:
+            return None
+        fresh = jax.device_get(jax.jit(self.init)(jax.random.key(self.config.seed)))
+        params, account = graft(fresh, load(self.config.init_from), self.config.model.encoder)
+        if jax.process_index() == 0:
+            print(f"{self.config.init_from}: {account}", flush=True)
+        return params
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         del key  # all randomness of pretraining is in the crops
@@ -166,13 +173,3 @@ class _Batches:
 
     def keys(self, step: int) -> list[str]:
         return pipeline.record_keys(self._data, step)
-
-
-def initial_params(config: PretrainConfig) -> Any:
-    """Weights of the run `config.init_from`, which must have the same architecture: a tree of NumPy arrays."""
-    restored = read_run(config.init_from)
-    free = ("dtype", "remat", "depthwise", "visible_only", "attention")
-    changed = differences(dataclasses.asdict(restored.model), dataclasses.asdict(config.model), free)
-    if changed:
-        raise InputError(f"init_from={config.init_from} is another model: model.{'; model.'.join(changed)}")
-    return restored.params

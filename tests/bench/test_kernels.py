@@ -9,7 +9,7 @@ from infmae_jax.bench import kernels, results
 
 
 def test_every_way_is_measured_or_says_what_it_needs(smoke):
-    config = dataclasses.replace(smoke, model=dataclasses.replace(smoke.model, dtype="bfloat16"))
+    config = dataclasses.replace(smoke, model=smoke.model.replace(dtype="bfloat16"))
     rows = kernels.kernels(config, batch=2, rounds=1)["rows"]
     groups = {}
     for row in rows:

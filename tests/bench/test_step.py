@@ -12,7 +12,8 @@ from data_pipelines.pipeline import TrainBatches
 from infmae_jax.bench import flops, results, step
 from infmae_jax.bench.features import features
 from infmae_jax.bench.step import TimedStep, synthetic_batch
-from infmae_jax.models.infmae import InfMAE, variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 
 
@@ -67,7 +68,7 @@ def test_every_combination_is_named(smoke):
     assert len(rows) == 2**7
     config, batch = rows["small, batch 4, 96x128, stride 2, bfloat16, remat, as published"]
     model = config.model
-    assert (model.widths[0], batch, model.dtype, model.remat, model.visible_only, config.data.mask.stride) == (
+    assert (model.encoder.widths[0], batch, model.encoder.dtype, model.encoder.remat, model.encoder.visible_only, config.data.mask.stride) == (
         128, 4, "bfloat16", True, False, 2,
     )  # fmt: skip
     assert config.data.image_size == (96, 128)

@@ -10,12 +10,13 @@ import optax
 import pytest
 
 from data_pipelines.errors import InputError
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.training.config import OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 
-SMALL = InfMAEConfig(
+SMALL = InfMAEConfig().replace(
     widths=(8, 12, 16), depths=(2, 1, 2), heads=2, mlp_ratio=2, decoder_width=16, decoder_depth=1, decoder_heads=4
 )
 SIZE = (64, 96)

@@ -6,28 +6,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infmae_jax.evaluation.encoder import untrained_encoder
-from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.interop.load import untrained
+from infmae_jax.models.config import InfMAEConfig
 
 SIZE = (32, 48)
 
 
 @pytest.fixture(scope="session")
 def small_model() -> InfMAEConfig:
-    return InfMAEConfig(
+    return InfMAEConfig().replace(
         widths=(4, 8, 16), depths=(1, 1, 1), heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2
     )
 
 
 @pytest.fixture(scope="session")
 def small_encoder(small_model):
-    return untrained_encoder(small_model, SIZE)
+    return untrained(small_model, SIZE)
 
 
 @pytest.fixture(scope="session")
 def other_encoder(small_model):
     """The same architecture with other weights."""
-    return untrained_encoder(small_model, SIZE, seed=1)
+    return untrained(small_model, SIZE, seed=1)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.masking import MaskConfig
-from infmae_jax.interop.runs import write_run
 from tests.evaluation.conftest import SIZE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -24,7 +23,7 @@ def probe(*arguments):
 @pytest.fixture
 def run(tmp_path, small_encoder):
     folder = tmp_path / "run"
-    write_run(folder, small_encoder.model, MaskConfig(), SIZE, small_encoder.params, {})
+    write_run(folder, small_encoder.config, MaskConfig(), SIZE, small_encoder.params, {})
     return folder
 
 

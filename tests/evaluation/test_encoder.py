@@ -6,9 +6,8 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.masking import MaskConfig
-from infmae_jax.evaluation.encoder import load_encoder, untrained_encoder
+from infmae_jax.interop.load import load_encoder, untrained
 from infmae_jax.models.infmae import InfMAE
-from infmae_jax.interop.runs import write_run
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def run(tmp_path_factory, small_model):
 def test_a_run_is_restored_without_its_decoder(run, small_model):
     folder, params = run
     encoder = load_encoder(str(folder))
-    assert encoder.model == small_model
+    assert encoder.config == small_model
     assert (encoder.image_size, encoder.step, set(encoder.params)) == ((48, 32), 0, {"encoder"})
     jax.tree.map(np.testing.assert_array_equal, encoder.params["encoder"], dict(params["encoder"]))
 
@@ -32,14 +31,14 @@ def test_a_run_is_restored_without_its_decoder(run, small_model):
 def test_untrained_weights_are_those_that_pretraining_starts_from(run, small_model):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
-        untrained_encoder(small_model, seed=7).params["encoder"],
+        untrained(small_model, seed=7).params["encoder"],
         dict(run[1]["encoder"]),
     )
 
 
 def test_untrained_like_a_run(run, small_model):
     encoder = load_encoder("random", like=str(run[0]), image_size=(32, 64), seed=1)
-    assert (encoder.model, encoder.image_size, encoder.name) == (small_model, (32, 64), "random")
+    assert (encoder.config, encoder.image_size, encoder.name) == (small_model, (32, 64), "random")
     assert encoder.digest != load_encoder(str(run[0])).digest
 
 
@@ -47,13 +46,13 @@ def test_digest_tells_weights_and_architectures_apart(small_encoder, other_encod
     again = dataclasses.replace(small_encoder, params=jax.tree.map(np.copy, small_encoder.params))
     assert small_encoder.digest == again.digest
     assert small_encoder.digest != other_encoder.digest
-    other = dataclasses.replace(small_encoder, model=dataclasses.replace(small_model, heads=4))
+    other = dataclasses.replace(small_encoder, config=small_model.replace(heads=4))
     assert small_encoder.digest != other.digest
 
 
 def test_plain_vit(small_model):
-    model = dataclasses.replace(small_model, encoder="vit")
-    assert "cls_token" in untrained_encoder(model).params["encoder"]
+    model = small_model.replace(kind="vit")
+    assert "cls_token" in untrained(model).params["encoder"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 from data_pipelines.transforms import resize
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation import features as module
-from infmae_jax.evaluation.encoder import untrained_encoder
+from infmae_jax.interop.load import untrained
 from infmae_jax.evaluation.features import FeatureExtractor, Views
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
@@ -28,13 +28,13 @@ def decoded(monkeypatch):
     """The files that are decoded, as they are."""
     seen = []
     original = module.read_image_file
-    monkeypatch.setattr(module, "read_image_file", lambda path: (seen.append(path), original(path))[1])
+    monkeypatch.setattr(module, "read_image_file", lambda path, how: (seen.append(path), original(path, how))[1])
     return seen
 
 
 def one_by_one(encoder, files, **options):
     """Feature maps of each image alone: no batches, no padding, no threads."""
-    model = InfMAE(encoder.model)
+    model = InfMAE(encoder.config)
     for file in files:
         pixels = resize(np.asarray(Image.open(file)), encoder.image_size)
         images = normalize(pixels[None, :, :, None])
@@ -50,7 +50,7 @@ def test_batches_threads_and_padding_do_not_change_features(small_encoder, files
 
 def test_a_few_images_at_once_have_the_same_features(small_encoder):
     images = np.random.default_rng(0).integers(0, 256, (12, *SIZE, 1), np.uint8)
-    whole, pieces = (module.encode(small_encoder.model, small_encoder.params, images, n) for n in (12, 4))
+    whole, pieces = (module.encode(small_encoder.config, small_encoder.params, images, n) for n in (12, 4))
     assert whole.keys() == pieces.keys()
     for name in whole:
         np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-5, atol=1e-6)
@@ -78,7 +78,7 @@ def test_every_feature_is_what_its_name_says(small_encoder, files):
 
 
 def test_plain_vit_has_pooled_tokens_only(small_model, files):
-    encoder = untrained_encoder(dataclasses.replace(small_model, encoder="vit"), SIZE)
+    encoder = untrained(small_model.replace(kind="vit"), SIZE)
     extractor = FeatureExtractor(encoder, batch_size=4)
     want = np.stack([m["pooled"][0] for m in one_by_one(encoder, files[:3])])
     np.testing.assert_allclose(extractor.extract(files[:3], VIEWS)[:, 0], want, atol=2e-5)

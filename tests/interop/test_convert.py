@@ -1,8 +1,7 @@
 """The convert command as its users run it: every direction, and one line for every mistake."""
 
+import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -13,15 +12,15 @@ import infmae_jax
 from data_pipelines.errors import InputError
 from infmae_jax.convert import convert
 from infmae_jax.interop import torch_file
+from tests import commands
 from tests.interop import torch_like
 from tests.interop.published_format import TINY, TINY_HEADS, random_state
 
 HEAD_FLAGS = [f"--{name}={count}" for name, count in TINY_HEADS.items()]
 
 
-def command(*flags, timeout=120):
-    line = [sys.executable, "-m", "infmae_jax.convert", *map(str, flags)]
-    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=timeout)
+def command(*flags):
+    return commands.run("infmae_jax.convert", *flags)
 
 
 def save(path, state, **beside):

@@ -186,12 +186,12 @@ def forward(params, config, images, ids_keep):
     latents, preds, errors, count = [], [], 0.0, 0
     for image, kept in zip(np.asarray(images, np.float64), np.asarray(ids_keep), strict=True):
         h, w = image.shape[0] // PATCH, image.shape[1] // PATCH
-        if config.encoder == "hybrid":
-            tokens = hybrid_stages(params["encoder"], image, config.heads, kept)[2]
+        if config.encoder.kind == "hybrid":
+            tokens = hybrid_stages(params["encoder"], image, config.encoder.heads, kept)[2]
         else:
-            tokens = vit_tokens(params["encoder"], image, config.heads, kept)
+            tokens = vit_tokens(params["encoder"], image, config.encoder.heads, kept)
         latents.append(final_norm(params["encoder"], tokens))
-        preds.append(decode(params["decoder"], latents[-1], kept, h, w, config.decoder_heads))
+        preds.append(decode(params["decoder"], latents[-1], kept, h, w, config.decoder.heads))
         error, masked = masked_error(preds[-1], image, kept, config.norm_pix_loss)
         errors, count = errors + error, count + masked
     return np.stack(latents), np.stack(preds), errors / count
@@ -203,11 +203,11 @@ def features(params, config, images, fuse=False):
     out = []
     for image in np.asarray(images, np.float64):
         h, w = image.shape[0] // PATCH, image.shape[1] // PATCH
-        if config.encoder == "hybrid":
-            stage1, stage2, tokens = hybrid_stages(p, image, config.heads, fuse=fuse)
+        if config.encoder.kind == "hybrid":
+            stage1, stage2, tokens = hybrid_stages(p, image, config.encoder.heads, fuse=fuse)
             one = {"stage1": stage1, "stage2": stage2, "pooled": final_norm(p, tokens).mean(axis=0)}
         else:
-            tokens = vit_tokens(p, image, config.heads)
+            tokens = vit_tokens(p, image, config.encoder.heads)
             normed = final_norm(p, tokens)
             one, tokens = {"tokens": normed, "pooled": normed[1:].mean(axis=0)}, tokens[1:]
         out.append(one | {"stage3": tokens.reshape(h, w, -1)})

@@ -1,6 +1,5 @@
 """bfloat16 computation on real crops: the loss of float32, and training that stays finite."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,8 @@ import optax
 from PIL import Image
 
 from data_pipelines.masking import MaskConfig, select_visible, token_scores
-from infmae_jax.models.infmae import InfMAE, variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.training.config import OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
@@ -42,7 +42,7 @@ def test_loss_of_base_is_that_of_float32(shared_folder):
 
     @functools.partial(jax.jit, static_argnums=0)
     def losses(dtype, params, images, ids_keep):
-        both = (dataclasses.replace(single, dtype=dtype, norm_pix_loss=norm) for norm in (False, True))
+        both = (single.replace(dtype=dtype, norm_pix_loss=norm) for norm in (False, True))
         return [InfMAE(config).apply({"params": params}, images, ids_keep).loss for config in both]
 
     exact, half = (np.array(losses(dtype, params, images, ids_keep)) for dtype in ("float32", "bfloat16"))

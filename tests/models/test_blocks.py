@@ -1,4 +1,4 @@
-"""Activation and attention against formulas written out here, and what compiles for NVIDIA GPUs."""
+"""Activation and attention against formulas written out here."""
 
 import math
 
@@ -55,16 +55,26 @@ def test_attention_against_loops(first):
         np.testing.assert_allclose(out, expected[:, first:], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokens, kernels", [(196, True), (49, False)])
-def test_cudnn_attention_lowers_for_training_where_the_number_of_tokens_is_even(monkeypatch, tokens, kernels):
-    """Lowering for CUDA needs no GPU, once the check for cuDNN itself is out of the way."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+@pytest.mark.parametrize("tokens, fused", [(196, True), (49, False)])
+def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeypatch, tokens, fused):
+    """The kernel trains on even numbers of tokens only; what is asked of JAX is seen without a GPU."""
+    asked = []
+
+    def stand_in(query, key, value, implementation):
+        asked.append((query.shape, query.dtype, implementation))
+        return jax.nn.dot_product_attention(query, key, value)
+
     module = blocks.Attention(heads=2, dtype="bfloat16", method="cudnn")
-    x = jax.ShapeDtypeStruct((1, tokens, 128), jnp.bfloat16)
-    params = jax.eval_shape(blocks.Attention(heads=2, dtype="bfloat16").init, jax.random.key(0), x)
-    loss = jax.grad(lambda p, x: module.apply(p, x, tokens // 4).astype(jnp.float32).sum())
-    text = jax.jit(loss).trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
-    assert ("__cudnn$fmhaSoftmaxBackward" in text) is kernels
+    plain = blocks.Attention(heads=2, dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(0), (1, tokens, 16), jnp.bfloat16)
+    params = plain.init(jax.random.key(0), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "dot_product_attention", stand_in)
+        out = module.apply(params, x, tokens // 4)
+    assert asked == ([((1, tokens, 2, 8), jnp.bfloat16, "cudnn")] if fused else [])
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(plain.apply(params, x, tokens // 4), np.float32), rtol=0.05, atol=0.05
+    )
 
 
 def test_residual_changes_neither_values_nor_gradients(monkeypatch):
@@ -82,11 +92,3 @@ def test_residual_changes_neither_values_nor_gradients(monkeypatch):
     with_it = value_and_gradients()
     monkeypatch.setattr(blocks, "residual", lambda x: x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), with_it, value_and_gradients())
-
-
-def test_residual_is_a_call_of_its_own_on_cpus_alone():
-    gradient = jax.jit(jax.grad(lambda x: (blocks.residual(jnp.tanh(x)) ** 2).sum()))
-    traced = gradient.trace(jnp.ones((3, 4)))
-    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
-    assert 'inlineable = "false"' in texts["cpu"]
-    assert "inlineable" not in texts["cuda"] + texts["tpu"]

@@ -1,6 +1,5 @@
 """Shapes, precision, variants and refusals of the model."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +7,46 @@ import numpy as np
 import pytest
 
 from infmae_jax.models import patches
-from infmae_jax.models.infmae import VARIANTS, InfMAE, InfMAEConfig, masked_loss, variant
+from infmae_jax.models.config import InfMAEConfig, variant
+from infmae_jax.models.infmae import InfMAE, masked_loss
 
 TINY = dict(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
 
 
 def shapes_of(config, size=(224, 224), keep=49):
     images = jax.ShapeDtypeStruct((1, *size, 1), jnp.float32)
-    return jax.eval_shape(InfMAE(config).init, jax.random.key(0), images, jax.ShapeDtypeStruct((1, keep), jnp.int32))
+    ids_keep = jax.ShapeDtypeStruct((1, keep), jnp.int32)
+    return jax.eval_shape(InfMAE(config).init, jax.random.key(0), images, ids_keep)["params"]
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def test_base_has_the_published_number_of_parameters():
     # 96,717,696 in the release, which counts two fixed position tables and the convolution that only scores tokens.
     fixed = 196 * 768 + 196 * 512 + (16 * 16 * 3 * 768 + 768)
-    assert sum(leaf.size for leaf in jax.tree.leaves(shapes_of(variant("base")))) == 96_717_696 - fixed
+    assert count(shapes_of(variant("base"))["encoder"]) + count(shapes_of(variant("base"))["decoder"]) == (
+        96_717_696 - fixed
+    )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_variants_grow(name):
-    order = list(VARIANTS)
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(shapes_of(variant(n)))) for n in order[: order.index(name) + 1]]
-    assert sizes == sorted(sizes)
+@pytest.mark.parametrize("name, encoder", [("base", 85_798_656), ("large", 303_301_632), ("huge", 630_434_560)])
+def test_vit_variants_have_the_encoders_of_mae(name, encoder):
+    """Parameters of ViT-B, -L and -H without their classification head, position table and final pooling."""
+    depth = {"base": 12, "large": 24, "huge": 32}[name]
+    config = variant(name, kind="vit", depths=(0, 0, depth))
+    width = config.encoder.widths[-1]
+    patch = (16 * 16 * 3 + 1) * width
+    block = 4 * width + 3 * width * (width + 1) + width * (width + 1) + 8 * width * width + 5 * width
+    assert count(shapes_of(config)["encoder"]) == patch + width + depth * block + 2 * width
 
 
 @pytest.mark.parametrize("encoder", ["hybrid", "vit"])
 @pytest.mark.parametrize("size", [(32, 80), (64, 48)])
 @pytest.mark.parametrize("in_channels", [1, 3])
 def test_sizes_and_channels(encoder, size, in_channels):
-    config = InfMAEConfig(encoder=encoder, in_channels=in_channels, **TINY)
+    config = InfMAEConfig().replace(kind=encoder, in_channels=in_channels, **TINY)
     n = size[0] // 16 * (size[1] // 16)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, *size, 1)).astype(np.float32)
@@ -56,12 +67,12 @@ def test_sizes_and_channels(encoder, size, in_channels):
 
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="100x64 is not divisible by the patch size 16"):
-        shapes_of(InfMAEConfig(**TINY), size=(100, 64), keep=4)
+        shapes_of(InfMAEConfig().replace(**TINY), size=(100, 64), keep=4)
 
 
 @pytest.mark.parametrize("encoder", ["hybrid", "vit"])
 def test_bfloat16_keeps_parameters_norms_and_loss_in_float32(encoder):
-    config = InfMAEConfig(encoder=encoder, dtype="bfloat16", **TINY)
+    config = InfMAEConfig().replace(kind=encoder, dtype="bfloat16", **TINY)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((2, 64, 64, 1)).astype(np.float32)
     ids_keep = np.stack([rng.permutation(16)[:4] for _ in range(2)]).astype(np.int32)
@@ -71,7 +82,7 @@ def test_bfloat16_keeps_parameters_norms_and_loss_in_float32(encoder):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
     out = jax.jit(InfMAE(config).apply)({"params": params}, images, ids_keep)
     assert (out.latent.dtype, out.pred.dtype, out.loss.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
-    exact = jax.jit(InfMAE(dataclasses.replace(config, dtype="float32")).apply)({"params": params}, images, ids_keep)
+    exact = jax.jit(InfMAE(config.replace(dtype="float32")).apply)({"params": params}, images, ids_keep)
     np.testing.assert_allclose(out.loss, exact.loss, rtol=0.01)
 
 
@@ -98,18 +109,38 @@ def test_position_embedding_encodes_columns_first():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(encoder="cnn"), "encoder='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8"),
+    (dict(kind="cnn"), "kind='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8"),
     (dict(attention="flash"), "attention='flash' is not one of xla, cudnn"),
     (dict(attention="cudnn"), "cudnn computes in bfloat16, not float32; use xla"),
     (dict(attention="cudnn", dtype="bfloat16", heads=4), "heads of 8, 16, ... 128 features, not 768 / 4"),
     (dict(attention="cudnn", dtype="bfloat16", decoder_width=384, decoder_heads=32), "384 / 32"),
-    (dict(decoder_depth=0), "decoder_depth=0"),
+    (dict(decoder_depth=0), "decoder.depth=0"),
 ])  # fmt: skip
 def test_impossible_architectures_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        InfMAEConfig(**change)
+        InfMAEConfig().replace(**change)
 
 
 def test_unknown_variant_is_named():
     with pytest.raises(ValueError, match="'gigantic' is not one of tiny, small, base"):
         variant("gigantic")
+
+
+def test_an_override_goes_to_the_part_that_has_it():
+    config = variant("tiny", dtype="bfloat16", decoder_depth=3, norm_pix_loss=True, predict_masked_only=False)
+    assert (config.encoder.dtype, config.encoder.depths) == ("bfloat16", (2, 2, 4))
+    assert (config.decoder.depth, config.decoder.width, config.decoder.predict_masked_only) == (3, 128, False)
+    assert config.norm_pix_loss
+    with pytest.raises(TypeError, match="widhts"):
+        variant("tiny", widhts=(1, 2, 3))
+
+
+@pytest.mark.parametrize("ids, message", [
+    ([[0, 16]], "names token 16, the images have tokens 0 to 15"), ([[-1, 2]], "names token -1"),
+    ([0, 1], "must be"), ([[0.0, 1.0]], "integers"), ([[0], [1]], "must be"), ([[]], "must be"),
+])  # fmt: skip
+def test_visible_tokens_outside_the_image_are_refused(ids, message):
+    model = InfMAE(InfMAEConfig().replace(**TINY))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes_of(model.config))
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": params}, np.zeros((1, 64, 64, 1), np.float32), np.array(ids))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 
 WIDTHS, MLP_RATIO = (32, 48, 96), 4
-HYBRID = InfMAEConfig(
+HYBRID = InfMAEConfig().replace(
     widths=WIDTHS, depths=(1, 1, 1), heads=6, mlp_ratio=MLP_RATIO, decoder_width=64, decoder_depth=1, decoder_heads=4
 )
 
@@ -100,7 +101,7 @@ INDEPENDENT_SEEDS = 6  # pooled, so that small biases have enough samples
 @functools.cache
 def initial_weights(encoder):
     """Path -> flat samples of several initialisations."""
-    config = InfMAEConfig(**{**HYBRID.__dict__, "encoder": encoder})
+    config = HYBRID.replace(kind=encoder)
     images, ids_keep = np.zeros((1, 32, 32, 1), np.float32), np.zeros((1, 1), np.int32)
     init = jax.jit(InfMAE(config).init)
     trees = [init(jax.random.key(seed), images, ids_keep)["params"] for seed in range(INDEPENDENT_SEEDS)]

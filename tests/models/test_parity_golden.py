@@ -3,7 +3,6 @@
 `golden/` is kept outside the repository: these tests skip where it is absent; the slow reference next door stands in.
 """
 
-import dataclasses
 import functools
 import json
 
@@ -43,7 +42,7 @@ def load_golden(folder):
     """The imported checkpoint, what the published code computed with it, and its settings."""
     meta = json.loads((folder / "meta.json").read_text())
     heads = {"heads": meta["config"]["num_heads"], "decoder_heads": meta["config"]["decoder_num_heads"]}
-    checkpoint = formats.read(folder / "checkpoint.pth", "torch", **heads)
+    checkpoint = load(folder / "checkpoint.pth", **heads)
     with np.load(folder / "activations.npz") as arrays:
         return checkpoint, dict(arrays), meta
 
@@ -57,7 +56,7 @@ def forward(config, params, images, ids_keep):
 
 
 def dense_features(checkpoint, images):
-    features = functools.partial(InfMAE(checkpoint.model).apply, method="features")
+    features = functools.partial(InfMAE(checkpoint.config).apply, method="features")
     return jax.jit(features)({"params": checkpoint.params}, network_input(images))
 
 
@@ -70,10 +69,10 @@ def assert_close(name, got, expected, absolute=0.0, relative=0.0):
 
 def test_golden_checkpoint_has_the_published_names(infmae, mae):
     for (checkpoint, _, _), shapes in ((infmae, published_format.infmae_shapes), (mae, published_format.mae_shapes)):
-        model = checkpoint.model
-        expected = shapes(model.widths, model.depths, model.decoder_width, model.decoder_depth)
+        model = checkpoint.config
+        expected = shapes(model.encoder.widths, model.encoder.depths, model.decoder.width, model.decoder.depth)
         entries = names.table(model)
-        scoring = set() if model.encoder == "vit" else {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+        scoring = set() if model.encoder.kind == "vit" else {"patch_embed.proj.weight", "patch_embed.proj.bias"}
         assert {entry.name for entry in entries} | scoring == set(expected)
 
 
@@ -89,7 +88,7 @@ def test_scores_and_masks(infmae):
 @both_paths
 def test_forward(infmae, visible_only):
     checkpoint, golden, _ = infmae
-    config = dataclasses.replace(checkpoint.model, visible_only=visible_only)
+    config = checkpoint.config.replace(visible_only=visible_only)
     out = forward(config, checkpoint.params, golden["images_u8"][:4], golden["ids_keep"])
     np.testing.assert_array_equal(out.mask, golden["mask"])
     assert_close("latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
@@ -116,7 +115,7 @@ def test_gradients_and_training(infmae, visible_only):
     """Twelve steps with this project's optimizer and schedule: images 0-3 on even steps, 4-7 on odd ones."""
     checkpoint, golden, meta = infmae
     settings = meta["optimizer"]
-    model = InfMAE(dataclasses.replace(checkpoint.model, visible_only=visible_only))
+    model = InfMAE(checkpoint.config.replace(visible_only=visible_only))
     schedule = warmup_half_cosine(settings["base_lr"], settings["warmup_steps"], settings["total_steps"])
     b1, b2 = settings["betas"]
     optimizer = make_optimizer(OptimizerConfig(b1=b1, b2=b2, weight_decay=settings["weight_decay"]))
@@ -156,7 +155,7 @@ def test_mae_forward(mae):
     checkpoint, golden, _ = mae
     ids_keep = np.argsort(golden["noise"], axis=1, kind="stable")[:, : golden["ids_keep"].shape[1]]
     np.testing.assert_array_equal(ids_keep, golden["ids_keep"])
-    out = forward(checkpoint.model, checkpoint.params, golden["images_u8"], ids_keep)
+    out = forward(checkpoint.config, checkpoint.params, golden["images_u8"], ids_keep)
     np.testing.assert_array_equal(out.mask, golden["mask"])
     assert_close("MAE latent", out.latent, golden["latent"], absolute=ACTIVATION_TOLERANCE)
     assert_close("MAE pred", out.pred, golden["pred"], absolute=ACTIVATION_TOLERANCE)

@@ -1,23 +1,23 @@
 """The model computes what the slow NumPy reference computes, on random weights and non-square images."""
 
-import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 from tests.models import reference
 
-HYBRID = InfMAEConfig(
+HYBRID = InfMAEConfig().replace(
     widths=(8, 12, 16), depths=(2, 1, 1), heads=4, mlp_ratio=2, decoder_width=8, decoder_depth=1, decoder_heads=2
 )
 CONFIGS = {
     "hybrid": HYBRID,
-    "hybrid one channel": dataclasses.replace(HYBRID, in_channels=1, norm_pix_loss=True),
-    "hybrid all patches": dataclasses.replace(HYBRID, visible_only=False, depthwise="conv"),
-    "vit": dataclasses.replace(HYBRID, encoder="vit", norm_pix_loss=True),
+    "hybrid one channel": HYBRID.replace(in_channels=1, norm_pix_loss=True),
+    "hybrid all patches": HYBRID.replace(visible_only=False, depthwise="conv"),
+    "vit": HYBRID.replace(kind="vit", norm_pix_loss=True),
 }
 HEIGHT, WIDTH, KEPT = 48, 64, 3
 
@@ -104,7 +104,7 @@ def test_one_channel_is_repeated_which_equals_a_summed_kernel():
     rng = np.random.default_rng(5)
     gray = rng.normal(size=(1, 32, 32, 1)).astype(np.float32)
     params = random_params(HYBRID, gray, np.array([[0, 3]], np.int32), rng)
-    single = dataclasses.replace(HYBRID, in_channels=1)
+    single = HYBRID.replace(in_channels=1)
     kernel = params["encoder"]["patch_embed1"]["proj"]["kernel"].sum(axis=2, keepdims=True)
     embed = params["encoder"]["patch_embed1"]
     summed_encoder = params["encoder"] | {"patch_embed1": embed | {"proj": embed["proj"] | {"kernel": kernel}}}

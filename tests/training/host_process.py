@@ -14,7 +14,7 @@ import jax
 
 from configs import common
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop, sharding
 from infmae_jax.training.config import DistributedConfig, MeshConfig, from_config, to_config
@@ -47,7 +47,7 @@ class EndingEarly(PretrainTask):
 
 def make_config(shards, mesh, steps):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(shards,))), "smoke")
-    smoke.model.depths = (1, 1, 1)
+    smoke.model.encoder.depths = (1, 1, 1)
     return dataclasses.replace(
         from_config(PretrainConfig, smoke),
         duration=f"{steps} steps", checkpoint_every="0 steps", picture_every="0 steps", mesh=MeshConfig(**mesh),

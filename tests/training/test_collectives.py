@@ -9,7 +9,8 @@ import functools
 import jax
 
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
@@ -17,7 +18,7 @@ from infmae_jax.training.program import Program
 from tests.training.collectives import by_kind, collectives
 
 CONFIG = PretrainConfig(
-    model=InfMAEConfig(
+    model=InfMAEConfig().replace(
         in_channels=1, widths=(16, 24, 32), depths=(1, 1, 1), heads=2,
         decoder_width=32, decoder_depth=1, decoder_heads=2,
     ),  # fmt: skip
@@ -70,7 +71,7 @@ def test_data_and_fsdp_together_keep_gathers_and_sums_within_their_groups():
     # kernels, and of what is not cut, over all devices at once.
     along_data = [each for each in found if each.groups == ((0, 2), (1, 3))]
     assert {each.kind for each in along_data} == {"all-reduce"}
-    depthwise = 4 * 25 * sum(CONFIG.model.widths[:2])
+    depthwise = 4 * 25 * sum(CONFIG.model.encoder.widths[:2])
     part = (parameter_bytes(cut_only=True) - depthwise) / 2
     assert part <= sum(each.bytes for each in along_data) <= part + SCALARS
     assert sum(each.bytes for each in found if each.kind == "all-reduce") <= parameter_bytes() + part + SCALARS
@@ -86,7 +87,7 @@ def test_tensor_devices_sum_what_mlps_add_to_the_residual_stream_and_its_gradien
         return sorted(each.bytes // 1024 for each in along if each.bytes > SCALARS)
 
     # One a block forward, one backward; of 4 images a device: 4 visible tokens of 4x4, 2x2 and 1 cells in the encoder.
-    stages = [4 * 4 * 4 * cells * width // 1024 for cells, width in zip((16, 4, 1), CONFIG.model.widths, strict=True)]
+    stages = [4 * 4 * 4 * cells * width // 1024 for cells, width in zip((16, 4, 1), CONFIG.model.encoder.widths, strict=True)]
     sizes = activations(few)
     assert len(sizes) == 2 * (3 + 1)
     assert all(sizes.count(size) >= 2 for size in stages)

@@ -6,7 +6,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import MeshConfig, differences, from_config, to_config
 

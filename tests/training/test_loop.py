@@ -13,7 +13,7 @@ from configs import common
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.models.infmae import variant
+from infmae_jax.models.config import variant
 from infmae_jax.report import write_report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
@@ -28,7 +28,7 @@ from tests.training.test_guards import poisoned
 @pytest.fixture
 def config(shards):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(str(shards),))), "smoke")
-    smoke.model.depths = (1, 1, 1)
+    smoke.model.encoder.depths = (1, 1, 1)
     return dataclasses.replace(
         from_config(PretrainConfig, smoke), picture_every="0 steps", checkpoint_every="4 steps", duration="12 steps",
         guards=GuardConfig(rollback_after=2, max_rollbacks=2),
@@ -219,7 +219,7 @@ def test_init_from_takes_the_weights_of_another_run(config, tmp_path):
     loop.train(PretrainTask(second), second, tmp_path / "second")
     ours, theirs = (restore_params(tmp_path / name).params for name in ("first", "second"))
     assert (ours["encoder"]["patch_embed4"]["kernel"] == theirs["encoder"]["patch_embed4"]["kernel"]).all()
-    other = dataclasses.replace(second, model=dataclasses.replace(second.model, widths=(16, 24, 48)))
+    other = dataclasses.replace(second, model=second.model.replace(widths=(16, 24, 48)))
     with pytest.raises(InputError, match="init_from.*model.widths was"):
         loop.train(PretrainTask(other), other, tmp_path / "third")
     assert not (tmp_path / "third").exists()

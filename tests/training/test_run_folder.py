@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from infmae_jax.models.infmae import abstract_params, variant
+from infmae_jax.models.config import variant
+from infmae_jax.models.infmae import abstract_params
 from infmae_jax.training import run_folder, storage
 from infmae_jax.training.checkpoint import restore_params, write_run
-from infmae_jax.training.config import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.run_folder import read_config, write_config
 from tests.training.damage import checkpoints, flip_a_bit, largest_file
 

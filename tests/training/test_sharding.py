@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from data_pipelines.errors import InputError
-from infmae_jax.models.infmae import InfMAE, InfMAEConfig, variant
+from infmae_jax.models.config import InfMAEConfig, variant
+from infmae_jax.models.infmae import InfMAE
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
@@ -19,7 +20,7 @@ from infmae_jax.training.state import TrainState
 from infmae_jax.training.step import make_train_step, stop_flag
 from infmae_jax.training.task import Loss
 
-SMALL = InfMAEConfig(
+SMALL = InfMAEConfig().replace(
     widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
 )
 
@@ -57,7 +58,7 @@ def state_shapes(config, keep=49, size=224):
 
 @pytest.mark.parametrize(("name", "encoder"), [("base", "hybrid"), ("large", "hybrid"), ("base", "vit")])
 def test_every_parameter_matches_exactly_one_rule_and_moments_follow(name, encoder):
-    _, shapes = state_shapes(variant(name, encoder=encoder))
+    _, shapes = state_shapes(variant(name, kind=encoder))
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=2))
     specs = sharding.state_shardings(shapes, mesh)
     adam = next(s for s in jax.tree.leaves(specs.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))

@@ -1,0 +1,203 @@
+"""Features of images and folders of images, one row per image.
+
+    python -m infmae_jax.embed --checkpoint=RUN --output=features.npz IMAGES_OR_FOLDER...
+
+Writes the arrays `names` and `features` (n,D) float32 (or, with `--output=FILE.parquet`, those columns) in the order of
+the arguments, folders sorted by path. A run that was killed goes on where it was: finished parts lie beside the output
+until it is written. Images that cannot be read are named and left out.
+
+Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from data_pipelines.transforms import center_crop_resize
+from data_pipelines.commands import progress_bar, run_command
+from data_pipelines.decode import read_image_file
+from data_pipelines.errors import InputError
+from data_pipelines.intensity import Intensity
+from data_pipelines.files import atomic_write
+from infmae_jax.interop import checkpoint_flags
+from infmae_jax.interop.load import load_encoder
+from infmae_jax.interop.trained_model import TrainedModel
+
+FEATURES = ("pooled", "stage1", "stage2", "stage3", "multi")
+VIEWS = ("stretch", "crop", "original")
+FORMATS = (".npz", ".parquet")
+EXIT_LEFT_OUT = 4
+_PART = 512  # images: a killed run loses at most so many
+_THREADS = 4
+
+
+def embed(
+    trained: TrainedModel,
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    feature: str = "pooled",
+    view: str = "stretch",
+    batch_size: int = 32,
+    progress: bool = True,
+) -> list[str]:
+    """Writes features of image files.
+
+    Args:
+      trained: the model; its `image_size` is the size that images are brought to, its `intensity` their mapping.
+      sources: image files, and folders that are searched for images.
+      output: `.npz` or `.parquet` file; replaced if it exists.
+      feature: "pooled", "stage1", "stage2", "stage3" (mean over the positions of that map), or "multi": the last three.
+      view: "stretch" (the whole image, squeezed), "crop" (its centre), or "original" (pixel by pixel as it is).
+      batch_size: images per device call.
+      progress: show a progress line.
+
+    Returns:
+      One line per image that was left out.
+
+    Raises:
+      InputError: no images, none that can be read, an unknown format or feature, an output that cannot be written.
+    """
+    output = Path(output).expanduser()
+    _check(trained, output, feature)
+    files = list(_images(sources))
+    if not files:
+        raise InputError(f"no images in {', '.join(map(str, sources)) or 'nothing'}: name image files, or a folder of them")
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    settings = [trained.digest, repr(trained.intensity), trained.image_size, feature, view, stats]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    parts = output.with_name(f".{output.name}.parts-{key}")
+    names, features, left_out = [], [], []
+    try:
+        with progress_bar("embed", len(files), "image", active=progress) as bar:
+            for start in range(0, len(files), _PART):
+                chosen = files[start : start + _PART]
+                part = parts / f"{start:09d}.npz"
+                if not part.is_file():
+                    vectors, errors = _part(trained, chosen, feature, view, batch_size)
+                    with atomic_write(part) as partial, partial.open("wb") as stream:
+                        good = np.array([not error for error in errors])
+                        np.savez(stream, features=vectors, good=good, errors=np.array(errors, dtype=np.str_))
+                with np.load(part) as stored:
+                    names += [str(file) for file, good in zip(chosen, stored["good"], strict=True) if good]
+                    features.append(stored["features"])
+                    left_out += [str(error) for error in stored["errors"] if error]
+                bar.update(len(chosen))
+        if not names:
+            raise InputError(f"none of the {len(files)} images can be read; the first: {left_out[0]}")
+        _write(output, names, np.concatenate([rows for rows in features if len(rows)]))
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    shutil.rmtree(parts, ignore_errors=True)
+    return left_out
+
+
+def _check(trained: TrainedModel, output: Path, feature: str) -> None:
+    hybrid = trained.config.encoder.kind == "hybrid"
+    available = FEATURES if hybrid else ("pooled", "stage3")
+    if feature not in available:
+        raise InputError(f"--feature={feature} is not one of {', '.join(available)} of this encoder")
+    if output.suffix not in FORMATS:
+        raise InputError(f"output {output} is neither {' nor '.join(FORMATS)}: name a file that ends in one of them")
+    if output.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401  an optional dependency
+        except ImportError as error:
+            raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file") from error
+
+
+def _images(sources: Sequence[str | Path]) -> Iterator[Path]:
+    """Files as named; of folders those with a suffix of an image, sorted, hidden ones left out."""
+    suffixes = Image.registered_extensions()
+    for source in map(Path, sources):
+        source = source.expanduser()
+        if not source.is_dir():
+            yield source
+            continue
+        for path in sorted(source.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+            if path.suffix.lower() in suffixes and path.is_file() and not hidden:
+                yield path
+
+
+def _part(
+    trained: TrainedModel, files: Sequence[Path], feature: str, view: str, batch_size: int
+) -> tuple[np.ndarray, list[str]]:
+    """Features (m,D) of the m files that can be read, and for every file "" or why it cannot."""
+
+    def read(file: Path) -> np.ndarray | str:
+        try:
+            image = read_image_file(file, trained.intensity)
+        except InputError as error:
+            return str(error)
+        return image if view == "original" else center_crop_resize(image, trained.image_size, stretch=view == "stretch")
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        images = list(pool.map(read, files))
+    errors = [image if isinstance(image, str) else "" for image in images]
+    images = [image for image in images if not isinstance(image, str)]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(place)
+    model = dataclasses.replace(trained, intensity=Intensity("full_range"))  # they are mapped already
+    vectors: dict[int, np.ndarray] = {}
+    for places in groups.values():
+        for start in range(0, len(places), batch_size):
+            chosen = places[start : start + batch_size]
+            padded = min(batch_size, 1 << (len(chosen) - 1).bit_length())  # few batch sizes, as each is compiled
+            batch = np.stack([images[place] for place in chosen + chosen[-1:] * (padded - len(chosen))])
+            found = model.vectors(batch)
+            stages = ("stage1", "stage2", "stage3") if feature == "multi" else (feature,)
+            vectors.update(zip(chosen, np.concatenate([found[stage] for stage in stages], axis=1), strict=False))
+    return np.stack([vectors[place] for place in range(len(images))]) if images else np.zeros((0, 0)), errors
+
+
+def _write(output: Path, names: list[str], features: np.ndarray) -> None:
+    with atomic_write(output) as partial:
+        if output.suffix == ".npz":
+            with partial.open("wb") as stream:
+                np.savez(stream, names=np.array(names), features=features)
+            return
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.reshape(-1)), features.shape[1])
+        pyarrow.parquet.write_table(pyarrow.table({"names": pyarrow.array(names), "features": rows}), partial)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True)
+    flags.DEFINE_string("output", None, "File to write, .npz or .parquet; replaced if it exists.", required=True)
+    flags.DEFINE_enum("feature", "pooled", FEATURES, "Which features; multi is the three stages together.")
+    flags.DEFINE_enum("view", "stretch", VIEWS, "How an image becomes the input: squeezed whole, its centre, or as it is.")
+    flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
+    flags.DEFINE_integer("batch_size", 32, "Images per device call.", lower_bound=1)
+    checkpoint_flags.define_architecture()
+    checkpoint_flags.define_intensity()
+
+
+def main(argv: Sequence[str]) -> int:
+    values = flags.FLAGS
+    size = checkpoint_flags.image_size() or (0, 0)
+    trained = load_encoder(values.checkpoint, image_size=size, **checkpoint_flags.load_options())
+    trained = checkpoint_flags.with_intensity(trained)
+    left_out = embed(
+        trained, argv[1:], values.output, feature=values.feature, view=values.view, batch_size=values.batch_size
+    )
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
+    print(f"{values.output}: {values.feature} features{f', {len(left_out)} images left out' if left_out else ''}")
+    return EXIT_LEFT_OUT if left_out else 0
+
+
+if __name__ == "__main__":
+    run_command(main, define_flags=_define_flags)

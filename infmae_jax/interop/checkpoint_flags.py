@@ -1,0 +1,56 @@
+"""The flags of every command that reads a trained model."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from data_pipelines.errors import InputError
+from data_pipelines.intensity import Intensity
+from data_pipelines.intensity import MAPPINGS
+from infmae_jax.interop.trained_model import TrainedModel
+
+_ARCHITECTURE = ("heads", "decoder_heads", "norm_pix_loss", "step")
+
+
+def define_architecture() -> None:
+    """`--step`, `--heads`, `--decoder_heads`, `--norm_pix_loss`."""
+    flags.DEFINE_integer("step", None, "Checkpoint of a run (default: the latest).", lower_bound=0)
+    flags.DEFINE_integer("heads", None, "Attention heads of the encoder (default: as noted in the file, else 12).", 1)
+    flags.DEFINE_integer("decoder_heads", None, "Attention heads of the decoder (default: as noted, else 16).", 1)
+    flags.DEFINE_bool("norm_pix_loss", None, "Pixels are predicted normalised per patch (default: as noted, else no).")
+
+
+def define_intensity() -> None:
+    """`--intensity`, `--low`, `--high`."""
+    flags.DEFINE_enum("intensity", None, MAPPINGS, "Mapping of stored values to 8 bit (default: the run's own).")
+    flags.DEFINE_float("low", None, "Its lower bound or percentile, or CLAHE's clip limit.")
+    flags.DEFINE_float("high", None, "Its upper bound or percentile.")
+
+
+def load_options() -> dict[str, Any]:
+    """What the flags say, as arguments of `load`."""
+    return {name: flags.FLAGS[name].value for name in _ARCHITECTURE}
+
+
+def with_intensity(trained: TrainedModel) -> TrainedModel:
+    """The model with the mapping that was asked for, which is printed where it is not that of its run."""
+    values = flags.FLAGS
+    if not values.intensity:
+        if (values.low, values.high) != (None, None):
+            raise InputError("--low and --high belong to --intensity: give it, or leave them out")
+        return trained
+    asked = Intensity(values.intensity, values.low, values.high)
+    if asked != trained.intensity:
+        print(f"{trained.name}: images by {asked}, not by the run's own {trained.intensity}")
+    return dataclasses.replace(trained, intensity=asked)
+
+
+def image_size() -> tuple[int, int] | None:
+    """`--image_size=rows,columns`; None where it is left out."""
+    values = flags.FLAGS.image_size
+    if not values:
+        return None
+    if len(values) != 2 or not all(value.strip().isdigit() for value in values):
+        raise InputError(f"--image_size={','.join(values)} is not rows,columns: write, for example, 224,320")
+    return int(values[0]), int(values[1])
