@@ -172,7 +172,7 @@ def _extremes(series: np.ndarray) -> np.ndarray:
     return series[np.unique(kept)]
 
 
-def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path) -> None:
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
     """Draws a confusion matrix, shaded by the share of each true class.
 
     Args:
@@ -202,7 +202,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path)
             colour = "white" if share[row, column] > 0.5 else "black"
             text = str(int(matrix[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    _save(figure, path)
+    return _save(figure, path)
 
 
 def _colour_table(colormap: str) -> np.ndarray:

@@ -27,10 +27,13 @@ Seconds = Annotated[int, "[1, inf)"]
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with per-step linear warm-up and decay to zero (half a cosine in the training recipe of InfMAE).
+    """Optimizer with per-step linear warm-up and decay to zero (AdamW and half a cosine in the recipe of InfMAE).
 
     Attributes:
-      base_learning_rate: for 256 images; the peak is base_learning_rate * batch_size / 256.
+      name: "adamw", or "lars" for linear probes: momentum b1, each kernel's step a thousandth of its own norm times the
+        learning rate.
+      base_learning_rate: for 256 images; the peak is base_learning_rate * batch_size / 256. With "lars", whose steps
+        do not grow with the batch, the peak itself.
       warmup: duration of the linear warm-up.
       schedule: of the decay, "half_cosine" or "polynomial": (1 - share of it done) ** power.
       weight_decay: decoupled; not applied to biases and other one-dimensional parameters.
@@ -40,6 +43,7 @@ class OptimizerConfig:
       mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a quarter of the training state less).
     """
 
+    name: Annotated[str, "adamw, lars"] = "adamw"
     base_learning_rate: Annotated[float, "[0, inf)"] = 1.5e-4
     warmup: str = "40 epochs"
     schedule: Annotated[str, "half_cosine, polynomial"] = "half_cosine"

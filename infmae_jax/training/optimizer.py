@@ -1,4 +1,4 @@
-"""AdamW by parameter groups, and learning-rate schedules."""
+"""AdamW and LARS by parameter groups, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import optax
 
 from infmae_jax.training.config import OptimizerConfig
 from infmae_jax.training.task import Group
+
+_TRUST = 1e-3  # of LARS: how far a kernel moves, in units of its own norm, at learning rate 1
 
 
 def make_schedule(config: OptimizerConfig, batch_size: int, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -42,12 +44,15 @@ def _warmed_up(peak: float, warmup: int, total: int, falling: Callable[[jax.Arra
 
 
 def peak_learning_rate(config: OptimizerConfig, batch_size: int) -> float:
-    """The linear scaling rule: base_learning_rate * batch_size / 256."""
-    return config.base_learning_rate * batch_size / 256
+    """The linear scaling rule: base_learning_rate * batch_size / 256; LARS needs none, its steps follow norms."""
+    return config.base_learning_rate * (batch_size / 256 if config.name == "adamw" else 1.0)
 
 
 def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.GradientTransformation:
-    """AdamW with decoupled weight decay, after clipping by global norm when configured, without a learning rate.
+    """The configured optimizer, after clipping by global norm when asked for, without a learning rate.
+
+    AdamW has decoupled weight decay. LARS (You et al. 2017, as MAE probes with it) accumulates, with momentum b1,
+    gradients that are scaled to a thousandth of their kernel's norm; biases are left as they are.
 
     Its update is the direction d of the step `params - learning_rate * d`. The step multiplies by the schedule itself,
     so that a skipped update, which leaves the optimizer's state as it was, does not delay the schedule.
@@ -56,9 +61,12 @@ def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.
       groups: tree of `Group` as the parameters; None: `Group()` for all. Frozen parameters, whose gradients must be
         zero, have direction 0 and no moments. Biases and other 1-D parameters are not decayed.
     """
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype))
+    moments = optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype))
+    if config.name == "lars":
+        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=_TRUST), _kernels)
+        moments = optax.chain(trust, optax.trace(config.b1))
     if any(group.frozen for group in jax.tree.leaves(groups)):
-        adam = optax.masked(adam, jax.tree.map(lambda group: not group.frozen, groups))
+        moments = optax.masked(moments, jax.tree.map(lambda group: not group.frozen, groups))
 
     def direction(update: jax.Array, param: jax.Array, group: Group) -> jax.Array:
         decay = config.weight_decay * group.weight_decay
@@ -71,4 +79,8 @@ def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.
         return jax.tree.map(direction, updates, params, known)
 
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    return optax.chain(*clip, adam, optax.stateless(directions))
+    return optax.chain(*clip, moments, optax.stateless(directions))
+
+
+def _kernels(params: Any) -> Any:
+    return jax.tree.map(lambda param: param.ndim > 1, params)
