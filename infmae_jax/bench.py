@@ -38,7 +38,7 @@ from infmae_jax.benchmarks.end_to_end import end_to_end
 from infmae_jax.benchmarks.features import features
 from infmae_jax.benchmarks.flops import flops
 from infmae_jax.benchmarks.growth import Range, growth
-from infmae_jax.benchmarks.input_pipeline import input_pipeline
+from infmae_jax.benchmarks.data import data
 from infmae_jax.benchmarks.kernels import kernels
 from infmae_jax.benchmarks.memory import memory
 from infmae_jax.benchmarks.overhead import overhead
@@ -147,7 +147,7 @@ SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "profile": lambda s: profile(s.config, s.batch(8, 256), s.steps),
     "kernels": lambda s: kernels(s.config, s.batch(8, 256), s.rounds),
     "features": lambda s: features(s.config, s.batch(64, 256), s.rounds, flags.FLAGS.torch),
-    "data": lambda s: input_pipeline(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
+    "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
     "end_to_end": lambda s: end_to_end(s.config, s.batch(8, 256), s.rounds, s.steps),
     "memory": lambda s: memory(s.config, s.batch(256, 256), flags.FLAGS.memory_gib),
     "growth": _growth,
