@@ -1,35 +1,172 @@
-"""The host's side: `data_pipelines.throughput` on the config's shards."""
+"""Images per second of the input pipeline, against a classic Pillow RGB pipeline and against raw-encoded shards.
+
+Rows are measured in turns, a short slice each, over several rounds, so that whatever else the machine does hits all of
+them alike; ratios are those of the same round. "Per core" is per second of CPU time of a process pinned to one core
+(records come from the page cache). Worker processes are counted by wall time on all cores.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
+import io
+import os
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from data_pipelines import throughput
+import numpy as np
+from PIL import Image
+
+from data_pipelines.errors import InputError
+from data_pipelines.examples import Example, decode_pixels, encode_example
+from data_pipelines.masking import select_visible, token_scores
+from data_pipelines.pipeline import PipelineConfig, num_examples, train_batches
+from data_pipelines.reader import ExampleReader
+from data_pipelines.remote import local_folders
+from data_pipelines.shards import fingerprint_splits, make_split, read_manifest, write_manifest, write_shard
+from data_pipelines.transforms import MEAN, STD, draw_crop
 from infmae_jax import embedded
 from infmae_jax.bench.results import report
 from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
 
+POOL = 512  # different images: no cache below main memory holds them
+_WARM_SAMPLES = 2000  # until the weights of the usual crop sizes are made
 _SCENES, _QUICK_SCENES = 256, 32  # where the config has no shards
 
 
 def data(config: PretrainConfig, workers: int, seconds: float, quick: bool = False) -> dict[str, Any]:
-    """Images per second of the pipeline, of its parts and of the classic one, see `throughput.run`.
-
-    Args:
-      quick: few scenes and rounds, to see that it runs.
-
-    Raises:
-      InputError: unusable shards.
-    """
-    size = {"batch_size": 16, "rounds": 3} if quick else {}
+    """Measures the pipeline on the config's shards, see `measure`; `quick` only shows that it runs."""
     scenes = EmbeddedConfig(images=_QUICK_SCENES if quick else _SCENES)
     with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder:
-        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report
-            shards = embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder).data.shards
-        rows = throughput.run(shards, workers, seconds, **size)
-    settings = {"shards": ", ".join(config.data.shards) or "synthetic scenes", "workers": workers, "seconds": seconds}
-    return report("data", settings, rows)
+        with_shards = embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder)
+        rows = measure(with_shards.data.shards, workers, seconds, *((16, 3) if quick else ()))
+    origin = ",".join(config.data.shards) or f"{scenes.images} synthetic scenes"
+    return report("data", {"shards": origin, "workers": workers, "seconds": seconds}, rows)
+
+
+def measure(
+    folders: Sequence[str], workers: int, seconds: float, batch_size: int = 64, rounds: int = 15
+) -> list[dict[str, Any]]:
+    """Rows of `name`, `images_per_second` (median, `low` and `high`: deciles), `per`, `versus` (ratio to classic).
+
+    Raises:
+      InputError: unusable shards, or too few images.
+    """
+    config = PipelineConfig(tuple(folders), batch_size=batch_size, threads=0)
+    if num_examples(config) < 2:
+        raise InputError(f"{folders[0]} holds too few records to measure; prepare a set of some hundred images")
+    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder, _pinned(), contextlib.ExitStack() as stack:
+        reader = ExampleReader(local_folders(config.shards))
+        examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
+        raw = dataclasses.replace(config, shards=(write_raw(folders[0], examples, Path(folder)),))
+        ways = {"pipeline": config, "pipeline, raw shards": raw}
+        batches = {name: stack.enter_context(train_batches(way)) for name, way in ways.items()}
+        for each in batches.values():
+            while each.samples < min(4 * len(reader), _WARM_SAMPLES):
+                crops = next(each)["image"][..., 0]
+        stages = {name: _counted(each) for name, each in batches.items()}
+        stages |= _parts(config, examples, crops)
+        rates = _take_turns(stages, seconds if workers == 0 else seconds / 2, rounds, time.process_time)
+    rows = [_row(name, "core", rates) for name in rates]
+    if workers:
+        with train_batches(dataclasses.replace(config, workers=workers)) as spread:
+            _take_turns({"": _counted(spread)}, seconds / 8, 1, time.perf_counter)
+            name = f"{workers} workers"
+            rows.append(_row(name, "machine", _take_turns({name: _counted(spread)}, seconds / 3, 3, time.perf_counter)))
+    return rows
+
+
+def classic_batch(images: Sequence[bytes], rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """What pipelines for colour photographs do: Pillow RGB, bicubic RandomResizedCrop, flip, ToTensor, Normalize.
+
+    Returns:
+      (B, 3, size[0], size[1]) float32.
+    """
+    samples = []
+    for data in images:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        box = draw_crop(rng, image.height, image.width)
+        image = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+        image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        sample = np.ascontiguousarray(np.array(image).transpose(2, 0, 1)).astype(np.float32)
+        sample /= np.float32(255)
+        sample -= np.float32(MEAN)
+        sample /= np.float32(STD)
+        samples.append(sample)
+    return np.stack(samples)
+
+
+def write_raw(folder: str, examples: Sequence[Example], target: Path) -> str:
+    """Writes examples into a shard set of raw pixels; `folder` lends the rest of its manifest. Returns `target`."""
+    stored = []
+    for example in examples:
+        pixels = decode_pixels(example)
+        data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+        stored.append(encode_example(dataclasses.replace(example, image=data, encoding="raw")))
+    splits = {"train": make_split([write_shard(target / "raw.array_record", stored)])}
+    manifest = read_manifest(*local_folders([folder]))
+    write_manifest(target, dataclasses.replace(manifest, splits=splits, fingerprint=fingerprint_splits(splits)))
+    return str(target)
+
+
+def _parts(config: PipelineConfig, examples: Sequence[Example], crops: np.ndarray) -> dict[str, Callable[[], int]]:
+    """One call does some work and returns for how many images."""
+    rng, order = np.random.default_rng(0), np.random.default_rng(1)
+
+    def some() -> list[Example]:
+        return [examples[i] for i in order.integers(len(examples), size=config.batch_size)]
+
+    def classic() -> int:
+        return len(classic_batch([example.image for example in some()], rng, config.image_size))
+
+    def decode() -> int:
+        return len([decode_pixels(example) for example in some()])
+
+    def mask() -> int:
+        return len(select_visible(token_scores(crops, config.mask), config.mask))
+
+    return {"classic": classic, "decode": decode, "mask": mask}
+
+
+def _counted(batches: Iterator[dict[str, np.ndarray]]) -> Callable[[], int]:
+    return lambda: len(next(batches)["image"])
+
+
+def _take_turns(
+    stages: dict[str, Callable[[], int]], seconds: float, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Images per second of every stage in every round, after a round that does not count (it fills caches)."""
+    rates: dict[str, list[float]] = {name: [] for name in stages}
+    for number in range(rounds + 1):
+        for name, stage in stages.items():
+            end, start, images = time.perf_counter() + seconds / (len(stages) * (rounds + 1)), clock(), 0
+            while images == 0 or time.perf_counter() < end:
+                images += stage()
+            if number:
+                rates[name].append(images / (clock() - start))
+    return rates
+
+
+def _row(name: str, per: str, rates: dict[str, list[float]]) -> dict[str, Any]:
+    low, median, high = (float(rate) for rate in np.quantile(rates[name], [0.1, 0.5, 0.9]))
+    versus = float(np.median(np.divide(rates[name], rates["classic"]))) if "classic" in rates else None
+    return {"name": name, "images_per_second": median, "low": low, "high": high, "per": per, "versus": versus}
+
+
+@contextlib.contextmanager
+def _pinned() -> Iterator[None]:
+    """Keeps this process on its last core; does nothing where it cannot."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

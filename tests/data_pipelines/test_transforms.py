@@ -1,6 +1,8 @@
 """Crops, flips and augmentations against their definitions."""
 
+import dataclasses
 import math
+from fractions import Fraction
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.examples import IGNORE
 from data_pipelines.transforms import (
     Crop,
+    PAD_GRAY,
     Geometry,
     InfraredAugment,
     center_crop_resize,
@@ -28,7 +32,7 @@ def _noise(height, width, seed=0):
 
 
 @hypothesis.given(height=st.integers(1, 400), width=st.integers(1, 400), seed=st.integers(0, 99))
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(deadline=None)
 def test_boxes_lie_inside(height, width, seed):
     box = draw_crop(np.random.default_rng(seed), height, width)
     assert box.height >= 1 and box.width >= 1
@@ -187,3 +191,103 @@ def test_unusable_strengths_are_named(bad):
 def test_box_selects_the_stated_pixels():
     image = _noise(9, 9)
     np.testing.assert_array_equal(Crop(1, 2, 3, 4).of(image), image[1:4, 2:6])
+
+
+@st.composite
+def geometries(draw):
+    """An image's size, and any of the ways in which it can come to lie on a canvas."""
+    height, width = draw(st.integers(8, 60)), draw(st.integers(8, 60))
+    size = draw(st.integers(8, 60)), draw(st.integers(8, 60))
+    kind = draw(st.sampled_from(["random", "center", "stretch", "fit"]))
+    if kind == "random":
+        geometry = Geometry.random(np.random.default_rng(draw(st.integers(0, 99))), height, width, size)
+    else:
+        geometry = getattr(Geometry, kind)(height, width, size)
+    return (height, width), dataclasses.replace(geometry, mirrored=draw(st.booleans()))
+
+
+def _slow_source(geometry, shape, row, column):
+    """Row and column of the image pixel under the centre of a canvas pixel, or None: one pixel at a time."""
+    if geometry.mirrored:
+        column = geometry.canvas[1] - 1 - column
+    place = []
+    crop = geometry.crop
+    for at, offset, size, start, extent in zip(
+        (row, column), geometry.offset, geometry.size, (crop.top, crop.left), (crop.height, crop.width), strict=True
+    ):
+        if not offset <= at < offset + size:
+            return None
+        place.append(start + math.floor(Fraction(2 * (at - offset) + 1, 2) * extent / size))
+    return tuple(place)
+
+
+@hypothesis.given(geometries(), st.integers(0, 99))
+@hypothesis.settings(deadline=None)
+def test_masks_show_the_pixel_under_each_centre(case, seed):
+    shape, geometry = case
+    mask = np.random.default_rng(seed).integers(0, 200, shape, dtype=np.uint8)
+    moved = geometry.mask(mask)
+    assert moved.shape == geometry.canvas
+    for row in range(0, geometry.canvas[0], 3):
+        for column in range(0, geometry.canvas[1], 3):
+            source = _slow_source(geometry, shape, row, column)
+            assert moved[row, column] == (IGNORE if source is None else mask[source])
+
+
+@hypothesis.given(geometries(), st.data())
+@hypothesis.settings(deadline=None)
+def test_a_mask_drawn_from_a_box_moves_as_the_box(case, data):
+    (height, width), geometry = case
+    x0, y0 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    x1, y1 = data.draw(st.integers(x0 + 1, width)), data.draw(st.integers(y0 + 1, height))
+    mask = np.zeros((height, width), np.uint8)
+    mask[y0:y1, x0:x1] = 1
+    inside = geometry.mask(mask) == 1
+    boxes, valid = geometry.boxes([[x0, y0, x1, y1]])
+    rows, columns = np.mgrid[: geometry.canvas[0], : geometry.canvas[1]]
+    left, top, right, bottom = boxes[0].astype(float)
+    slack = 1e-4  # a centre on the box's very edge may fall either way
+    surely = (columns + 0.5 > left + slack) & (columns + 0.5 < right - slack)
+    surely &= (rows + 0.5 > top + slack) & (rows + 0.5 < bottom - slack)
+    maybe = (columns + 0.5 > left - slack) & (columns + 0.5 < right + slack)
+    maybe &= (rows + 0.5 > top - slack) & (rows + 0.5 < bottom + slack)
+    assert inside[surely].all() and not inside[~maybe].any()
+    assert valid[0] or not surely.any()
+    assert (boxes >= 0).all() and (boxes[:, 2] <= geometry.canvas[1]).all() and (boxes[:, 3] <= geometry.canvas[0]).all()
+
+
+@hypothesis.given(geometries(), st.integers(0, 99))
+@hypothesis.settings(deadline=None)
+def test_mirroring_twice_is_identity_and_points_come_back(case, seed):
+    shape, geometry = case
+    rng = np.random.default_rng(seed)
+    image, points = rng.integers(0, 256, shape, dtype=np.uint8), rng.uniform(0, 60, (5, 2))
+    mirrored = dataclasses.replace(geometry, mirrored=not geometry.mirrored)
+    np.testing.assert_array_equal(mirrored.image(image)[:, ::-1], geometry.image(image))
+    np.testing.assert_allclose(geometry.points_back(geometry.points(points)), points, atol=1e-9)
+    boxes, valid = geometry.boxes([[1, 2, 5, 7]])
+    other, also = mirrored.boxes([[1, 2, 5, 7]])
+    np.testing.assert_allclose(geometry.canvas[1] - other[:, [2, 0]], boxes[:, [0, 2]], atol=1e-4)
+    assert (valid == also).all()
+
+
+def test_polygons_of_boxes_are_their_corners():
+    geometry = Geometry(Crop(10, 20, 30, 40), (60, 80), (60, 80), mirrored=True)
+    corners = geometry.points([[20, 10], [60, 10], [60, 40], [20, 40]])
+    np.testing.assert_allclose(corners, [[80, 0], [0, 0], [0, 60], [80, 60]])
+
+
+def test_padding_is_gray_and_ignored():
+    geometry = Geometry.fit(20, 40, (32, 32))
+    image, mask = geometry.image(np.full((20, 40), 7, np.uint8)), geometry.mask(np.zeros((20, 40), np.uint8))
+    assert geometry.size == (16, 32) and (image[:16] == 7).all() and (image[16:] == PAD_GRAY).all()
+    assert (mask[:16] == 0).all() and (mask[16:] == IGNORE).all()
+
+
+def test_boxes_that_are_hardly_visible_are_left_out():
+    geometry = Geometry(Crop(0, 0, 10, 10), (10, 10), (10, 10))
+    boxes, valid = geometry.boxes([[9, 0, 19, 10], [2, 2, 4, 4], [20, 20, 30, 30]], min_visible=0.25)
+    assert valid.tolist() == [False, True, False]
+    np.testing.assert_array_equal(boxes[:2], [[9, 0, 10, 10], [2, 2, 4, 4]])
+    assert geometry.boxes([[9, 0, 19, 10]])[1].all()
+    assert geometry.boxes(np.zeros((0, 4)))[0].shape == (0, 4)
