@@ -68,11 +68,16 @@ _MAX_JPEG_SCANS = 200
 _PNG_COMPRESSION = 4
 # Chunks that say what the pixels are and which way up.
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"eXIf", b"IEND")
-# Header fields that no decoder uses: the warning about them, what stands before them, and a value without a warning.
+# Header fields on which no pixel depends: the warning about them, and how a value without a warning is written over it.
 _UNUSED_JPEG_FIELDS = (
-    ("unknown JFIF revision", rb"JFIF\0", b"\1\1"),
-    ("Unknown Adobe color transform", rb"Adobe.{6}", b"\1"),
-    ("Invalid SOS parameters for sequential", rb"\xff\xda\0(\x08\1.{2}|\x0c\3.{6})", b"\0\x3f\0"),
+    ("unknown JFIF revision", re.compile(rb"(JFIF\0)..", re.DOTALL), b"\1\1"),
+    ("Unknown Adobe color transform", re.compile(rb"(Adobe.{6}).", re.DOTALL), b"\1"),
+    ("bad ICC marker", re.compile(rb"(ICC_PROFILE)\0"), b"-"),
+    (
+        "Invalid SOS parameters for sequential",
+        re.compile(rb"(\xff\xda\0(?:\x08\x01.{2}|\x0c\x03.{6})).{3}", re.DOTALL),
+        b"\0\x3f\0",
+    ),
 )
 _STRAY_BYTES = re.compile("([0-9]+) extraneous bytes before marker 0x([0-9a-f]{2})")
 # Damaged picture data leave bytes over as well, about 14 at the median, below 5 in a twentieth of the cases.
@@ -151,7 +156,7 @@ def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:
         raise
     except Exception as error:
         if page is not None and isinstance(error, UnidentifiedImageError):
-            raise ImageRefused("unsupported_layout", "a TIFF whose kind of channels is not read") from error
+            raise ImageRefused("unsupported_layout", f"{page.description}; store it gray") from error
         bare = _without_metadata(data)
         if bare == data:
             raise
@@ -231,7 +236,8 @@ def _decode_gray_jpeg(data: bytes, pixel_count: int) -> tuple[np.ndarray, bool]:
         for repaired in itertools.islice(_repairs(data, message), left):
             left -= 1
             pixels, new_message = _try_jpeg(repaired)
-            if new_message != message:
+            # Bytes removed in a wrong place cause other warnings, which are no progress.
+            if pixels is not None or new_message != message and _names_unused_field(message + new_message):
                 data, message = repaired, new_message
                 break
         else:
@@ -247,15 +253,21 @@ def _try_jpeg(data: bytes) -> tuple[np.ndarray | None, str]:
         return None, str(error)
 
 
+def _names_unused_field(warning: str) -> bool:
+    return any(text in warning for text, _, _ in _UNUSED_JPEG_FIELDS)
+
+
 def _repairs(data: bytes, warning: str) -> Iterator[bytes]:
     """Versions of a JPEG file of which one may be without the fault that does not touch the picture data."""
     for text, field, value in _UNUSED_JPEG_FIELDS:
-        if text in warning and (found := re.search(field, data, re.DOTALL)):
-            yield data[: found.end()] + value + data[found.end() + len(value) :]
+        if text in warning:
+            yield field.sub(lambda found, value=value: found[1] + value, data)
     stray = _STRAY_BYTES.search(warning)
     if stray and int(stray[1]) <= _MAX_STRAY_BYTES:
-        # The warning names the marker but not the place; restart markers occur often.
-        for found in re.finditer(re.escape(bytes([0xFF, int(stray[2], 16)])), data):
+        marker = int(stray[2], 16)
+        # The warning names the next marker that was searched for. Restart markers may have passed without a search.
+        markers = b"\xff[\xd0-\xd7\xd9]" if 0xD0 <= marker <= 0xD9 else re.escape(bytes([0xFF, marker]))
+        for found in re.finditer(markers, data):
             yield data[: found.start() - int(stray[1])] + data[found.start() :]
 
 

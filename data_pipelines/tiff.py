@@ -55,12 +55,14 @@ class TiffPicture:
       pixels: (H, W) uint8 or uint16; None for a page that is left to the imaging library.
       attributes: `frames`, `mode`, what the integers stand for (`unit`, `scale`, `offset`) and `nodata_share`, where
         they apply.
+      description: of the samples and their compression, for a refusal.
     """
 
     index: int
     orientation: Any
     pixels: np.ndarray | None
     attributes: dict[str, Any]
+    description: str
 
 
 def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
@@ -79,12 +81,12 @@ def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
         attributes = {"frames": frames} if frames > 1 else {}
         orientation = page.tags.valueof(_ORIENTATION_TAG)
         if _is_left_to_imaging_library(page):
-            return TiffPicture(page.index, orientation, None, attributes)
+            return TiffPicture(page.index, orientation, None, attributes, _described(page))
         _check_parts(page, len(data), 4 * max_pixels)
         # One thread: images are decoded in several processes already.
         values = page.asarray(maxworkers=1)
         pixels, numbers = _stored(values, page)
-    return TiffPicture(page.index, orientation, pixels, {**attributes, **numbers})
+    return TiffPicture(page.index, orientation, pixels, {**attributes, **numbers}, _described(page))
 
 
 def _count_pages(file: tifffile.TiffFile) -> int:
@@ -120,6 +122,11 @@ def _bits(page: TiffPage) -> int:
     return max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
 
 
+def _described(page: TiffPage) -> str:
+    kinds = (getattr(kind, "name", kind) for kind in (page.sampleformat, page.photometric, page.compression))
+    return f"TIFF of {_bits(page)}-bit {'{}, {}, compression {}'.format(*kinds)}"
+
+
 def _is_left_to_imaging_library(page: TiffPage) -> bool:
     """False for gray pages of a supported kind; true for the others of 8 bit; the rest is refused by name."""
     bits, compression = _bits(page), page.compression
@@ -132,7 +139,7 @@ def _is_left_to_imaging_library(page: TiffPage) -> bool:
         if page.predictor not in predictors[: 3 if bits in (8, 16, 32, 64) else 1]:
             raise ImageRefused("unsupported_layout", f"TIFF predictor {page.predictor:d} with {bits}-bit samples")
         return False
-    if bits <= 8 and page.sampleformat in (1, 4):
+    if bits <= 8 and page.sampleformat in (1, 4) and (bits == 8 or page.predictor == 1):
         if len(page.treeindex) > 1:
             raise ImageRefused("unsupported_layout", "a TIFF whose full-resolution colour picture is in a SubIFD")
         return True
@@ -140,8 +147,7 @@ def _is_left_to_imaging_library(page: TiffPage) -> bool:
         raise ImageRefused(
             "unsupported_depth", f"TIFF with {page.samplesperpixel} channels of {bits} bit; store one channel"
         )
-    kind = f"{bits}-bit samples of format {page.sampleformat!s}, {page.photometric!s}, compression {compression!s}"
-    raise ImageRefused("unsupported_layout", f"TIFF with {kind}; store it gray and uncompressed or with LZW")
+    raise ImageRefused("unsupported_layout", f"{_described(page)}; store it gray and uncompressed or with LZW")
 
 
 def _check_parts(page: TiffPage, file_size: int, max_bytes: int) -> None:
@@ -152,8 +158,8 @@ def _check_parts(page: TiffPage, file_size: int, max_bytes: int) -> None:
     if needed > max_bytes:
         raise ImageRefused("decompression_bomb", f"the page or a tile unpacks to {needed} bytes, over {max_bytes}")
     parts = math.prod(page.chunked)
-    if parts > _MAX_PARTS or sum(counts) > _MAX_OVERLAP * file_size:
-        raise ImageRefused("decompression_bomb", f"{parts} strips or tiles of {sum(counts)} bytes together")
+    if parts > _MAX_PARTS:
+        raise ImageRefused("decompression_bomb", f"{parts} strips or tiles, over {_MAX_PARTS}")
     if not parts == len(offsets) == len(counts):
         raise ImageRefused("corrupt_data", f"{parts} strips or tiles, but {len(offsets)} places in the file")
     if not all(offsets) or not all(counts):
@@ -161,6 +167,8 @@ def _check_parts(page: TiffPage, file_size: int, max_bytes: int) -> None:
     end = offsets[0] + page.nbytes if page.is_contiguous else max(map(sum, zip(offsets, counts, strict=True)))
     if end > file_size:
         raise ImageRefused("truncated", f"the file ends after {file_size} bytes, the image after {end}")
+    if sum(counts) > _MAX_OVERLAP * file_size:
+        raise ImageRefused("decompression_bomb", f"strips or tiles of {sum(counts)} bytes in a file of {file_size}")
 
 
 def _stored(values: np.ndarray, page: TiffPage) -> tuple[np.ndarray, dict[str, Any]]:
