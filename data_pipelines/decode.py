@@ -14,7 +14,7 @@ One image of one channel comes out of a file by these rules:
     32 bit, float  integers that span less than 65536 are kept exactly, anything else is quantised to 65536 levels with
                   a power-of-two step (see `scale`); pictures with NaN or infinity are refused
     no data       pixels that a TIFF declares to be absent hold the lowest of the others; see `nodata_share`
-    FLIR JPEG     the raw sensor array (16 bit), not the false-colour picture; other JPEGs that hold a raw array (DJI) are
+    FLIR JPEG     the raw sensor array (16 bit), not the false-colour picture; others that hold a raw array (DJI) are
                   refused
     damage        judged by the pixels: unreadable metadata and stray bytes between the parts of a file do not matter
 """

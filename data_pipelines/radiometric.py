@@ -38,9 +38,7 @@ _OTHER_ARRAY_MARKERS = range(0xE3, 0xEB)
 _SMALLEST_ARRAY = 1 << 13
 
 
-def read_raw_array(
-    data: bytes, size: tuple[int, int], max_pixels: int
-) -> tuple[np.ndarray, dict[str, Any]] | None:
+def read_raw_array(data: bytes, size: tuple[int, int], max_pixels: int) -> tuple[np.ndarray, dict[str, Any]] | None:
     """Returns the raw sensor counts, (H, W) uint16, and the camera's constants, of a radiometric JPEG; else None.
 
     The Planck constants and emissivity in the attributes turn counts into temperatures; the counts themselves are
@@ -69,8 +67,8 @@ def read_raw_array(
             raise _unreadable(" ".join(str(error).split()) or type(error).__name__) from error
     largest = max(others, key=others.__getitem__)
     if others[largest] >= max(_SMALLEST_ARRAY, size[0] * size[1] // 2):
-        place = f"{others[largest]} bytes in APP{largest - 0xE0}"
-        raise _unreadable(f"the picture renders a raw array ({place}, as DJI writes) that is not read; export it as TIFF")
+        place = f"{others[largest]} bytes in APP{largest - 0xE0}, as DJI writes"
+        raise _unreadable(f"the picture renders a raw array ({place}) that is not read; export it as TIFF")
     return None
 
 
@@ -114,8 +112,10 @@ def _read_flir(data: bytes, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]
     facts = {}
     if camera := records.get(_CAMERA_RECORD):
         order = _byte_order(camera)
-        values = {name: struct.unpack_from(order + kind, camera, place)[0] for name, (place, kind) in _CAMERA_FACTS.items()}
-        facts = {name: float(value) for name, value in values.items() if np.isfinite(value)}
+        for name, (place, kind) in _CAMERA_FACTS.items():
+            value = struct.unpack_from(order + kind, camera, place)[0]
+            if np.isfinite(value):
+                facts[name] = float(value)
     return _read_counts(records[_RAW_RECORD], max_pixels), {"unit": "raw_count", "camera": facts}
 
 

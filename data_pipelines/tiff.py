@@ -1,8 +1,8 @@
 """TIFF files: which page counts, and the array of a gray page of any sample format, byte order and compression.
 
-    page          the first of full resolution: pages marked as reduced or as a mask are passed over, and so is a page of
-                  which a larger one of the same shape follows (a thumbnail), among the first 16 pages and the SubIFDs
-                  of the first page
+    page          the first of full resolution: pages marked as reduced or as a mask are passed over, and so is one that
+                  a larger page of the same shape follows (a thumbnail), among the first 16 pages and the SubIFDs of
+                  the first page
     samples       8 to 32 bit integers, packed ones among them, 64-bit ones, and 16 to 64 bit floats
     WhiteIsZero   unsigned integers are inverted; signed ones and floats are measurements and stay
     GDAL_NODATA   those pixels are left out of the scaling and hold the lowest of the other values; their share is kept
@@ -38,6 +38,7 @@ _COMPRESSIONS = {1, 5, 8, 32773, 32946, 34925, 34926, 50000}
 _PHOTOMETRIC_TAG, _ORIENTATION_TAG, _NODATA_TAG = 262, 274, 42113
 _REDUCED_OR_MASK = 0b101
 _BLOCK = 1 << 20
+_IMAGING_LIBRARY_MODES = {"uint8": "L", "uint16": "I;16", "int32": "I", "float32": "F"}
 _SMALLEST_STEP = 2.0**-1000
 # The library looks for the dialects of many microscopes, which read further parts of a file.
 _NO_DIALECTS = {f"is_{name}": False for name in tifffile.TIFF.FILE_FLAGS}
@@ -174,7 +175,8 @@ def _check_parts(page: TiffPage, file_size: int, max_bytes: int) -> None:
 def _stored(values: np.ndarray, page: TiffPage) -> tuple[np.ndarray, dict[str, Any]]:
     """Source values (H, W) -> uint8 or uint16, and what they stand for."""
     kind, bits = values.dtype.kind, _bits(page)
-    numbers: dict[str, Any] = {"mode": f"{ {'u': 'uint', 'i': 'int', 'f': 'float'}[kind] }{bits}"}
+    name = f"{ {'u': 'uint', 'i': 'int', 'f': 'float'}[kind] }{bits}"
+    numbers: dict[str, Any] = {"mode": _IMAGING_LIBRARY_MODES.get(name, name)}
     absent = _nodata_mask(values, page.tags.valueof(_NODATA_TAG))
     if kind == "u" and page.photometric == 0 and _PHOTOMETRIC_TAG in page.tags:
         values = values.dtype.type((1 << bits) - 1) - values

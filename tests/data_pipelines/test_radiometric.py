@@ -63,7 +63,8 @@ def reason_of(data: bytes) -> str:
 @pytest.mark.parametrize("directory_order", "<>")
 @pytest.mark.parametrize("png_swapped", [None, False, True])
 def test_counts_and_constants_in_every_byte_order(order, camera_order, directory_order, png_swapped):
-    image = decode_image(flir_jpeg(raw_record(COUNTS, order, png_swapped), camera_record(camera_order), directory_order))
+    raw, camera = raw_record(COUNTS, order, png_swapped), camera_record(camera_order)
+    image = decode_image(flir_jpeg(raw, camera, directory_order))
     np.testing.assert_array_equal(image.pixels, COUNTS)
     camera = image.attributes["camera"]
     assert (camera["planck_r1"], camera["planck_b"], camera["planck_f"]) == (17_000, 1450, 1.5)

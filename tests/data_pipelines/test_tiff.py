@@ -65,7 +65,12 @@ def test_every_layout_equals_its_array_or_is_refused_by_name(layouts, wide, seed
             values = rng.integers(limits.min, limits.max, SHAPE, dtype=dtype, endpoint=True)
         try:
             data = written(
-                values, byteorder=order, compression=compression, tile=tile, predictor=predictor, photometric=photometric
+                values,
+                byteorder=order,
+                compression=compression,
+                tile=tile,
+                predictor=predictor,
+                photometric=photometric,
             )
         except Exception:  # The writer has no such layout.
             continue
@@ -201,7 +206,7 @@ def directory(tags: dict, following: int = 0, order: str = "<") -> bytes:
     return struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", following)
 
 
-def single_page(width: int, height: int, bits: int, payload: bytes, more: dict | None = None, order: str = "<") -> bytes:
+def single_page(width: int, height: int, bits: int, payload: bytes, more: dict | None = None, order="<") -> bytes:
     """A file of one zlib-compressed float page in one strip, `payload`, unless tags in `more` say otherwise."""
     tags = {256: width, 257: height, 258: bits, 259: 8, 262: 1, 277: 1, 278: height, 279: len(payload), 339: 3}
     tags |= {273: 0} | (more or {})
