@@ -1,6 +1,7 @@
-"""FLIR radiometric JPEG: the raw sensor array inside the file, not the false-colour picture that it shows.
+"""Radiometric JPEG: the raw sensor array inside the file, not the false-colour picture that it shows.
 
-Needs the `flir` extra (package flyr, EUPL-1.2); without it such files are refused rather than kept as false colour.
+FLIR's application segments hold a file of its own ("FFF"): a header, a directory of records, the raw array and the
+constants of the camera among them. Sources: the field tables of ExifTool's documentation (FLIR tags), and the files.
 """
 
 from __future__ import annotations
@@ -10,73 +11,138 @@ import struct
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-_FLIR_SEGMENT = b"FLIR\x00\x01"
-# The segment stands among the JPEG's application segments, before the picture data.
-_SEARCHED_BYTES = 1 << 20
-_PNG_SIGNATURE = b"\x89PNG"
+from data_pipelines.refusals import ImageRefused
+
+_FLIR_SEGMENT = b"FLIR\0\1"
+_RAW_RECORD, _CAMERA_RECORD = 1, 32
 _RAW_HEADER_SIZE = 32
-_PLANCK_CONSTANTS = ("planck_r1", "planck_r2", "planck_b", "planck_f", "planck_o")
-_CAMERA_FACTS = (*_PLANCK_CONSTANTS, "emissivity", "object_distance", "reflected_apparent_temperature")
+_PNG_SIGNATURE = b"\x89PNG"
+_MAX_RECORDS = 4096
+_CLEARLY = 4  # real frames differ 50-fold or more
+# Offset in the camera's record and format.
+_CAMERA_FACTS = {
+    "planck_r1": (88, "f"),
+    "planck_r2": (780, "f"),
+    "planck_b": (92, "f"),
+    "planck_f": (96, "f"),
+    "planck_o": (776, "i"),
+    "emissivity": (32, "f"),
+    "object_distance": (36, "f"),
+    "reflected_apparent_temperature": (40, "f"),
+}
+# Application segments without a common use. An array of half the picture's height and width is seen, debug data of a
+# telephone beside its large picture are not.
+_OTHER_ARRAY_MARKERS = range(0xE3, 0xEB)
+_SMALLEST_ARRAY = 1 << 13
 
 
-class RadiometricExtraMissing(Exception):
-    """The package that reads FLIR's raw array is not installed."""
-
-
-class RadiometricUnreadable(Exception):
-    """The file says that it is radiometric, but its raw array cannot be read."""
-
-
-def is_flir_jpeg(data: bytes) -> bool:
-    """Whether the JPEG file `data` carries FLIR's application segments."""
-    return data.find(_FLIR_SEGMENT, 0, _SEARCHED_BYTES) >= 0
-
-
-def read_flir_array(data: bytes, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns the raw sensor counts, (H, W) uint16, and the camera's constants, of a FLIR radiometric JPEG.
+def read_raw_array(data: bytes, size: tuple[int, int], max_pixels: int) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """Returns the raw sensor counts, (H, W) uint16, and the camera's constants, of a radiometric JPEG; else None.
 
     The Planck constants and emissivity in the attributes turn counts into temperatures; the counts themselves are
     stored, as they are exact and the temperature depends on assumptions about the scene.
 
+    Args:
+      data: a JPEG file.
+      size: width and height of its picture.
+      max_pixels: refuse larger arrays before anything is unpacked.
+
     Raises:
-      RadiometricExtraMissing: the `flir` extra is not installed.
-      RadiometricUnreadable: the embedded array is damaged, contradicts its own size, or has over `max_pixels` pixels.
+      ImageRefused: there is a raw array, but of a kind that is not read (DJI and others), damaged or too large.
     """
-    try:
-        from flyr.records import RecordIndex, extract_flir_app1, parse_flir_records
-        from flyr.thermal import parse_camera_info, parse_raw_data
-    except ImportError as error:
-        raise RadiometricExtraMissing(str(error)) from error
-    try:
-        segments = extract_flir_app1(io.BytesIO(data))
-        index = parse_flir_records(segments)
-        entry = index[RecordIndex.RAW_DATA.value]
-        _check_size(segments, entry[2], max_pixels)
-        _, _, counts = parse_raw_data(segments, entry)
-        camera = parse_camera_info(segments, index[RecordIndex.CAMERA_INFO.value])
-    except RadiometricUnreadable:
-        raise
-    except Exception as error:  # The parser meets damaged bytes with whatever its next operation raises.
-        raise RadiometricUnreadable(" ".join(str(error).split()) or type(error).__name__) from error
-    if counts.size == 0 or counts.min() < 0 or counts.max() > 65535:
-        raise RadiometricUnreadable("the raw values do not fit 16 bit")
-    facts = {name: float(camera[name]) for name in _CAMERA_FACTS if np.isfinite(camera[name])}
-    return counts.astype(np.uint16), {"unit": "raw_count", "camera": facts}
+    flir, others = [], dict.fromkeys(_OTHER_ARRAY_MARKERS, 0)
+    for marker, content in _segments(data):
+        if marker == 0xE1 and content.startswith(_FLIR_SEGMENT):
+            flir.append(content)
+        elif marker in others:
+            others[marker] += len(content)
+    if flir:
+        try:
+            return _read_flir(b"".join(content[8:] for content in _in_order(flir)), max_pixels)
+        except (struct.error, ValueError, OSError, SyntaxError, KeyError) as error:
+            if isinstance(error, ImageRefused):
+                raise
+            raise _unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+    largest = max(others, key=others.__getitem__)
+    if others[largest] >= max(_SMALLEST_ARRAY, size[0] * size[1] // 2):
+        place = f"{others[largest]} bytes in APP{largest - 0xE0}, as DJI writes"
+        raise _unreadable(f"the picture renders a raw array ({place}) that is not read; export it as TIFF")
+    return None
 
 
-def _check_size(segments: io.BytesIO, offset: int, max_pixels: int) -> None:
-    """Looks at the sizes that the raw data declares before anything is unpacked."""
-    segments.seek(offset)
-    header = segments.read(_RAW_HEADER_SIZE + 24)
-    width, height = struct.unpack_from("<HH", header, 2)
-    if header[_RAW_HEADER_SIZE : _RAW_HEADER_SIZE + 4] == _PNG_SIGNATURE:
-        png_width, png_height = struct.unpack_from(">II", header, _RAW_HEADER_SIZE + 16)
-        if png_width * png_height > max_pixels:
-            raise RadiometricUnreadable(f"the raw array of {png_width}x{png_height} is over {max_pixels} pixels")
-        if (png_width, png_height) != (width, height):
-            raise RadiometricUnreadable(
-                f"the metadata says {width}x{height}, the raw array inside is {png_width}x{png_height}"
-            )
+def _unreadable(detail: str) -> ImageRefused:
+    return ImageRefused("radiometric_unreadable", detail)
+
+
+def _segments(data: bytes) -> list[tuple[int, bytes]]:
+    """Marker and content of the segments before the picture data; bytes between them are passed over."""
+    found = []
+    place = data.find(b"\xff", 2)
+    while 0 <= place < len(data) - 3:
+        marker = data[place + 1]
+        if marker == 0xDA:
+            break
+        if marker in (0x00, 0xFF):
+            place = data.find(b"\xff", place + 1)
+            continue
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        found.append((marker, data[place + 4 : end]))
+        place = data.find(b"\xff", end)
+    return found
+
+
+def _in_order(segments: list[bytes]) -> list[bytes]:
+    """FLIR's segments by their numbers, all of them there."""
+    ordered = sorted(segments, key=lambda content: content[6])
+    if [content[6] for content in ordered] != list(range(ordered[0][7] + 1)):
+        raise _unreadable(f"{len(segments)} of {ordered[0][7] + 1} parts of the metadata")
+    return ordered
+
+
+def _read_flir(data: bytes, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]]:
+    # The version, near 100, tells the byte order of the directory; every record has its own.
+    order = ">" if int.from_bytes(data[20:24], "big") < int.from_bytes(data[20:24], "little") else "<"
+    start, count = struct.unpack_from(f"{order}II", data, 24)
+    records = {}
+    for number in range(min(count, _MAX_RECORDS)):
+        kind, _, _, _, place, length = struct.unpack_from(f"{order}HHIIII", data, start + 32 * number)
+        records.setdefault(kind, data[place : place + length])
+    facts = {}
+    if camera := records.get(_CAMERA_RECORD):
+        order = _byte_order(camera)
+        for name, (place, kind) in _CAMERA_FACTS.items():
+            value = struct.unpack_from(order + kind, camera, place)[0]
+            if np.isfinite(value):
+                facts[name] = float(value)
+    return _read_counts(records[_RAW_RECORD], max_pixels), {"unit": "raw_count", "camera": facts}
+
+
+def _byte_order(record: bytes) -> str:
+    """A record begins with the number 2 in its byte order."""
+    if record[:2] not in (b"\2\0", b"\0\2"):
+        raise _unreadable(f"a record with the byte order mark {record[:2].hex()}, which is none")
+    return "<" if record[0] else ">"
+
+
+def _read_counts(record: bytes, max_pixels: int) -> np.ndarray:
+    order = _byte_order(record)
+    width, height = struct.unpack_from(f"{order}HH", record, 2)
     if width * height > max_pixels:
-        raise RadiometricUnreadable(f"the raw array of {width}x{height} is over {max_pixels} pixels")
+        raise _unreadable(f"the raw array of {width}x{height} is over {max_pixels} pixels")
+    payload = record[_RAW_HEADER_SIZE:]
+    if not payload.startswith(_PNG_SIGNATURE):
+        return np.frombuffer(payload, f"{order}u2", width * height).reshape(height, width).astype(np.uint16)
+    with Image.open(io.BytesIO(payload), formats=("PNG",)) as image:
+        if image.size != (width, height):
+            raise _unreadable(f"the metadata says {width}x{height}, the raw array is {'x'.join(map(str, image.size))}")
+        if not image.mode.startswith("I;16"):
+            raise _unreadable(f"the raw array is a PNG of mode {image.mode}, not of 16 bit")
+        counts = np.asarray(image).astype(np.uint16)
+    # Cameras write PNG in both byte orders, whatever the record's: neighbours are alike in the right one.
+    swapped = counts.byteswap()
+    steps, swapped_steps = (float(np.abs(np.diff(array.astype(np.int32))).sum()) for array in (counts, swapped))
+    if max(steps, swapped_steps) < _CLEARLY * min(steps, swapped_steps) or steps == swapped_steps:
+        raise _unreadable("the byte order of the raw array cannot be told")
+    return counts if steps < swapped_steps else swapped

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,8 @@ def data(config: PretrainConfig, workers: int, seconds: float, quick: bool = Fal
     """Measures the pipeline on the config's shards, see `measure`; `quick` only shows that it runs."""
     scenes = EmbeddedConfig(images=_QUICK_SCENES if quick else _SCENES)
     with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder:
-        with_shards = embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder)
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for the report
+            with_shards = embedded.with_shards(dataclasses.replace(config, embedded=scenes), folder)
         rows = measure(with_shards.data.shards, workers, seconds, *((16, 3) if quick else ()))
     origin = ",".join(config.data.shards) or f"{scenes.images} synthetic scenes"
     return report("data", {"shards": origin, "workers": workers, "seconds": seconds}, rows)

@@ -95,7 +95,6 @@ def test_archives_give_the_same_images_as_the_folder(scenes_with_copies, tmp_pat
 
 
 def test_unusual_real_files_are_all_accounted_for(shared_folder, tmp_path):
-    pytest.importorskip("flyr", reason="the flir extra is not installed")
     data = shared_folder / "data"
     report = prepare([data / "corrupt", data / "flir"], tmp_path / "out", EVERYTHING, workers=0, progress=False)
     files = [path for folder in ("corrupt", "flir") for path in (data / folder).iterdir()]
@@ -110,7 +109,6 @@ def test_unusual_real_files_are_all_accounted_for(shared_folder, tmp_path):
         "corrupt/truncated.jpg": "truncated",
         "corrupt/truncated_header.jpg": "truncated",
         "corrupt/zero_byte.jpg": "empty_file",
-        "flir/07_BillHotFlashThermography.jpg": "radiometric_unreadable",
         "flir/ATTRIBUTION.md": "not_an_image",
     }
     records = {record.key: record for record in map(decode_example, ShardReader(tmp_path / "out"))}
