@@ -1,6 +1,6 @@
 """What the devices of a compiled training step tell each other: gradients and weights, never activations.
 
-The parser of HLO is tested in tests/benchmarks/test_scaling.py.
+The parser of HLO is tested in test_collectives_parser.py.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ import functools
 import jax
 
 from data_pipelines.pipeline import PipelineConfig
-from infmae_jax.benchmarks.collectives import by_kind, collectives
-from infmae_jax.benchmarks.scaling import compile_step
 from infmae_jax.models.infmae import InfMAE, InfMAEConfig
-from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
+from infmae_jax.training.program import Program
+from tests.training.collectives import by_kind, collectives
 
 CONFIG = PretrainConfig(
     model=InfMAEConfig(
@@ -22,14 +22,17 @@ CONFIG = PretrainConfig(
         decoder_width=32, decoder_depth=1, decoder_heads=2,
     ),  # fmt: skip
     data=PipelineConfig(image_size=(64, 64)),
-    optimizer=OptimizerConfig(clip_norm=1.0),
+    optimizer=OptimizerConfig(clip_norm=1.0, warmup="0 steps"),
+    duration="9 steps",
 )
 SCALARS = 1024  # bytes: loss, gradient norms, stop codes
 
 
 @functools.cache
-def exchanged(mesh: MeshConfig, images: int):
-    return collectives(compile_step(CONFIG, sharding.make_mesh(mesh), images).as_text())
+def exchanged(mesh: MeshConfig, images: int, config: PretrainConfig = CONFIG):
+    """The collectives of the program that trains, for global batches of so many images."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
+    return collectives(Program.build(PretrainTask(config), config, sharding.make_mesh(mesh)).compiled.as_text())
 
 
 @functools.cache
@@ -93,5 +96,5 @@ def test_tensor_devices_sum_what_mlps_add_to_the_residual_stream_and_its_gradien
 
 def test_micro_batches_gather_the_weights_once():
     config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2))
-    found = collectives(compile_step(config, sharding.make_mesh(MeshConfig(1, 4)), 16).as_text())
+    found = exchanged(MeshConfig(1, 4), 16, config)
     assert by_kind(found)["all-gather"][1] == parameter_bytes(cut_only=True)
