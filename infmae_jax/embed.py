@@ -32,7 +32,7 @@ from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import TrainedModel
 
-FEATURES = ("pooled", "stage1", "stage2", "stage3", "multi")
+FEATURES = ("pooled", "fused", "stage1", "stage2", "stage3", "multi")
 VIEWS = ("stretch", "crop", "original")
 FORMATS = (".npz", ".parquet")
 EXIT_LEFT_OUT = 4
@@ -102,8 +102,9 @@ def embed(
 
 
 def _check(trained: TrainedModel, output: Path, feature: str) -> None:
-    hybrid = trained.config.encoder.kind == "hybrid"
-    available = FEATURES if hybrid else ("pooled", "stage3")
+    available = FEATURES if trained.config.encoder.kind == "hybrid" else ("pooled", "stage3")
+    if "stage1_output_decode" not in trained.params["encoder"]:
+        available = tuple(name for name in available if name != "fused")
     if feature not in available:
         raise InputError(f"--feature={feature} is not one of {', '.join(available)} of this encoder")
     if output.suffix not in FORMATS:

@@ -8,8 +8,9 @@ from pathlib import Path
 from data_pipelines.prepare import prepare
 from data_pipelines.synthetic import write_dataset
 from infmae_jax.interop.load import load_encoder
-from infmae_jax.evaluation.probe import ProbeConfig, linear_probe
+from infmae_jax.linear_probe import linear_probe
 from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.probe import ProbeConfig
 
 _PRETRAIN_SEED, _PROBE_SEED = 0, 1  # different scenes
 

@@ -11,7 +11,7 @@ import numpy as np
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import report
 from infmae_jax.bench.step import short_run, synthetic_batch
-from infmae_jax.evaluation.features import images_at_once, in_pieces
+from infmae_jax.interop.trained_model import images_at_once, in_pieces
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask

@@ -20,6 +20,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.order import RecordOrder
 from infmae_jax import pictures
 from infmae_jax.evaluation import classification
+from infmae_jax.evaluation.features import FEATURES, LabelledFeatures
 from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Group, Loss, Position
@@ -36,7 +37,7 @@ class ProbeConfig(RunConfig):
     Attributes:
       csv: label file: columns file (relative to its folder), split and labels; made into shards in the run folder.
       shards: shard sets with labels, in place of `csv`.
-      label: name of the label (the column of the CSV).
+      label_column: names of one or more labels (columns of the CSV); each is a run of its own on the same features.
       train_split, test_split: names of the splits.
       synthetic: with neither `csv` nor `shards`, make this many synthetic scenes and probe their scene class.
       variant: of an untrained encoder (checkpoint "random"); or the variant that the checkpoint must be.
@@ -51,6 +52,7 @@ class ProbeConfig(RunConfig):
       least_steps: a data set too small for this many steps in `duration` is passed over more often, for LARS moves a
         layer by a fraction of its own norm at each step, whatever the batch.
       heads: classifiers trained side by side, with seeds `seed`, `seed` + 1, ...; the encoder is the same for all.
+      feature_batch: images per device call when features are computed.
       neighbors: of the k-NN figure.
     """
 
@@ -62,7 +64,7 @@ class ProbeConfig(RunConfig):
     checkpoint_every: str = "25 percent"
     csv: str = ""
     shards: tuple[str, ...] = ()
-    label: str = "label"
+    label_column: tuple[str, ...] = ("label",)
     train_split: str = "train"
     test_split: str = "val"
     synthetic: Count = 0
@@ -70,31 +72,17 @@ class ProbeConfig(RunConfig):
     like: str = ""
     encoder_seed: Annotated[int, "[0, 4294967295]"] = 0
     image_size: tuple[int, int] = (0, 0)
-    feature: Annotated[str, "pooled, fused, stage1, stage2, stage3, multi"] = "pooled"
+    feature: Annotated[str, ", ".join(FEATURES)] = "pooled"
     view: Annotated[str, "stretch, center_crop"] = "stretch"
     flip: bool = False
     crops: Count = 0
     batch_size: Annotated[int, "[1, inf)"] = 256
     least_steps: Count = 720
     heads: Annotated[int, "[1, inf)"] = 3
+    feature_batch: Annotated[int, "[1, inf)"] = 64
     neighbors: Annotated[int, "[1, inf)"] = 20
 
-    FREE_KEYS: ClassVar[tuple[str, ...]] = (*RunConfig.FREE_KEYS, "csv", "shards")
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledFeatures:
-    """Features of a split's images.
-
-    Attributes:
-      values: (n,V,D) float32, V views of each image; a test split has one.
-      classes: (n,) int32.
-      keys: names of the images.
-    """
-
-    values: np.ndarray
-    classes: np.ndarray
-    keys: Sequence[str]
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (*RunConfig.FREE_KEYS, "csv", "shards", "label_column", "feature_batch")
 
 
 class ProbeTask:
@@ -115,7 +103,7 @@ class ProbeTask:
     ):
         """`fingerprint` identifies encoder and data; InputError where a split or the classes do not suffice."""
         if len(class_names) < 2 or len(np.unique(train.classes)) < 2:
-            raise InputError(f"label {config.label} has one class in split {config.train_split}; a probe needs two")
+            raise InputError(f"all images of split {config.train_split} are of one class; a probe needs two")
         self.config, self.train, self.test = config, train, test
         self.class_names, self.fingerprint = list(class_names), fingerprint
         self.num_examples = len(train.classes)
@@ -213,12 +201,12 @@ class ProbeTask:
 
     def logits(self, params: Any, features: np.ndarray) -> np.ndarray:
         """(m,D) float32 features -> (S,m,classes) float32, normalised with the statistics of all training features."""
-        mean, variance = self._statistics
+        mean, variance = self.statistics
         standardised = (features - mean) / np.sqrt(variance + NORM_EPS)
         return np.stack([_linear(params[f"head_{s}"], standardised) for s in range(self.config.heads)])
 
     @functools.cached_property
-    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and variance (D,) of all training features: what running averages would settle at."""
         flat = self.train.values.reshape(-1, self.width).astype(np.float64)
         return flat.mean(axis=0).astype(np.float32), flat.var(axis=0).astype(np.float32)

@@ -1,8 +1,11 @@
 """ConfigDict to dataclasses and back; every mistake names its key."""
 
 import json
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
@@ -26,6 +29,18 @@ def test_round_trip_through_json():
         ({"seed": True}, "seed must be int"),
         ({"model": {"dtype": "float8"}}, "float8"),
         ({"data": {"image_size": [100, 96]}}, "100x96 is not divisible"),
+        ({"optimizer": {"clip_norm": -1.0}}, r"optimizer\.clip_norm=-1.0 must be in \[0, inf\)"),
+        ({"optimizer": {"b1": 1.5}}, r"optimizer\.b1=1.5 must be in \[0, 1\)"),
+        ({"optimizer": {"b2": 1.0}}, r"optimizer\.b2=1.0 must be in \[0, 1\)"),
+        ({"optimizer": {"base_learning_rate": float("nan")}}, r"optimizer\.base_learning_rate=nan must be in"),
+        ({"optimizer": {"schedule": "linear"}}, r"optimizer\.schedule='linear' must be one of half_cosine, polynomial"),
+        ({"best_mode": "least"}, "best_mode='least' must be one of min, max"),
+        ({"keep_checkpoints": 0}, r"keep_checkpoints=0 must be in \[1, inf\)"),
+        ({"data": {"image_size": (96.0, 96.0)}}, r"data\.image_size\[0\] must be int, got 96.0"),
+        ({"data": {"image_size": (96,)}}, r"data\.image_size must be \(int, int\), got \(96,\)"),
+        ({"data": {"scale": (0.2,)}}, r"data\.scale must be \(float, float\), got \(0.2,\)"),
+        ({"data": {"ratio": 1}}, r"data\.ratio must be \(float, float\), got 1"),
+        ({"model": {"widths": (48, 96)}}, r"model\.widths must be \(int, int, int\), got \(48, 96\)"),
     ],
 )
 def test_mistakes_are_named(change, message):
@@ -44,3 +59,30 @@ def test_differences_leave_out_what_does_not_change_results():
     old = to_config(PretrainConfig()).to_dict()
     new = to_config(PretrainConfig(seed=1, log_every="7 steps", mesh=MeshConfig(fsdp=2))).to_dict()
     assert differences(old, json.loads(json.dumps(new)), PretrainConfig.FREE_KEYS) == ["seed was 0, is 1"]
+
+
+@pytest.mark.parametrize("text, size", [("96x64", (96, 64)), ("(96, 64)", (96, 64)), ("96,64", (96, 64))])
+def test_flags_set_tuples(monkeypatch, text, size):
+    assert from_config(PretrainConfig, overridden(monkeypatch, f"--config.data.image_size={text}")).data.image_size == size
+
+
+@pytest.mark.parametrize("value", ["290", "290.5"])
+def test_flags_set_what_is_none(monkeypatch, value):
+    config = from_config(
+        PretrainConfig,
+        overridden(
+            monkeypatch, "--config.data.intensity.mapping=fixed", f"--config.data.intensity.low={value}",
+            "--config.data.intensity.high=330",
+        ),
+    )  # fmt: skip
+    assert config.data.intensity.low == float(value) and config.data.intensity.high == 330.0
+    assert from_config(PretrainConfig, to_config(PretrainConfig())).data.intensity.low is None
+
+
+def overridden(monkeypatch, *arguments):
+    """The default config as the command line leaves it."""
+    values = flags.FlagValues()
+    monkeypatch.setattr(sys, "argv", ["test", *arguments])  # where config_flags looks for overrides
+    config_flags.DEFINE_config_dict("config", to_config(PretrainConfig()), flag_values=values)
+    values(sys.argv)
+    return values.config
