@@ -120,7 +120,7 @@ def _one_view(
     values, classes = [], []
     with (
         eval_batches(dataclasses.replace(config, max_corrupt=0), split, view) as batches,
-        progress_bar(f"features {split}", len(batches) * config.batch_size, "image") as bar,
+        progress_bar(f"features {split}", len(ExampleReader(local_folders(config.shards), split)), "image") as bar,
     ):
         for batch in batches:
             vectors = model.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"])

@@ -19,7 +19,7 @@ def test_base_against_the_figures_of_the_plain_reimplementation(visible_only, pu
 
 
 @pytest.mark.parametrize("model", [
-    flops.on_visible(SHALLOW), flops.as_published(SHALLOW), dataclasses.replace(SHALLOW, encoder="vit")
+    flops.on_visible(SHALLOW), flops.as_published(SHALLOW), SHALLOW.replace(kind="vit")
 ], ids=["visible only", "as published", "vit"])  # fmt: skip
 def test_every_stage_by_hand_is_a_little_less_than_xlas_count(model):
     by_hand = flops.hand_count(model, SIZE, KEEP, model.encoder.visible_only)

@@ -1,4 +1,4 @@
-"""The command as a process: what a user sees."""
+"""The linear probe from labels to results, and its mistakes."""
 
 import json
 import os
@@ -6,62 +6,102 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
-from data_pipelines.masking import MaskConfig
+from data_pipelines.errors import InputError
+from data_pipelines.prepare.labelled import prepare_table
+from infmae_jax.interop.load import write
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.linear_probe import linear_probe, table_text
+from infmae_jax.tasks.probe import ProbeConfig
+from infmae_jax.training.run_folder import read_config
 from tests.evaluation.conftest import SIZE
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def probe(*arguments):
-    command = [sys.executable, "-m", "infmae_jax.linear_probe", *map(str, arguments)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+ROOT = Path(__file__).resolve().parents[2]
+FAST = dict(least_steps=200, duration="1 epochs", batch_size=8, feature_batch=8, neighbors=5, log_every="50 steps")
 
 
 @pytest.fixture
-def run(tmp_path, small_encoder):
-    folder = tmp_path / "run"
-    write_run(folder, small_encoder.config, MaskConfig(), SIZE, small_encoder.params, {})
-    return folder
+def config(labelled):
+    return ProbeConfig(csv=str(labelled), **FAST)
 
 
-def test_smoke_form_makes_its_own_images(tmp_path, run):
-    config = "--config=configs/linear_probe/csv.py:smoke"
+def test_results_follow_from_the_saved_classifiers(small_encoder, config, tmp_path):
     out = tmp_path / "out"
-    done = probe(config, "--checkpoint=random", f"--config.like={run}", f"--workdir={out}")
+    result = linear_probe(small_encoder, config, out)["label"]
+    assert json.loads((out / "results.json").read_text()) == result
+    saved, features = np.load(out / "probe.npz"), [np.load(path) for path in (out / "features").iterdir()]
+    x, truth = next((f["values"], f["classes"]) for f in features if len(f["classes"]) == 10)
+    standardised = (x - saved["mean"]) / np.sqrt(saved["variance"] + 1e-6)
+    logits = [standardised @ kernel + bias for kernel, bias in zip(saved["kernel"], saved["bias"], strict=True)]
+    assert list(saved["classes"]) == result["classes"] == ["cold", "hot"]
+    assert result["top1"]["seeds"] == pytest.approx([np.mean(each.argmax(1) == truth) for each in logits])
+    assert result["top1"]["mean"] == 1.0, "brightness separates these classes"
+    assert np.sum(result["confusion"]) == 30 and result["knn"]["top1"] == 1.0
+    assert result["majority_class"] == {"class": "cold", "top1": 0.5, "balanced_accuracy": 0.5}
+    assert "100.0 ± 0.0" in table_text({"label": result})
+    assert {"config.json", "metrics.jsonl", "events.jsonl", "checkpoints", "pictures"} <= {p.name for p in out.iterdir()}
+
+
+def test_a_finished_probe_is_shown_again_and_a_changed_image_is_noticed(small_encoder, config, labelled, tmp_path):
+    first = linear_probe(small_encoder, config, tmp_path / "out")
+    assert linear_probe(small_encoder, config, tmp_path / "out") == first
+    image = labelled.parent / "images" / "03.png"
+    image.write_bytes((labelled.parent / "images" / "05.png").read_bytes())
+    with pytest.raises(InputError, match="another config.*shards"):
+        linear_probe(small_encoder, config, tmp_path / "out")
+
+
+def test_label_columns_share_features_and_have_a_folder_each(small_encoder, labelled, tmp_path):
+    config = ProbeConfig(csv=str(labelled), label_column=("label", "angle"), heads=1, **FAST)
+    results = linear_probe(small_encoder, config, tmp_path / "out")
+    assert results["angle"]["classes"] == ["0", "10", "20"]
+    for column in ("label", "angle"):
+        assert json.loads((tmp_path / "out" / column / "results.json").read_text()) == results[column]
+        assert read_config(tmp_path / "out" / column)["heads"] == 1
+
+
+def test_names_of_columns_never_share_a_folder(small_encoder, labelled, tmp_path):
+    text = labelled.read_text().replace("label,angle", "a/b,a b")
+    labelled.write_text(text)
+    config = ProbeConfig(csv=str(labelled), label_column=("a/b", "a b"), heads=1, **FAST)
+    results = linear_probe(small_encoder, config, tmp_path / "out")
+    found = {json.loads(path.read_text())["label_column"] for path in (tmp_path / "out").glob("*/results.json")}
+    assert found == set(results) == {"a/b", "a b"}
+
+
+def test_shards_with_labels_are_probed_as_they_are(small_encoder, labelled, tmp_path):
+    prepare_table(labelled, ["label"], tmp_path / "shards", progress=False)
+    config = ProbeConfig(shards=(str(tmp_path / "shards"),), heads=1, **FAST)
+    assert linear_probe(small_encoder, config, tmp_path / "out")["label"]["test_images"] == 10
+    with pytest.raises(InputError, match="label 'colour' is not one of the labels of .*label"):
+        linear_probe(small_encoder, ProbeConfig(shards=config.shards, label_column=("colour",)), tmp_path / "other")
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "infmae_jax.linear_probe", *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
+def test_the_command_on_a_run(labelled, small_model, small_encoder, tmp_path):
+    write(tmp_path / "run", "run", TrainedModel(small_model, dict(small_encoder.params), image_size=SIZE), SIZE, {})
+    keys = [f"--config.{key}={value}" for key, value in FAST.items()]
+    arguments = (f"--checkpoint={tmp_path / 'run'}", f"--config.csv={labelled}", *keys)
+    done = command(*arguments, f"--workdir={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
-    assert results["checkpoint"] == "random" and results["top1"]["seeds"]
-    assert results["train_images"] + results["test_images"] == 32
-    assert "linear probe" in done.stdout and str(out) in done.stdout
-
-
-def test_a_run_is_probed_once(labelled, run, tmp_path):
-    arguments = (f"--checkpoint={run}", f"--workdir={tmp_path / 'out'}", f"--config.csv={labelled}", "--config.seeds=2")
-    first = probe(*arguments)
-    assert first.returncode == 0, first.stderr
-    results = (tmp_path / "out/results.json").stat().st_mtime_ns
-    second = probe(*arguments)
-    assert (second.returncode, second.stdout) == (0, first.stdout)
-    assert (tmp_path / "out/results.json").stat().st_mtime_ns == results
-
-
-@pytest.mark.parametrize(
-    "arguments, word",
-    [
-        (["--checkpoint=RUN", "--config.csv=LABELS", "--config.label_column=colour"], "'colour'"),
-        (["--checkpoint=/no/such/run", "--config.csv=LABELS"], "/no/such/run"),
-        (["--checkpoint=RUN", "--config.csv=LABELS"], "07.png"),
-    ],
-)
-def test_mistakes_end_in_one_line_and_exit_code_2(labelled, run, tmp_path, arguments, word):
+    assert "linear probe" in done.stdout and str(tmp_path / "out") in done.stdout
     (labelled.parent / "images/07.png").write_bytes(b"no image")
-    names = {"RUN": str(run), "LABELS": str(labelled)}
-    arguments = [f"{key}={names.get(value, value)}" for key, value in (a.split("=") for a in arguments)]
-    done = probe(*arguments, f"--workdir={tmp_path / 'out'}")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and word in errors[0]
-    assert not (tmp_path / "out").exists()
+    done = command(*arguments, f"--workdir={tmp_path / 'other'}")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "07.png" in line
+
+
+def test_devices_must_find_images(small_encoder, labelled, tmp_path):
+    assert jax.device_count() == 4
+    lines = labelled.read_text().splitlines()
+    labelled.write_text("\n".join([*lines[:4], *lines[21:]]) + "\n")
+    with pytest.raises(InputError, match="3 training images cannot be shared by 4 devices"):
+        linear_probe(small_encoder, ProbeConfig(csv=str(labelled), **FAST), tmp_path / "out")

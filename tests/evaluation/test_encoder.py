@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
-from data_pipelines.masking import MaskConfig
-from infmae_jax.interop.load import load_encoder, untrained
+from infmae_jax.interop.load import load_encoder, untrained, write
+from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.infmae import InfMAE
 
 
@@ -16,7 +16,8 @@ def run(tmp_path_factory, small_model):
     images, ids_keep = np.zeros((1, 32, 32, 1), np.float32), np.zeros((1, 1), np.int32)
     params = jax.jit(InfMAE(small_model).init)(jax.random.key(7), images, ids_keep)["params"]
     folder = tmp_path_factory.mktemp("run") / "run"
-    write_run(folder, small_model, MaskConfig(), (48, 32), jax.tree.map(np.asarray, params), {})
+    trained = TrainedModel(small_model, jax.tree.map(np.asarray, params), image_size=(48, 32))
+    write(folder, "run", trained, (48, 32), {})
     return folder, params
 
 

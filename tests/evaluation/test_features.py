@@ -1,160 +1,91 @@
+"""Features of labelled splits: what their names say, kept and found again."""
+
 import dataclasses
-import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.transforms import resize
 from data_pipelines.errors import InputError
+from data_pipelines.intensity import Intensity
+from data_pipelines.prepare.labelled import prepare_table
+from data_pipelines.transforms import resize
+from data_pipelines.views import LabelledView
 from infmae_jax.evaluation import features as module
+from infmae_jax.evaluation.features import labelled_features
 from infmae_jax.interop.load import untrained
-from infmae_jax.evaluation.features import FeatureExtractor, Views
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from tests.evaluation.conftest import SIZE
 
-VIEWS = Views(SIZE)
+WHOLE = (LabelledView(SIZE, "stretch", flip=False), False)
 
 
 @pytest.fixture
-def files(labelled):
-    return sorted((labelled.parent / "images").iterdir())
+def shards(labelled, tmp_path):
+    prepare_table(labelled, ["label"], tmp_path / "shards", progress=False)
+    return [str(tmp_path / "shards")]
 
 
-@pytest.fixture
-def decoded(monkeypatch):
-    """The files that are decoded, as they are."""
-    seen = []
-    original = module.read_image_file
-    monkeypatch.setattr(module, "read_image_file", lambda path, how: (seen.append(path), original(path, how))[1])
-    return seen
+def take(encoder, shards, tmp_path, feature="pooled", split="train", views=(WHOLE,), batch=8, label="label"):
+    return labelled_features(encoder, shards, split, label, views, feature, batch, tmp_path / "cache")
 
 
-def one_by_one(encoder, files, **options):
-    """Feature maps of each image alone: no batches, no padding, no threads."""
-    model = InfMAE(encoder.config)
-    for file in files:
-        pixels = resize(np.asarray(Image.open(file)), encoder.image_size)
-        images = normalize(pixels[None, :, :, None])
-        yield model.apply({"params": encoder.params}, images, method="features", **options)
+def one_by_one(encoder, labelled, numbers, **options):
+    for number in numbers:
+        image = resize(np.asarray(Image.open(labelled.parent / "images" / f"{number:02d}.png")), SIZE)
+        yield InfMAE(encoder.config).apply(
+            {"params": encoder.params}, normalize(image[None, ..., None]), method="features", **options
+        )
 
 
-def test_batches_threads_and_padding_do_not_change_features(small_encoder, files):
-    want = np.stack([maps["pooled"][0] for maps in one_by_one(small_encoder, files)])
-    got = FeatureExtractor(small_encoder, batch_size=8, threads=3).extract(files, VIEWS)
-    assert (got.shape, got.dtype) == ((30, 1, 16), np.float32)
-    np.testing.assert_allclose(got[:, 0], want, atol=2e-5)
+def test_features_of_a_split_are_those_of_its_images_in_order(small_encoder, labelled, shards, tmp_path):
+    found = take(small_encoder, shards, tmp_path)
+    want = np.stack([maps["pooled"][0] for maps in one_by_one(small_encoder, labelled, range(20))])
+    assert (found.values.shape, found.values.dtype) == ((20, 1, 16), np.float32)
+    np.testing.assert_allclose(found.values[:, 0], want, atol=2e-5)
+    np.testing.assert_array_equal(found.classes, np.arange(20) % 2)
+    assert [found.keys[i] for i in (0, 19)] == ["images/00.png", "images/19.png"]
 
 
-def test_a_few_images_at_once_have_the_same_features(small_encoder):
-    images = np.random.default_rng(0).integers(0, 256, (12, *SIZE, 1), np.uint8)
-    whole, pieces = (module.encode(small_encoder.config, small_encoder.params, images, n) for n in (12, 4))
-    assert whole.keys() == pieces.keys()
-    for name in whole:
-        np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-5, atol=1e-6)
+def test_every_feature_is_what_its_name_says(small_encoder, labelled, shards, tmp_path):
+    maps = list(one_by_one(small_encoder, labelled, range(20, 26)))
+    means = {name: np.stack([np.mean(m[name][0], axis=(0, 1)) for m in maps]) for name in module.STAGES}
+    fused = [m["pooled"][0] for m in one_by_one(small_encoder, labelled, range(20, 26), fuse_stages=True)]
+    expected = {**means, "multi": np.concatenate(list(means.values()), axis=1), "fused": np.stack(fused)}
+    for name, want in expected.items():
+        found = take(small_encoder, shards, tmp_path, name, "val").values[:6, 0]
+        np.testing.assert_allclose(found, want, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "batch, platforms, expected",
-    [
-        (64, ["cpu"], 8), (20, ["cpu"], 5), (6, ["cpu"], 6), (61, ["cpu"], 61), (64, ["cpu", "cpu"], 64),
-        (64, ["gpu"], 64),
-    ],
-)  # fmt: skip
-def test_how_many_images_at_once(batch, platforms, expected):
-    assert module.images_at_once(batch, [SimpleNamespace(platform=name) for name in platforms]) == expected
-
-
-def test_every_feature_is_what_its_name_says(small_encoder, files):
-    extractor = FeatureExtractor(small_encoder, batch_size=4)
-    maps = list(one_by_one(small_encoder, files[:6]))
-    stages = ("stage1", "stage2", "stage3")
-    means = {name: np.stack([np.mean(m[name][0], axis=(0, 1)) for m in maps]) for name in stages}
-    fused = np.stack([m["pooled"][0] for m in one_by_one(small_encoder, files[:6], fuse_stages=True)])
-    for name, want in {**means, "multi": np.concatenate(list(means.values()), axis=1), "fused": fused}.items():
-        np.testing.assert_allclose(extractor.extract(files[:6], VIEWS, name)[:, 0], want, atol=2e-5, err_msg=name)
-
-
-def test_plain_vit_has_pooled_tokens_only(small_model, files):
-    encoder = untrained(small_model.replace(kind="vit"), SIZE)
-    extractor = FeatureExtractor(encoder, batch_size=4)
-    want = np.stack([m["pooled"][0] for m in one_by_one(encoder, files[:3])])
-    np.testing.assert_allclose(extractor.extract(files[:3], VIEWS)[:, 0], want, atol=2e-5)
+def test_plain_vit_has_no_stages(small_model, shards, tmp_path):
     with pytest.raises(InputError, match="'stage1' is not one of pooled, stage3"):
-        extractor.extract(files[:3], VIEWS, "stage1")
+        take(untrained(small_model.replace(kind="vit"), SIZE), shards, tmp_path, "stage1")
 
 
-def test_finished_features_are_not_computed_again(small_encoder, files, tmp_path, decoded):
-    first = FeatureExtractor(small_encoder, cache=tmp_path / "cache").extract(files, VIEWS)
-    assert sorted(decoded) == files
-    again = FeatureExtractor(small_encoder, cache=tmp_path / "cache")
-    np.testing.assert_array_equal(again.extract(files, VIEWS), first)
-    again.extract(files, VIEWS, "multi")
-    assert len(decoded) == len(files)
+def test_views_of_training_images(small_encoder, shards, tmp_path):
+    crop = (dataclasses.replace(WHOLE[0], whole="", flip=True), False)
+    found = take(small_encoder, shards, tmp_path, views=(WHOLE, (WHOLE[0], True), crop, crop)).values
+    assert found.shape == (20, 4, 16)
+    assert all(np.abs(found[:, a] - found[:, b]).max() > 1e-4 for a in range(4) for b in range(a))
 
 
-@pytest.mark.parametrize("change", ["weights", "file", "list", "size"])
-def test_features_are_computed_again_when_something_changed(
-    small_encoder, other_encoder, files, tmp_path, decoded, change
-):
-    FeatureExtractor(small_encoder, cache=tmp_path).extract(files, VIEWS)
-    decoded.clear()
-    encoder, views = small_encoder, VIEWS
-    if change == "weights":
-        encoder = other_encoder
-    elif change == "file":
-        os.utime(files[3], ns=(1, 1))
-    elif change == "list":
-        files = files[::-1]
-    else:
-        views = dataclasses.replace(VIEWS, size=(32, 32))
-    FeatureExtractor(encoder, cache=tmp_path).extract(files, views)
-    assert len(decoded) == len(files)
+def test_what_is_finished_is_not_computed_again(small_encoder, other_encoder, shards, tmp_path, monkeypatch):
+    first = take(small_encoder, shards, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_one_view", None)
+        np.testing.assert_array_equal(take(small_encoder, shards, tmp_path).values, first.values)
+    assert np.abs(take(other_encoder, shards, tmp_path).values - first.values).max() > 1e-3
+    white = dataclasses.replace(small_encoder, intensity=Intensity("min_max"))
+    assert np.abs(take(white, shards, tmp_path).values - first.values).max() > 1e-3
 
 
-def test_an_interrupted_extraction_goes_on_where_it_was(small_encoder, files, tmp_path, decoded, monkeypatch):
-    monkeypatch.setattr(module, "_BATCHES_PER_PART", 2)
-    good = files[25].read_bytes()
-    want = FeatureExtractor(small_encoder, batch_size=4).extract(files, VIEWS)
-    files[25].write_bytes(b"no image")
-    with pytest.raises(InputError, match=files[25].name):
-        FeatureExtractor(small_encoder, batch_size=4, cache=tmp_path / "bad").extract(files, VIEWS)
-    assert not list((tmp_path / "bad").rglob("*.tmp"))
-
-    # The same with an error that is not the file's: everything before the part of file 25 stays.
-    files[25].write_bytes(good)
-    original = module._read_views
-    monkeypatch.setattr(module, "_read_views", lambda f, i, v: 1 / 0 if i == 25 else original(f, i, v))
-    with pytest.raises(ZeroDivisionError):
-        FeatureExtractor(small_encoder, batch_size=4, cache=tmp_path / "cache").extract(files, VIEWS)
-    monkeypatch.setattr(module, "_read_views", original)
-    decoded.clear()
-    got = FeatureExtractor(small_encoder, batch_size=4, cache=tmp_path / "cache").extract(files, VIEWS)
-    np.testing.assert_array_equal(got, want)
-    assert sorted(decoded) == files[24:]
-
-
-def test_diverged_weights_are_named(small_encoder, files):
+def test_mistakes_and_diverged_weights_are_named(small_encoder, shards, tmp_path):
+    with pytest.raises(InputError, match="test"):
+        take(small_encoder, shards, tmp_path, split="test")
+    with pytest.raises(InputError, match="images/00.png.*no label 'colour'"):
+        take(small_encoder, shards, tmp_path, label="colour")
     params = {"encoder": {**small_encoder.params["encoder"]}}
     params["encoder"]["norm"] = {"scale": np.full(16, np.nan, np.float32), "bias": np.zeros(16, np.float32)}
     with pytest.raises(InputError, match="not finite"):
-        FeatureExtractor(dataclasses.replace(small_encoder, params=params)).extract(files, VIEWS)
-
-
-def test_views_of_training_images():
-    image = np.random.default_rng(0).integers(0, 256, (50, 70)).astype(np.uint8)
-    views = Views(SIZE, flip=True, crops=3)
-    got = views.of(image, 5)
-    assert (got.shape, got.dtype, views.count) == ((5, *SIZE), np.uint8, 5)
-    np.testing.assert_array_equal(got[1], got[0][:, ::-1])
-    np.testing.assert_array_equal(got, views.of(image, 5))
-    assert (got[2:] != views.of(image, 6)[2:]).any() and (got[2] != got[3]).any()
-
-
-def test_stretching_keeps_the_rim_and_the_centre_crop_does_not():
-    image = np.zeros((60, 100), np.uint8)
-    image[:, :4] = 255
-    assert Views((48, 48)).of(image, 0)[0][:, 0].mean() > 200
-    assert Views((48, 48), stretch=False).of(image, 0).max() == 0
+        take(dataclasses.replace(small_encoder, params=params), shards, tmp_path)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infmae_jax.evaluation.knn import knn_predict
+from infmae_jax.evaluation.classification import knn_predict
 
 
 def brute_force(train, labels, test, neighbors):
