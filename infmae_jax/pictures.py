@@ -1,13 +1,12 @@
-"""Pictures of what a model does: reconstruction panels, loss curves, confusion matrices. NumPy arrays in, PNG out.
+"""Everything that is drawn: reconstruction panels, curves of metrics, confusion matrices. NumPy arrays in, pixels out.
 
 Every function draws with matplotlib's Agg canvas, imported when first used, without pyplot's global state: safe in the
-training loop, in threads and without a display. Files are written beside and renamed.
+training loop, in threads and without a display. Text is drawn as it is, without mathematical markup.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
@@ -29,6 +29,20 @@ _DPI = 100
 _GAP = 6  # pixels between the cells of a panel
 _HEAD = 26  # pixels for the titles
 _SMALLEST_CELL = 160  # pixels: below it, titles collide and patches cannot be told apart
+MARKS = {  # what may be marked on a curve: colour and matplotlib marker
+    "restart": ("#1f77b4", ">"),
+    "skipped update": ("#e08a00", "o"),
+    "roll-back": ("#7b3fa0", "<"),
+    "checkpoint damaged or not saved": ("#c62828", "D"),
+}
+_MOST_POINTS = 2000  # drawn of a curve
+_LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
+_LONGEST_NAME = 30  # characters of a class name
+
+
+def printable(text: object) -> str:
+    """The text with everything that is not printed (control characters, changes of direction) written as \\u001b."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(text))
 
 
 def reconstruction_panel(
@@ -41,7 +55,7 @@ def reconstruction_panel(
     colormap: str = "inferno",
     patch: int = PATCH,
 ) -> np.ndarray:
-    """Draws one row an image: input, masked input, reconstruction, visible patches pasted over it, token scores.
+    """Draws one row per image: input, masked input, reconstruction, visible patches pasted over it, token scores.
 
     Args:
       images: (B,H,W) uint8, sides divisible by `patch`.
@@ -106,36 +120,56 @@ def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool, p
     return np.nan_to_num(np.clip(np.rint((gray * PIXEL_STD + PIXEL_MEAN) * 255), 0, 255)).astype(np.uint8)
 
 
-def loss_curve(metrics: str | Path, path: str | Path) -> None:
-    """Draws loss and learning rate over the steps of a run.
+def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown: tuple[float, float]) -> np.ndarray:
+    """Draws a metric over the steps of a run, large enough for a phone.
 
     Args:
-      metrics: a `metrics.jsonl`: one object a line with `step`, `loss` and, optionally, `learning_rate`. Of a step
-        logged twice the later counts; a last line cut short is left out.
-      path: PNG to write.
+      series: (n,2) step and value; NaN is a gap. Of very many points the extremes are drawn. At least one is finite.
+      marks: steps by kind, a key of `MARKS`.
+      shown: first and last step of the axis.
 
-    Raises:
-      InputError: no such file, or no logged loss in it.
+    Returns:
+      The picture, (480,840,3) uint8.
     """
-    rows = _read_rows(Path(metrics))
-    steps = np.array(sorted(rows))
-    losses = np.array([rows[step]["loss"] for step in steps], float)
-    rates = np.array([rows[step].get("learning_rate", np.nan) for step in steps], float)
-    figure = _figure(900, 480)
-    axis = figure.add_axes((0.09, 0.12, 0.81, 0.82))
-    smooth = _running_mean(losses, max(1, len(losses) // 40))
-    axis.plot(steps, losses, color="#d9a07a", linewidth=0.8, label="loss", marker="." if len(steps) < 3 else None)
-    if len(steps) >= 40:
-        axis.plot(steps, smooth, color="#8c2d04", linewidth=1.8, label="running mean")
-    axis.set(xlabel="step", ylabel="masked reconstruction loss")
+    from matplotlib.ticker import EngFormatter
+
+    figure = _figure(420, 240, zoom=2)
+    axis = figure.add_axes((0.14, 0.1, 0.82, 0.83))
+    steps, values = _extremes(series).T
+    values = np.clip(values, -1e99, 1e99)  # Agg cannot scale an axis of larger ones
+    alone = ~np.isnan(values) & np.isnan(np.r_[np.nan, values[:-1]]) & np.isnan(np.r_[values[1:], np.nan])
+    noisy = len(values) >= 40
+    axis.plot(steps, values, color="#d9a07a" if noisy else "#8c2d04", linewidth=0.8 if noisy else 1.6)
+    axis.plot(steps[alone], values[alone], ".", color="#8c2d04")
+    if noisy:
+        reach = len(values) // 40
+        known = np.convolve(~np.isnan(values), np.ones(2 * reach + 1), "same")
+        sums = np.convolve(np.nan_to_num(values), np.ones(2 * reach + 1), "same")
+        axis.plot(steps, sums / np.where(known, known, np.nan), color="#8c2d04", linewidth=1.6)
+    if np.nanmin(values) > 0 and np.nanmax(values) > _LOG_RANGE * np.nanmin(values):
+        axis.set_yscale("log")
+    edge = axis.get_xaxis_transform()  # x in steps, y from 0 to 1
+    for kind, places in marks.items():
+        colour, marker = MARKS[kind]
+        axis.vlines(places, 0, 1, color=colour, linewidth=0.6, alpha=0.5, transform=edge)
+        axis.plot(places, np.ones(len(places)), marker, color=colour, transform=edge, clip_on=False)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_xlim(shown[0], max(shown[1], shown[0] + 1))
+    axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
-    if np.isfinite(rates).any():
-        right = axis.twinx()
-        right.plot(steps, rates, color="#4a6fa5", linewidth=1.0, linestyle="--")
-        right.set_ylabel("learning rate (dashed)", color="#4a6fa5")
-        right.ticklabel_format(style="sci", axis="y", scilimits=(0, 0))
-    axis.legend(loc="upper right", frameon=False)
-    _save(figure, path)
+    return _render(figure)
+
+
+def _extremes(series: np.ndarray) -> np.ndarray:
+    """The series, or the lowest and the highest point of each of many equal stretches, its ends included."""
+    if len(series) <= _MOST_POINTS:
+        return series
+    kept = [0, len(series) - 1]
+    for part in np.array_split(np.arange(len(series)), _MOST_POINTS // 2):
+        values = series[part, 1]
+        kept += [part[np.where(np.isnan(values), np.inf, values).argmin()]]
+        kept += [part[np.where(np.isnan(values), -np.inf, values).argmax()]]
+    return series[np.unique(kept)]
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path) -> None:
@@ -147,21 +181,21 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path)
       path: PNG to write.
     """
     matrix = np.asarray(matrix)
+    names = [printable(name)[:_LONGEST_NAME] for name in names]
     count = len(names)
     if matrix.shape != (count, count):
         raise ValueError(f"matrix {matrix.shape} does not fit {count} class names")
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    longest = max(len(str(name)) for name in names)
     # Margins grow with the longest name, cells shrink with their number.
-    cell, margin = max(18, min(70, 1400 // count)), 50 + 7 * min(longest, 30)
-    side = max(220, cell * count)
-    figure = _figure(side + margin + 30, side + margin + 20)
-    total = figure.get_size_inches() * _DPI
-    axis = figure.add_axes((margin / total[0], margin / total[1], side / total[0], side / total[1]))
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    cell = max(18, min(70, 1400 // count))
     size = max(5, min(10, cell // 5))
-    axis.set_xticks(range(count), [str(name)[:30] for name in names], rotation=90, fontsize=size)
-    axis.set_yticks(range(count), [str(name)[:30] for name in names], fontsize=size)
+    side = max(220, cell * count) + 70 + size * max(map(len, names))
+    figure = _figure(side, side)
+    figure.set_layout_engine("constrained")  # whatever the names: nothing is cut off
+    axis = figure.add_subplot()
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axis.set_xticks(range(count), names, rotation=90, fontsize=size, parse_math=False)
+    axis.set_yticks(range(count), names, fontsize=size, parse_math=False)
     axis.set(xlabel="predicted", ylabel="true")
     if count <= 30:
         for row, column in np.ndindex(count, count):
@@ -169,29 +203,6 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path)
             text = str(int(matrix[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     _save(figure, path)
-
-
-def _read_rows(path: Path) -> dict[int, dict]:
-    """Logged objects that have a loss, by step; the later of two with the same step."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist: give the metrics.jsonl of a run folder")
-    rows = {}
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if isinstance(row, dict) and "step" in row and "loss" in row:
-            rows[int(row["step"])] = row
-    if not rows:
-        raise InputError(f"{path} holds no logged loss: let the run reach its first logged step")
-    return rows
-
-
-def _running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """Mean over `reach` values to each side, fewer at the ends."""
-    kernel = np.ones(2 * reach + 1)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def _colour_table(colormap: str) -> np.ndarray:
@@ -209,11 +220,11 @@ def _to_levels(scores: np.ndarray) -> np.ndarray:
     return np.rint((scores - scores.min()) / (spread or 1.0) * 255).astype(np.uint8)
 
 
-def _figure(width: int, height: int) -> Figure:
+def _figure(width: int, height: int, zoom: float = 1) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI * zoom, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
@@ -248,20 +259,20 @@ def _frame_cells(axis, kept: np.ndarray) -> None:
     axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor=_FRAME, linewidth=1.4))
 
 
-def _save(figure: Figure, path: str | Path | None) -> np.ndarray:
-    """Renders a figure, writes it as PNG (where a path is given) and returns its pixels (rows, columns, 3) uint8."""
+def _render(figure: Figure) -> np.ndarray:
+    """The pixels of a figure, (rows, columns, 3) uint8."""
     figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _save(figure: Figure, path: str | Path | None) -> np.ndarray:
+    """Renders a figure, writes it as PNG where a path is given, and returns its pixels."""
+    pixels = _render(figure)
     if path is None:
         return pixels
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(temporary, format="PNG")
-        temporary.replace(path)
+        with atomic_write(path) as partial:
+            Image.fromarray(pixels).save(partial, format="PNG")
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror or error}): name another output") from error
     return pixels

@@ -14,12 +14,12 @@ from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from infmae_jax import embedded, pictures, report
+from infmae_jax import embedded, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import distributed, loop
 from infmae_jax.training.config import from_config, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.metrics import METRICS_NAME, read_metrics
+from infmae_jax.training.metrics import METRICS_NAME
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
 
@@ -52,8 +52,6 @@ def main(argv: list[str]) -> int:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
         return result.stop_code
     if primary:
-        if any("loss" in row for row in read_metrics(workdir)):  # log_every may be "never"
-            pictures.loss_curve(workdir / METRICS_NAME, workdir / "pictures" / "loss.png")
         print(_summary(config, workdir, result.step))
     return 0
 
@@ -82,7 +80,6 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
         f"finished {step} steps in {workdir}:",
         f"  checkpoints      {workdir / 'checkpoints'}",
         f"  losses           {workdir / METRICS_NAME}, {workdir / 'tensorboard'}",
-        *([f"  loss curve       {curve}"] if (curve := workdir / "pictures" / "loss.png").exists() else []),
         f"  report           {workdir / 'report.html'}",
         *([f"  reconstructions  {drawn}"] if drawn.exists() else []),
         f"  what ran         {workdir / 'config.json'}, {workdir / 'record.json'}",

@@ -2,122 +2,266 @@
 
     python -m infmae_jax.report RUN [--output=FILE.html]
 
-The page needs no network: curves with restarts, skipped updates, rollbacks and damaged checkpoints marked, events with
-the records of skipped batches, reconstructions, config, and what exactly ran. A run may be looked at while it trains.
+The page needs no network and no script: curves of everything that was logged with restarts, skipped updates,
+roll-backs and damaged checkpoints marked, events with the records of skipped batches, pictures, config, and what
+exactly ran. A run may be looked at while it trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import html
+import io
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from infmae_jax.reporting import page
-from infmae_jax.reporting.charts import number_text
+from data_pipelines.files import atomic_write
+from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
+from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.training.config import flat, to_config
 
 NAME = "report.html"
+_RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
+_MARK_OF_EVENT = {
+    "resume": _RESTART, "skip": _SKIPPED, "spike": _SKIPPED, "rollback": _ROLL_BACK,
+    "checkpoint_damaged": _DAMAGED, "save_failed": _DAMAGED,
+}  # fmt: skip
+_LAYERS = ("param_norm/", "grad_norm/")  # metrics of every layer: a table, not curves
+_NOT_DRAWN = ("step", "time", "epoch")
+_ROUTINE_EVENTS = ("save", "compile")
+_NOT_DETAILS = ("time", "step", "event", "records", "last_row_time")
+_MAX_CURVES, _MAX_EVENTS, _MAX_KEYS, _MAX_PICTURES = 60, 300, 4000, 4
+_PICTURE_WIDTH = 1600  # pixels
+_MAX_PICTURE_BYTES = 64 << 20  # of a file that is opened at all
+
+_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{name}: {status}</title><style>
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 0 auto; max-width: 1300px; padding: 12px; color: #222 }}
+img {{ max-width: 100%; height: auto }} figure {{ margin: 0 }} progress {{ width: 100% }}
+.curves {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 12px }}
+.wide {{ overflow-x: auto }} table {{ border-collapse: collapse }} summary {{ cursor: pointer; font-weight: bold }}
+th, td {{ text-align: left; vertical-align: top; padding: 3px 14px 3px 0; border-bottom: 1px solid #ddd }}
+td {{ overflow-wrap: anywhere; min-width: 4em }}
+</style></head><body><h1>{name}</h1><p><b>{status}</b> {progress}</p>{bar}{body}
+<p><small>infmae-jax, {now} UTC. One file; nothing is loaded from elsewhere.</small></p></body></html>
+"""
 
 
 def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Writes the page of a run folder, whatever it holds so far, and returns where: RUN/report.html by default.
 
     Raises:
-      InputError: `run` is no run folder, or the page cannot be written.
+      InputError: `run` is not a run folder, or the page cannot be written.
     """
     return _write(read_history(run), output)
 
 
 def _write(history: RunHistory, output: str | Path | None) -> Path:
     path = Path(output) if output else history.folder / NAME
-    temporary = path.with_name(f".{path.name}.partial")
-    html = page.render(history, facts(history)).encode(errors="replace")  # names of files may hold what is no text
+    page = render(history)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(html)
-        temporary.replace(path)
+        with atomic_write(path) as partial:
+            partial.write_text(page, encoding="utf-8")
     except OSError as error:
-        if temporary.is_file():
-            temporary.unlink()
         raise InputError(f"{path} cannot be written ({error.strerror or error}): name another --output") from error
     return path
 
 
 def facts(history: RunHistory) -> list[tuple[str, str]]:
     """What to know of a run first, as pairs of label and value."""
-    steps, losses = history.series("loss")
-    found = []
-    known = np.flatnonzero(np.isfinite(losses))
-    if len(known):
-        best = known[np.argmin(losses[known])]
-        found += [
-            ("loss, last", number_text(float(losses[known[-1]]))),
-            ("loss, first", number_text(float(losses[known[0]]))),
-            ("loss, best", f"{number_text(float(losses[best]))} at step {int(steps[best]):,}"),
-        ]
-    return [*found, *_rates(history), *_accidents(history), *_what_ran(history)]
-
-
-def _rates(history: RunHistory) -> list[tuple[str, str]]:
-    found = []
-    if rate := history.recent("images_per_second"):
-        found.append(("images a second", number_text(float(f"{rate:.4g}"))))
-    goodput = history.finite("goodput")
-    if len(goodput):
-        found.append(("goodput, last process", f"{100 * goodput[-1]:.1f} %"))
-    if history.rows:
-        utilisation = history.recent("mfu")
-        found.append(("MFU", f"{100 * utilisation:.1f} %" if utilisation is not None else "not known for this device"))
-    for key, name in (("device_memory_gib", "device memory, most"), ("host_memory_gib", "host memory, most")):
-        values = history.finite(key)
-        if len(values):
-            found.append((name, f"{values.max():.2f} GiB"))
-    if history.began is not None and history.last_sign is not None:
-        found.append(("from first to last sign", duration_text(history.last_sign - history.began)))
-    return found
-
-
-def _accidents(history: RunHistory) -> list[tuple[str, str]]:
-    lost, counts = history.lost, history.counts
-    found = [("updates skipped", f"{history.skipped:,}"), ("restarts", f"{lost.restarts:,}")]
-    if lost.restarts or lost.rollbacks:
-        found += [("work made again", duration_text(lost.redone_seconds)), ("down", duration_text(lost.down_seconds))]
+    found, counts, record = [], history.counts, history.record
+    if len(losses := history.finite("loss")):
+        best = losses[losses[:, 1].argmin()]
+        found += [("loss, last", _number(losses[-1, 1])), ("loss, first", _number(losses[0, 1]))]
+        found += [("loss, best", f"{_number(best[1])} at step {_number(best[0])}")]
+    for key, label, form in (
+        ("images_per_second", "images per second", "{:.4g}"), ("goodput", "goodput", "{:.1%}"), ("mfu", "MFU", "{:.1%}")
+    ):  # fmt: skip
+        value = history.recent(key)
+        found += [(label, form.format(value))] if value is not None else []
+    for key, label, form in (
+        ("device_memory_gib", "device memory, most", "{:.2f} GiB"),
+        ("host_memory_gib", "host memory, most", "{:.2f} GiB"),
+        ("substituted_samples", "damaged records replaced", "{:,.0f}"),
+    ):  # fmt: skip
+        most = history.finite(key)[:, 1].max(initial=0)
+        found += [(label, form.format(most))] if most else []
+    if history.seen:
+        found.append(("from first to last sign", duration_text(history.seen[1] - history.seen[0])))
+    found += [("updates skipped", f"{counts['skip']:,}"), ("restarts", f"{_marks(history.events).count(_RESTART):,}")]
     for name, label in (
-        ("rollback", "rollbacks"),
-        ("checkpoint_damaged", "checkpoints damaged"),
-        ("save_failed", "saves failed"),
-    ):
-        if counts[name]:
-            found.append((label, f"{counts[name]:,}"))
-    replaced = history.finite("substituted_samples")
-    if replaced.max(initial=0):
-        found.append(("damaged records replaced", f"{int(replaced.max()):,}"))
-    return found
-
-
-def _what_ran(history: RunHistory) -> list[tuple[str, str]]:
-    record, found = history.record, []
-    for key, label in (("parameters", "parameters"), ("gflop_per_image", "GFLOP an image")):
-        if isinstance(record.get(key), (int, float)):
-            found.append((label, number_text(float(record[key]))))
-    if "devices" in record:
-        found.append(("devices", str(record["devices"])))
-    if isinstance(record.get("mesh"), dict):
-        found.append(("mesh", " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())))
+        ("rollback", "roll-backs"), ("checkpoint_damaged", "checkpoints damaged"), ("save_failed", "saves failed"),
+        ("save", "checkpoints saved"),
+    ):  # fmt: skip
+        found += [(label, f"{counts[name]:,}")] if counts[name] else []
+    for key, label in (("parameters", "parameters"), ("gflop_per_image", "GFLOP per image"), ("devices", "devices")):
+        value = record.get(key)
+        found += [(label, _number(value) if isinstance(value, (int, float)) else str(value))] if key in record else []
     return found
 
 
 def summary(history: RunHistory) -> str:
-    """The facts as lines of text."""
-    status = history.status
-    total = f" of {history.total_steps:,}" if history.total_steps else ""
-    lines = [("status", " ".join(filter(None, (status.word, status.detail)))), ("steps", f"{history.step:,}{total}")]
-    lines += facts(history) + [("problem", problem) for problem in history.problems]
-    return "\n".join(f"{label:<26}{value}" for label, value in lines)
+    """The facts as lines of text, safe for a terminal."""
+    lines = [("status", " ".join(history.status).strip()), ("steps", _progress(history)), *facts(history)]
+    lines += [("problem", problem) for problem in history.problems]
+    return "\n".join(f"{label:<26}{printable(text)}" for label, text in lines)
+
+
+def render(history: RunHistory) -> str:
+    """The whole page. Everything that comes from a file is escaped."""
+    status, total = history.status, history.total_steps
+    left = f", about {duration_text(history.seconds_left)} left" if history.seconds_left else ""
+    layers = [key for key in history.series if key.startswith(_LAYERS)]
+    norms = ((key, history.finite(key)[:, 1]) for key in layers)
+    norms = [(key, *map(_number, values[[0, -1]])) for key, values in norms if len(values)]
+    record = {key: value for key, value in history.record.items() if key != "parameter_table"}
+    parameters = history.record.get("parameter_table")
+    rows = [row.values() for row in parameters if isinstance(row, Mapping)] if isinstance(parameters, list) else []
+    body = [
+        _table((), facts(history)),
+        "".join(f"<p>Problem: {_text(problem)}.</p>" for problem in history.problems),
+        _curves(history, [key for key in history.series if key not in (*layers, *_NOT_DRAWN)]),
+        _events(history),
+        _pictures(history.pictures),
+        _folded("Layers", _table(("norm", "first", "last"), norms)),
+        _config(history.config),
+        _folded("What exactly ran", _table((), flat(record).items())),
+        _folded(f"{len(rows)} parameters", _table(("name", "shape", "sharding"), rows)),
+    ]
+    return _PAGE.format(
+        name=_text(history.folder.resolve().name), status=status[0],
+        progress=_text(f"step {_progress(history)}{left}. {status[1]}"),
+        bar=f'<progress max="{total}" value="{min(history.step, total)}"></progress>' if total else "",
+        body="".join(body), now=_moment(history.now),
+    )  # fmt: skip
+
+
+def _progress(history: RunHistory) -> str:
+    return f"{history.step:,} of {history.total_steps:,}" if history.total_steps else f"{history.step:,}"
+
+
+def _marks(events: Sequence[Mapping[str, Any]]) -> list[str | None]:
+    """For each event the key of `MARKS` that it is drawn as, or None: any but the first start is a restart."""
+    return [_RESTART if e["event"] == "start" and i else _MARK_OF_EVENT.get(e["event"]) for i, e in enumerate(events)]
+
+
+def _curves(history: RunHistory, keys: Sequence[str]) -> str:
+    """A picture per metric that has a finite value; of counts only those that are not always zero."""
+    marks: dict[str, list[float]] = {}
+    for event, kind in zip(history.events, _marks(history.events)):
+        if kind:
+            marks.setdefault(kind, []).append(event["step"])
+    steps = [row["step"] for row in history.rows[:1] + history.rows[-1:]] + [s for of in marks.values() for s in of]
+    drawn = []
+    for key in keys:
+        known = history.finite(key)[:, 1]
+        if len(drawn) == _MAX_CURVES or not known.any():
+            continue
+        places = {kind: np.unique(of) for kind, of in marks.items()}
+        picture = Image.fromarray(metric_curve(history.series[key], places, (min(steps), max(steps))))
+        title = _text(f"{key.replace('_', ' ')}: {_number(known[-1])}")
+        drawn.append(_figure(title, _data(picture, "PNG")))
+    legend = ", ".join(f'<span style="color:{MARKS[kind][0]}">{kind} ({len(of)})</span>' for kind, of in marks.items())
+    return f'<h2>Curves</h2><p>{legend}</p><div class="curves">{"".join(drawn)}</div>' if drawn else ""
+
+
+def _events(history: RunHistory) -> str:
+    shown = [event for event in history.events if event["event"] not in _ROUTINE_EVENTS]
+    rows, keys_left = [], _MAX_KEYS
+    for event in reversed(shown[-_MAX_EVENTS:]):
+        details = flat({key: value for key, value in event.items() if key not in _NOT_DETAILS})
+        details = _text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in details.items()))
+        if isinstance(records := event.get("records"), list) and records:
+            names = [_text(key) for key in records[:keys_left]]
+            keys_left -= len(names)
+            more = f"<br>{len(records) - len(names):,} more in events.jsonl" if len(names) < len(records) else ""
+            details += f"<details><summary>{len(records):,} records</summary>{'<br>'.join(names)}{more}</details>"
+        rows.append((_moment(event["time"]), _number(event["step"]), event["event"].replace("_", " "), _Html(details)))
+    cut = f"<p>The latest {_MAX_EVENTS} of {len(shown):,} events; all are in events.jsonl.</p>"
+    cut = cut if len(shown) > len(rows) else ""
+    return f"<h2>Events</h2>{cut}{_table(('time (UTC)', 'step', 'event', 'details'), rows)}" if rows else ""
+
+
+def _pictures(paths: Sequence[Path]) -> str:
+    """Of each kind of picture (names that differ in numbers alone) the last one and three earlier, evenly spaced."""
+    kinds: dict[str, list[Path]] = {}
+    for path in paths:
+        kinds.setdefault(re.sub(r"\d+", "", path.name), []).append(path)
+    drawn = []
+    for alike in kinds.values():
+        places = {round(place) for place in np.linspace(0, len(alike) - 1, _MAX_PICTURES)}
+        for path in (alike[place] for place in sorted(places, reverse=True)):
+            try:
+                if path.stat().st_size <= _MAX_PICTURE_BYTES:
+                    with Image.open(path) as image:
+                        image.thumbnail((_PICTURE_WIDTH, 4 * _PICTURE_WIDTH))
+                        source = _data(image.convert("RGB"), "WEBP")
+                    name = _text(re.sub(r"step_0*(\d+)", r"step \1", path.stem))
+                    drawn.append(_figure(name, source))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                continue  # not a whole picture: it may be being written just now
+    return f"<h2>Pictures</h2>{''.join(drawn)}" if drawn else ""
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    rows, defaults = flat(config), flat(to_config(PretrainConfig()))
+    changed = [(key, value, defaults[key]) for key, value in rows.items() if defaults.get(key, value) != value]
+    shown = f"<h2>Config</h2><p>{len(changed)} keys differ from the defaults.</p>" if rows else ""
+    everything = _folded(f"all {len(rows)} keys", _table((), rows.items()))
+    return shown + _table(("key", "value", "default"), changed) + everything
+
+
+class _Html(str):
+    """Text that is escaped already."""
+
+
+def _text(value: Any) -> _Html:
+    return value if isinstance(value, _Html) else _Html(html.escape(printable(value)))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>{content}</details>" if content else ""
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{head}</th>" for head in heads)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>' if body else ""
+
+
+def _figure(title: str, source: str) -> str:
+    return f'<figure><figcaption>{title}</figcaption><img src="{source}" alt="{title}"></figure>'
+
+
+def _data(image: Image.Image, form: str) -> str:
+    """The picture inside the page."""
+    image.save(out := io.BytesIO(), form)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def _number(value: float) -> str:
+    """A number for people: 1,234 or 0.01235 or 3.5e-07."""
+    whole = math.isfinite(value) and value == int(value) and abs(value) < 1e15
+    return f"{int(value):,}" if whole else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _moment(seconds: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return _number(seconds)
 
 
 def _define_flags() -> None:

@@ -125,35 +125,65 @@ def test_panel_refuses(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_loss_curve_uses_the_later_of_two_rows_and_skips_a_cut_line(tmp_path):
-    def curve(name, lines):
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        pictures.loss_curve(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png")
-        return np.asarray(Image.open(tmp_path / f"{name}.png"))
+def colours(picture, colour):
+    """Where a picture has about this colour, (rows, columns) bool."""
+    return np.abs(picture.astype(int) - colour).max(axis=-1) < 4
 
-    rows = [json.dumps({"step": s, "loss": 1 / (s + 1), "learning_rate": 1e-4}) for s in range(60)]
-    plain = curve("plain", rows)
-    resumed = curve("resumed", [json.dumps({"step": 30, "loss": 9.0}), '{"step": 2, "event": "note"}', *rows, '{"st'])
-    assert np.array_equal(plain, resumed)
-    assert not np.array_equal(plain, curve("other", rows[:50]))
-    assert curve("single", rows[:1]).std() > 0
-    with pytest.raises(InputError, match="no logged loss"):
-        curve("empty", [""])
-    with pytest.raises(InputError, match="does not exist"):
-        pictures.loss_curve(tmp_path / "absent.jsonl", tmp_path / "x.png")
+
+def test_metric_curve_draws_its_points_where_they_are():
+    """A line from low left to high right, a gap in it, a lone point, and a mark."""
+    series = np.array([(s, np.nan if 12 <= s <= 18 and s != 15 else 2.0 * s) for s in range(31)])
+    picture = pictures.metric_curve(series, {"restart": [20]}, (0, 30))
+    line, mark = (colours(picture, colour) for colour in ((140, 45, 4), (31, 119, 180)))
+    columns = np.flatnonzero(line.any(axis=0))
+    heights = [np.flatnonzero(line[:, column]).mean() for column in columns]
+    assert (np.diff(heights) <= 0.5).all() and heights[0] - heights[-1] > 300
+    gaps = np.diff(columns)
+    assert (gaps > 40).sum() == 2  # on both sides of the lone point at 15
+    width = columns[-1] - columns[0]
+    assert np.flatnonzero(mark.any(axis=0)).mean() == pytest.approx(columns[0] + width * 20 / 30, abs=4)
+
+
+def test_a_spike_among_very_many_points_is_drawn():
+    values = np.ones(100_000)
+    plain = pictures.metric_curve(np.c_[np.arange(100_000), values], {}, (0, 100_000))
+    values[77_777] = 5.0
+    spiked = pictures.metric_curve(np.c_[np.arange(100_000), values], {}, (0, 100_000))
+    assert colours(spiked, (217, 160, 122)).any(axis=1).sum() > 5 * colours(plain, (217, 160, 122)).any(axis=1).sum()
+
+
+@pytest.mark.parametrize("values", [[5.0], [1e300, -1e300], [1.7e308, 1.0], [3.0] * 50, [np.nan, 1e-12]])
+def test_curves_of_odd_values(values):
+    picture = pictures.metric_curve(np.c_[np.arange(len(values)), values], {}, (0, 0))
+    assert picture.shape == (480, 840, 3) and len(np.unique(picture)) > 2
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 40])
 def test_confusion_matrix(tmp_path, classes):
-    rng = np.random.default_rng(classes)
+    """Every class is always taken for the next one: cells beside the diagonal are dark, all others are light."""
     names = [f"class {i} " + "x" * (i % 5) for i in range(classes)]
-    pictures.confusion_matrix(rng.integers(0, 50, (classes, classes)), names, tmp_path / "m.png")
+    matrix = np.roll(np.eye(classes, dtype=int) * np.arange(1, classes + 1), 1, axis=1)
+    pictures.confusion_matrix(matrix, names, tmp_path / "m.png")
     image = np.asarray(Image.open(tmp_path / "m.png"))
-    assert max(image.shape) < 2000 and image.std() > 0
+    assert max(image.shape) < 2000
     for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert edge.min() == 255  # nothing is cut off at the border
+    dark, light = (colours(image, np.rint(np.array(matplotlib.colormaps["Blues"](v)[:3]) * 255)) for v in (1.0, 0.0))
+    top, bottom = np.flatnonzero((dark | light).sum(axis=1) > 50)[[0, -1]]
+    left, right = np.flatnonzero((dark | light).sum(axis=0) > 50)[[0, -1]]
+    for row, column in np.ndindex(matrix.shape):
+        y = round(top + (bottom - top) * (row + 0.2) / classes)  # above the count in the middle
+        x = round(left + (right - left) * (column + 0.2) / classes)
+        assert (dark if matrix[row, column] else light)[y, x], (row, column)
     with pytest.raises(ValueError, match="class names"):
         pictures.confusion_matrix(np.zeros((2, 3)), ["a", "b"], tmp_path / "m.png")
+
+
+def test_class_names_are_drawn_as_they_are(tmp_path):
+    """Markup that matplotlib cannot parse, changes of direction, control characters, scripts without glyphs."""
+    names = ["$\\frac{a", "US$ and A$", "\u202egnp.exe", "\x1b[31m", "a\nb", "\u6797", "\ud800", "<b>&"]
+    pictures.confusion_matrix(np.eye(len(names)), names, tmp_path / "m.png")
+    assert pictures.printable("a\u202eb\nc\x1b\ud800 d\u00e9") == "a\\u202eb\\u000ac\\u001b\\ud800 d\u00e9"
 
 
 def test_matplotlib_is_loaded_only_to_draw():

@@ -1,42 +1,32 @@
-"""What a run folder says about its run, however little is there yet."""
+"""What a run folder says about its run, however little is there yet and however long the run was."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.errors import InputError
-from infmae_jax.training.duration import in_steps
-from infmae_jax.training.goodput import LostTime, lost_time
-from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
+from infmae_jax.training.metrics import EVENTS_NAME, METRICS_NAME, read_events
 from infmae_jax.training.record import RECORD_NAME
 from infmae_jax.training.run_folder import CONFIG_NAME
 
-PICTURES = "pictures"
+MAX_METRICS_BYTES = 16 << 20  # of metrics.jsonl; of a longer file as much is read, in evenly spaced blocks
+_BLOCKS = 256
+_RECENT_ROWS = 10
 _ENDINGS = ("finished", "preempted", "interrupted", "stopped")
-_STARTS = ("start", "resume")
 _INTERRUPTED = 130  # exit code that a `preempted` event carries after Ctrl-C
 _SILENT_SECONDS = 600.0  # at least; a run that logs rarely may be silent for longer
 _SILENT_ROWS = 10
-_RECENT = 0.1  # of the rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Status:
-    """What became of a run: one of "finished", "running", "silent", "preempted", "interrupted", "stopped", "new"."""
-
-    word: str
-    detail: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +38,8 @@ class RunHistory:
       config, record: config.json and record.json; empty where missing or unreadable.
       rows: logged steps, steps growing.
       events: what happened, in order.
-      pictures: reconstructions, oldest first.
-      problems: one line for each file that could not be read.
+      pictures: PNG files in RUN/pictures, by name.
+      problems: one line for each file that could not be read, or not read whole.
       now: unix seconds of reading.
     """
 
@@ -62,95 +52,81 @@ class RunHistory:
     problems: list[str]
     now: float
 
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values, float64, of the rows that have `key`; what is no number is NaN."""
-        pairs = [(row["step"], _number(row[key])) for row in self.rows if key in row]
-        return tuple(np.array(pairs, np.float64).reshape(-1, 2).T)
-
-    def keys(self, prefix: str) -> list[str]:
-        """Names of logged values that begin with `prefix`, in order of appearance."""
-        return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))
+    @functools.cached_property
+    def series(self) -> dict[str, np.ndarray]:
+        """Logged value -> (n, 2) float64, step and value, NaN for what is not a finite number."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                found.setdefault(key, []).append((row["step"], _number(value)))
+        return {key: np.array(pairs) for key, pairs in found.items()}
 
     def finite(self, key: str) -> np.ndarray:
-        values = self.series(key)[1]
-        return values[np.isfinite(values)]
+        """(n, 2) as in `series`, of the finite values; n is 0 where nothing of this name was logged."""
+        series = self.series.get(key, np.zeros((0, 2)))
+        return series[np.isfinite(series[:, 1])]
 
     def recent(self, key: str) -> float | None:
-        """Median over the last tenth of the rows."""
-        values = self.finite(key)
-        return float(np.median(values[-max(1, math.ceil(len(values) * _RECENT)) :])) if len(values) else None
+        """Median over the last rows, None without any."""
+        values = self.finite(key)[-_RECENT_ROWS:, 1]
+        return float(np.median(values)) if len(values) else None
 
     @functools.cached_property
     def step(self) -> int:
         """Steps made, as far as the folder says."""
-        last_row = self.rows[-1]["step"] + 1 if self.rows else 0
         at_end = [event["step"] for event in self.events[-1:] if event["event"] in (*_ENDINGS, "save")]
-        return int(max([last_row, *at_end]))
+        return int(max([0, *(row["step"] + 1 for row in self.rows[-1:]), *at_end]))
 
     @functools.cached_property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None where the folder does not tell."""
-        try:
-            images, batch_size = self.config["data_set"]["images"], self.config["data"]["batch_size"]
-            return in_steps(self.config["duration"], batch_size=batch_size, num_examples=images)
-        except (KeyError, TypeError, AttributeError, ArithmeticError, InputError):
-            return None
+        """Steps of the whole run; None where the events do not say."""
+        totals = [_number(event["total_steps"]) for event in self.events if "total_steps" in event]
+        return int(totals[-1]) if totals and totals[-1] > 0 else None
 
     @functools.cached_property
-    def last_sign(self) -> float | None:
-        """Unix seconds of the last row or event."""
-        times = [entry["time"] for entry in (*self.rows[-1:], *self.events[-1:]) if "time" in entry]
-        return max(times) if times else None
+    def seen(self) -> tuple[float, float] | None:
+        """Unix seconds of the first and the last row or event; None where nothing says."""
+        times = [*self.finite("time")[:, 1], *(event["time"] for event in self.events)]
+        return (min(times), max(times)) if times else None
 
     @functools.cached_property
-    def began(self) -> float | None:
-        times = [entry["time"] for entry in (*self.rows[:1], *self.events[:1]) if "time" in entry]
-        return min(times) if times else None
+    def counts(self) -> collections.Counter[str]:
+        """How often each event happened; "skip" counts also updates whose events could not be written."""
+        counts = collections.Counter(event["event"] for event in self.events)
+        counts["skip"] = int(max(counts["skip"] + counts["spike"], self.finite("skipped_updates")[:, 1].max(initial=0)))
+        return counts
 
     @functools.cached_property
-    def counts(self) -> Counter[str]:
-        """How often each event happened."""
-        return Counter(event["event"] for event in self.events)
-
-    @functools.cached_property
-    def skipped(self) -> int:
-        """Updates skipped; rows count those whose events could not be written."""
-        logged = self.finite("skipped_updates")
-        return int(max(self.counts["skip"] + self.counts["spike"], logged.max(initial=0)))
-
-    @functools.cached_property
-    def lost(self) -> LostTime:
-        return lost_time(self.events)
-
-    @functools.cached_property
-    def status(self) -> Status:
-        for event in reversed(self.events):
-            if event["event"] in _STARTS:
-                break
-            if event["event"] in _ENDINGS:
-                return _ended(event)
-        if not self.events and self.total_steps is not None and self.step >= self.total_steps:
-            return Status("finished", "by its last logged step; there are no events")
-        if self.last_sign is None:
-            return Status("silent", "nothing says when") if self.rows else Status("new", "nothing logged yet")
-        gaps = np.diff([row["time"] for row in self.rows if "time" in row])
-        usual = statistics.median(gaps) if len(gaps) else 0.0
-        silent = self.now - self.last_sign
-        if silent > max(_SILENT_SECONDS, _SILENT_ROWS * usual):
-            return Status("silent", f"no sign of life for {duration_text(silent)}: killed, or it hangs")
-        return Status("running", f"last sign of life {duration_text(max(silent, 0.0))} ago")
+    def status(self) -> tuple[str, str]:
+        """What became of the run: "finished", "running", "silent", "preempted", "interrupted", "stopped" or "new", and
+        a few words about it."""
+        kinds = [event["event"] for event in self.events if event["event"] in ("start", "resume", *_ENDINGS)]
+        if kinds and kinds[-1] in _ENDINGS:
+            event = next(event for event in reversed(self.events) if event["event"] == kinds[-1])
+            if kinds[-1] in ("finished", "stopped"):
+                return kinds[-1], str(event.get("reason", ""))
+            word = "interrupted" if event.get("code") == _INTERRUPTED else kinds[-1]
+            return word, f"at step {int(event['step']):,}; the same command continues it"
+        if self.seen is None:
+            return ("silent", "nothing says since when") if self.rows else ("new", "nothing logged yet")
+        gaps = np.diff(self.finite("time")[:, 1])
+        silent = max(self.now - self.seen[1], 0.0)
+        if silent > max(_SILENT_SECONDS, _SILENT_ROWS * np.median(gaps) if len(gaps) else 0.0):
+            return "silent", f"no sign of life for {duration_text(silent)}: killed, or it hangs"
+        return "running", f"last sign of life {duration_text(silent)} ago"
 
     @functools.cached_property
     def seconds_left(self) -> float | None:
-        """Of a running run, from the rate of its recent steps."""
-        rate = self.recent("images_per_second")
-        if self.status.word != "running" or not rate or self.total_steps is None:
+        """Of a running run, from the pace of its last rows; None where there is none."""
+        times = self.finite("time")[-_RECENT_ROWS:]
+        if self.status[0] != "running" or self.total_steps is None or len(times) < 2:
             return None
-        return max(0, self.total_steps - self.step) * self.config["data"]["batch_size"] / rate
+        steps, seconds = times[-1] - times[0]
+        return max(0, self.total_steps - self.step) * seconds / steps if seconds > 0 else None
 
 
 def read_history(run: str | Path) -> RunHistory:
-    """Reads a run folder.
+    """Reads a run folder, its metrics.jsonl line by line in bounded memory.
 
     Raises:
       InputError: `run` holds none of the files of a run.
@@ -160,28 +136,13 @@ def read_history(run: str | Path) -> RunHistory:
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{run} is not a run folder: it has none of {', '.join(names)}; give the --workdir of a run")
     problems: list[str] = []
-    rows = {row["step"]: row for row in _plausible(read_metrics(folder), ("step",))}
-    return RunHistory(
-        folder=folder,
-        config=_read_object(folder / CONFIG_NAME, problems),
-        record=_read_object(folder / RECORD_NAME, problems),
-        rows=[rows[step] for step in sorted(rows)],
-        events=[{**event, "event": str(event["event"])} for event in _plausible(read_events(folder), ("step", "time"))],
-        pictures=sorted((folder / PICTURES).glob("step_*.png")),
-        problems=problems,
-        now=time.time(),
-    )
-
-
-def _plausible(entries: Iterable[Mapping[str, Any]], needed: Sequence[str]) -> list[dict[str, Any]]:
-    """Entries with finite numbers for `needed`; of the other keys that are reckoned with, those that are numbers."""
-    numbers = {"step", "time", "to_step", "last_row_time"}
-    found = []
-    for entry in entries:
-        kept = {k: v for k, v in entry.items() if k not in numbers or math.isfinite(_number(v))}
-        if kept.keys() >= set(needed):
-            found.append(kept)
-    return found
+    config, record = (_read_object(folder / name, problems) for name in (CONFIG_NAME, RECORD_NAME))
+    found = (_parse(line) for line in _lines(folder / METRICS_NAME, problems))
+    rows = {row["step"]: row for row in found if _number(row.get("step")) >= 0}  # of two rows of a step the later
+    sound = [event for event in read_events(folder) if not math.isnan(_number(event["time"]) + _number(event["step"]))]
+    events = [{**event, "event": str(event["event"])} for event in sound]
+    pictures = sorted((folder / "pictures").rglob("*.png"))
+    return RunHistory(folder, config, record, [rows[s] for s in sorted(rows)], events, pictures, problems, time.time())
 
 
 def duration_text(seconds: float) -> str:
@@ -192,34 +153,44 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _ended(event: Mapping[str, Any]) -> Status:
-    word = event["event"]
-    if word == "preempted" and event.get("code") == _INTERRUPTED:
-        word = "interrupted"
-    if word == "finished":
-        return Status(word, "")
-    if word == "stopped":
-        return Status(word, str(event.get("reason", "")))
-    return Status(word, f"at step {int(event['step']):,}; the same command goes on")
+def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
+    """The lines of a file; of a long one, those of evenly spaced blocks, the first and the last ones included."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size <= MAX_METRICS_BYTES:
+        yield from path.read_bytes().splitlines() if size else ()
+        return
+    problems.append(f"{path.name} is long: {MAX_METRICS_BYTES >> 20} of {size >> 20} MiB, evenly spaced, are shown")
+    block = MAX_METRICS_BYTES // _BLOCKS
+    with path.open("rb") as file:
+        for start in np.linspace(0, size - block, _BLOCKS).astype(int).tolist():
+            file.seek(start)
+            yield from file.read(block).splitlines()  # the cut lines at its ends are no JSON and so left out
+
+
+def _parse(line: bytes) -> Mapping[str, Any]:
+    """The object in a line; empty where the line is not whole."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, Mapping) else {}
 
 
 def _number(value: Any) -> float:
+    """A finite number as float; NaN for everything else."""
     try:
-        return float(value) if isinstance(value, (int, float)) else math.nan
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
     except OverflowError:
         return math.nan
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        problems.append(f"{path.name} is missing")
-        return {}
     try:
-        found = json.loads(path.read_text())
+        if isinstance(found := json.loads(path.read_text()), dict):
+            return found
+        problems.append(f"{path.name} cannot be read: it is not a JSON object")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
     except (ValueError, OSError) as error:
         problems.append(f"{path.name} cannot be read: {error}")
-        return {}
-    if not isinstance(found, dict):
-        problems.append(f"{path.name} holds no object")
-        return {}
-    return found
+    return {}

@@ -74,7 +74,7 @@ def write_lines(path, rows):
 def make_run(folder, rows=(), events=(), config=True, record=True, pictures=()):
     folder.mkdir(parents=True, exist_ok=True)
     if config:
-        settings = {**tiny_cpu.get_config().to_dict(), "duration": "100 steps", "data_set": {"images": 640}}
+        settings = {**tiny_cpu.get_config().to_dict(), "data_set": {"images": 640}}
         (folder / "config.json").write_text(json.dumps(settings))
     if record:
         versions, table = {"jax": "0.10.2"}, [{"name": "encoder/x", "shape": [3, 4], "sharding": "PartitionSpec()"}]
@@ -97,7 +97,7 @@ def make_eventful_run(folder):
     """A run with everything that can happen."""
     rows = [metrics_row(s, loss="nan" if s == 40 else 1.5 - s / 100, skipped_updates=2 * (s > 40)) for s in range(100)]
     events = [
-        event(-600, "start", 0, processes=1, devices=2, last_row_time=None),
+        event(-600, "start", 0, processes=1, devices=2, total_steps=100, last_row_time=None),
         event(-580, "save", 20, seconds_blocked=0.25),
         event(-560, "skip", 40, loss="nan", grad_norm="nan", reason="non-finite loss", records=["hit/a.jpg", "b<1>"]),
         event(-559, "skip", 41, loss=9.5, grad_norm=1.0, reason="spike", records=["c"]),

@@ -1,4 +1,4 @@
-"""What became of a run, told from its folder."""
+"""What became of a run, by its folder."""
 
 import pytest
 
@@ -32,15 +32,19 @@ def test_status(tmp_path, events, age, word, detail):
     rows = [{**row, "time": NOW - age - 10 + row["step"]} for row in rows]
     run = make_run(tmp_path / "run", rows, [{**e, "time": e["time"] + shift} for e in events])
     status = read_history(run).status
-    assert status.word == word and detail in status.detail
+    assert status[0] == word and detail in status[1]
 
 
-def test_runs_from_before_there_were_events(tmp_path):
-    rows = [{k: v for k, v in metrics_row(s).items() if k != "time"} for s in range(100)]
-    history = read_history(make_run(tmp_path / "run", rows))
-    assert history.status.word == "finished" and history.step == history.total_steps == 100
+def test_time_left_follows_the_pace_of_the_last_rows(tmp_path):
+    events = [event(-90, "start", 0, total_steps=100)]
+    rows = [metrics_row(s, time=NOW - 50 + 2 * s) for s in range(25)]
+    history = read_history(make_run(tmp_path / "run", rows, events))
+    assert history.seconds_left == pytest.approx(75 * 2)
 
 
-def test_time_left_follows_the_rate(tmp_path):
-    history = read_history(make_run(tmp_path / "run", [metrics_row(s, time=NOW) for s in range(25)]))
-    assert history.seconds_left == pytest.approx(75 * 64 / 40)  # 75 steps of 64 images at 40 a second
+def test_of_two_rows_of_a_step_the_later_counts_and_cut_lines_are_left_out(tmp_path):
+    run = make_run(tmp_path / "run", [metrics_row(5, loss=9.0), *(metrics_row(s) for s in range(10))])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "lo')
+    losses = read_history(run).finite("loss")
+    assert losses[:, 0].tolist() == list(range(10)) and losses[5, 1] == pytest.approx(1.45)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infmae_jax.benchmarks import timing
-from infmae_jax.benchmarks.report import NEEDS_ACCELERATOR, Row, report
-from infmae_jax.benchmarks.training import visible_tokens
+from infmae_jax.bench import timing
+from infmae_jax.bench.results import NEEDS_ACCELERATOR, Row, report
+from infmae_jax.bench.step import visible_tokens
 from infmae_jax.models import blocks, patches
 from infmae_jax.tasks.pretrain import PretrainConfig
 

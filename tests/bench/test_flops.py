@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from infmae_jax.benchmarks import flops
+from infmae_jax.bench import flops
 from infmae_jax.models.infmae import variant
 
 SIZE, KEEP = (224, 224), 49

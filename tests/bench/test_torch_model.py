@@ -24,7 +24,7 @@ SIZE = (64, 96)
 @pytest.fixture(scope="module")
 def torch_model():
     pytest.importorskip("torch", reason="PyTorch is not installed; it is needed only to compare with it")
-    from infmae_jax.benchmarks import torch_model
+    from infmae_jax.bench import torch_model
 
     return torch_model
 
@@ -99,7 +99,7 @@ def test_same_losses_in_training(torch_model, batch):
 
 
 def test_without_pytorch_the_remedy_is_named(monkeypatch):
-    monkeypatch.delitem(sys.modules, "infmae_jax.benchmarks.torch_model", raising=False)
+    monkeypatch.delitem(sys.modules, "infmae_jax.bench.torch_model", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InputError, match="pip install torch"):
-        import infmae_jax.benchmarks.torch_model  # noqa: F401
+        import infmae_jax.bench.torch_model  # noqa: F401

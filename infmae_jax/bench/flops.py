@@ -12,15 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from infmae_jax.benchmarks.report import Row, report
+from infmae_jax.bench.results import Row, report
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE, InfMAEConfig
 
 _KERNEL = 5 * 5  # of a depthwise convolution
 _PIXELS = patches.PATCH**2
 STAGES = ("stage 1 blocks", "stage 2 blocks", "stage 3 blocks", "embeddings, fusion", "decoder")
-
-
 VISIBLE_ONLY, PUBLISHED = "visible only", "as published"
 
 
@@ -34,8 +32,11 @@ def on_visible(model: InfMAEConfig) -> InfMAEConfig:
     return dataclasses.replace(model, visible_only=True, predict_masked_only=True)
 
 
+WAYS = {VISIBLE_ONLY: on_visible, PUBLISHED: as_published}
+
+
 def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visible_only: bool) -> dict[str, float]:
-    """GFLOP an image of the forward pass by stage (`STAGES`), counted from the architecture.
+    """GFLOP per image of the forward pass by stage (`STAGES`), counted from the architecture.
 
     Args:
       keep: visible tokens K.
@@ -80,7 +81,7 @@ def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visi
 
 
 def useful_gflop(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> float:
-    """GFLOP an image that a training step cannot do without, for the model FLOPs utilisation: three times the forward
+    """GFLOP per image that a training step cannot do without, for the model FLOPs utilisation: three times the forward
     pass on visible patches (the gradients of inputs and of weights each cost as much as the layer itself)."""
     return 3 * sum(hand_count(model, image_size, keep, visible_only=True).values())
 
@@ -97,7 +98,7 @@ def _transformer_block(tokens: int, queries: int, width: int, ratio: int) -> int
 def xla_count(
     model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled: bool = True, encoder_only: bool = False
 ) -> dict[str, float]:
-    """GFLOP an image, "forward" and "forward + backward", by XLA's cost analysis of the program.
+    """GFLOP per image, "forward" and "forward + backward", by XLA's cost analysis of the program.
 
     Args:
       compiled: of the compiled program, or before optimisation (which is fast).
@@ -145,7 +146,7 @@ def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> d
 
 
 def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled: bool = True) -> dict[str, Any]:
-    """GFLOP an image, on visible patches alone and as published (every masked patch computed too).
+    """GFLOP per image, on visible patches alone and as published (every masked patch computed too).
 
     Args:
       compiled: count the whole step in the compiled program; before optimisation otherwise.
@@ -153,8 +154,8 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
     # Float32 keeps conversions, which XLA counts as operations, out of the figures.
     model = dataclasses.replace(model, dtype="float32")
     rows: list[Row] = []
-    ways = {VISIBLE_ONLY: on_visible(model), PUBLISHED: as_published(model)}
-    for way, config in ways.items():
+    for way, change in WAYS.items():
+        config = change(model)
         by_hand = hand_count(config, image_size, keep, config.visible_only)
         for stage, counts in xla_stages(config, image_size, keep).items():
             rows.append({"way": way, "stage": stage, "by_hand": by_hand[stage], **_columns(counts)})
@@ -162,7 +163,7 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
         stage = "all, compiled" if compiled else "all"
         rows.append({"way": way, "stage": stage, "by_hand": sum(by_hand.values()), **_columns(total)})
     notes = [
-        "GFLOP an image; by_hand and xla_forward: forward pass. Stages: XLA's count before optimisation; all: of the "
+        "GFLOP per image; by_hand and xla_forward: forward pass. Stages: XLA's count before optimisation; all: of the "
         "compiled program. XLA counts one of five turns of the loop in the depthwise kernels' gradient."
     ]
     settings = {"image_size": list(image_size), "visible_tokens": keep, "encoder": model.encoder}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infmae_jax.benchmarks import timing
+from infmae_jax.bench import timing
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""Dense features of whole images, as for transfer: images a second, against PyTorch in the same run on request."""
+"""Dense features of whole images, as for transfer: images per second, against PyTorch in the same run on request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infmae_jax.benchmarks import timing
-from infmae_jax.benchmarks.report import report
-from infmae_jax.benchmarks.training import synthetic_batch
+from infmae_jax.bench import timing
+from infmae_jax.bench.results import report
+from infmae_jax.bench.step import short_run, synthetic_batch
 from infmae_jax.evaluation.features import images_at_once, in_pieces
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
-from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 
 # Of pooled features of two frameworks, relative to their largest value.
 _SAME_FEATURES = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -27,7 +27,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
       InputError: PyTorch is asked for and not installed.
       ArithmeticError: its features differ by more than rounding.
     """
-    images = synthetic_batch(config, batch)["image"]
+    images = synthetic_batch(PretrainTask(short_run(config, batch, 1)))["image"]
     module = InfMAE(config.model)
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
@@ -54,7 +54,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.dtype}
     settings["images_at_once"] = at_once
     if against_torch:
-        from infmae_jax.benchmarks import torch_model
+        from infmae_jax.bench import torch_model
 
         model = torch_model.from_params(config.model, jax.device_get(params), config.data.image_size)
         extract = torch_model.feature_call(model, images)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from infmae_jax.benchmarks import kernels, report
+from infmae_jax.bench import kernels, results
 
 
 def test_every_way_is_measured_or_says_what_it_needs(smoke):
@@ -19,7 +19,7 @@ def test_every_way_is_measured_or_says_what_it_needs(smoke):
         assert len(ways) >= 2 and ways[0]["faster_by"] == "1 (1-1)"
         assert all(row["way"].endswith("cuDNN") or row["ms"] > 0 for row in ways)
     cudnn = [row for row in rows if row["way"].endswith("cuDNN")]
-    assert cudnn and all(row["note"] == report.NEEDS_ACCELERATOR and "ms" not in row for row in cudnn)
+    assert cudnn and all(row["note"] == results.NEEDS_ACCELERATOR and "ms" not in row for row in cudnn)
 
 
 def test_another_computation_is_not_compared():

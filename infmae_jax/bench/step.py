@@ -1,0 +1,257 @@
+"""The training step: images per second, MFU, memory and compile time; in turns with PyTorch, or in the training loop.
+
+What is measured is the program that trains (`training.program.Program`), on one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from infmae_jax.bench import flops, timing
+from infmae_jax.bench.results import NEEDS_ACCELERATOR, Row, on_accelerator, report
+from infmae_jax.models.infmae import InfMAEConfig
+from infmae_jax.models.patches import token_grid
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
+from infmae_jax.training import loop, sharding
+from infmae_jax.training.config import MeshConfig
+from infmae_jax.training.hardware import mfu
+from infmae_jax.training.metrics import read_metrics
+from infmae_jax.training.optimizer import peak_learning_rate
+from infmae_jax.training.program import Program
+
+TORCH_FORMS = ("eager", "compiled")
+_GIB = 2**30
+_LONG = 10**9  # steps: the learning rate stays at its peak while a step is measured
+_SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
+_PUBLISHED_IMAGES = 305_241 * 400  # of Inf30, times epochs
+_MFU_NOTE = (
+    "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
+    "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
+)
+
+
+class TimedStep:
+    """The compiled step of a config for batches of a size, and a synthetic batch; no arrays are made until `start`.
+
+    Attributes:
+      compile_seconds: tracing and compiling, without the persistent cache.
+      memory_gib: of the device while it steps, by the compiled program: state, batch and temporaries.
+    """
+
+    def __init__(self, config: PretrainConfig, batch: int):
+        self.config = short_run(config, batch, _LONG)
+        self.batch = batch
+        task = PretrainTask(self.config)
+        self.program = Program.build(task, self.config, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+        since = time.perf_counter()
+        memory = self.program.compiled.memory_analysis()
+        self.compile_seconds = time.perf_counter() - since
+        # The new state takes the place of the old one.
+        self.memory_gib = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / _GIB
+
+    def start(self) -> None:
+        """Makes the state and the batch."""
+        self.state = self.program.start()
+        self._batch = self.program.place(synthetic_batch(self.program.task))
+
+    def __call__(self, times: int = 1) -> float:
+        """Makes so many updates, waits for the last one and returns its loss."""
+        for _ in range(times):
+            self.state, metrics = self.program.step(self.state, self._batch)
+        return float(metrics["loss"])
+
+    def stop(self) -> None:
+        """Gives the arrays' memory back."""
+        for leaf in jax.tree.leaves((self.state, self._batch)):
+            leaf.delete()
+
+
+def short_run(config: PretrainConfig, batch: int, steps: int, **changes: Any) -> PretrainConfig:
+    """The config of a run of so many steps of so many images that draws nothing and saves only at its end."""
+    never = {"checkpoint_every": "0 steps", "picture_every": "0 steps"}
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch),
+        optimizer=dataclasses.replace(config.optimizer, warmup="0 steps"),
+        **{"duration": f"{steps} steps", **never, **changes},
+    )
+
+
+def visible_tokens(config: PretrainConfig) -> int:
+    """K, the tokens that the config's mask keeps of an image."""
+    return PretrainTask(config).batch_spec["ids_keep"][0][1]
+
+
+def synthetic_batch(task: PretrainTask) -> dict[str, np.ndarray]:
+    """A batch of the task: noise, and random tokens without repeats."""
+    rng = np.random.default_rng(0)
+    (batch, height, width, _), (_, keep) = task.batch_spec["image"][0], task.batch_spec["ids_keep"][0]
+    tokens = np.tile(np.arange(np.prod(token_grid(height, width)), dtype=np.int32), (batch, 1))
+    images = rng.integers(0, 256, (batch, height, width, 1), np.uint8)
+    return {"image": images, "ids_keep": np.ascontiguousarray(rng.permuted(tokens, axis=1)[:, :keep])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What `step` is measured over: every combination of these values, visible patches against the published way.
+
+    Attributes:
+      models: architectures by name.
+      batch_sizes, dtypes, remat: images per batch; compute dtypes; whether activations are computed again.
+      image_sizes: rows and columns of pixels.
+      strides: of the mask.
+    """
+
+    models: dict[str, InfMAEConfig]
+    batch_sizes: Sequence[int]
+    dtypes: Sequence[str]
+    remat: Sequence[bool]
+    image_sizes: Sequence[tuple[int, int]]
+    strides: Sequence[int]
+
+    def groups(self, config: PretrainConfig) -> Iterator[dict[str, tuple[PretrainConfig, int]]]:
+        """Row name -> config and batch size, of rows that differ in the way to compute alone."""
+        for name, batch, dtype, remat, size, stride in itertools.product(
+            self.models, self.batch_sizes, self.dtypes, self.remat, self.image_sizes, self.strides
+        ):
+            mask = dataclasses.replace(config.data.mask, stride=stride)
+            data = dataclasses.replace(config.data, image_size=size, mask=mask)
+            model = dataclasses.replace(self.models[name], dtype=dtype, remat=remat)
+            label = f"{name}, batch {batch}, {size[0]}x{size[1]}, stride {stride}, {dtype}{', remat' * remat}, "
+            yield {
+                label + way: (dataclasses.replace(config, model=change(model), data=data), batch)
+                for way, change in flops.WAYS.items()
+            }
+
+
+def step(config: PretrainConfig, grid: Grid, rounds: int) -> dict[str, Any]:
+    """Our training step over a grid; on visible patches and as published in turns."""
+    rows: list[Row] = []
+    for group in grid.groups(config):
+        programs: dict[str, TimedStep] = {}
+        for name, (changed, batch) in group.items():
+            try:
+                program = TimedStep(changed, batch)
+                program.start()
+                program()
+                programs[name] = program
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                rows.append({"name": name, "note": "does not fit the device's memory"})
+        seconds = timing.take_turns(programs, rounds)
+        for name, program in programs.items():
+            program.stop()
+            faster = {"faster_than_published_way": timing.ratio(seconds[list(programs)[-1]], seconds[name])}
+            rows.append({"name": name, **measures(program, seconds[name]), **(faster if len(programs) > 1 else {})})
+    return report("step", {"rounds": rounds}, rows, [_MFU_NOTE])
+
+
+def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Ours and PyTorch's step in turns, from the same weights and on the same batch.
+
+    Args:
+      forms: of `TORCH_FORMS`: "eager", attention written out; "compiled", torch.compile with fused attention and AdamW.
+
+    Raises:
+      InputError: PyTorch is not installed.
+      ArithmeticError: the first losses differ by more than rounding.
+    """
+    from infmae_jax.bench import torch_model
+
+    program = TimedStep(config, batch)
+    program.start()
+    params, arrays = jax.device_get(program.state.params), synthetic_batch(program.program.task)
+    calls: dict[str, timing.Call] = {"ours": program}
+    inputs = torch_model.batch(arrays["image"], arrays["ids_keep"], config.model.in_channels)
+    rate = peak_learning_rate(config.optimizer, batch)
+    for form in forms:
+        model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
+        update = torch_model.make_train_step(model, config.optimizer, lambda _: rate, form == "compiled")
+        calls[f"PyTorch {form}"] = _torch_call(update, inputs)
+    losses: dict[str, float] = {}
+
+    def noting(name: str, call: timing.Call) -> timing.Call:
+        """The call, which notes its first loss: that of the weights that all started from."""
+        return lambda times: losses.setdefault(name, call(times))
+
+    seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
+    for name, loss in losses.items():
+        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.dtype], atol=0):
+            raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
+    rows: list[Row] = [{"name": "ours", "first_loss": losses["ours"], **measures(program, seconds["ours"])}]
+    for name in list(calls)[1:]:
+        faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
+        rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
+    settings = {
+        "batch": batch, "dtype": config.model.dtype, "image_size": list(config.data.image_size), "rounds": rounds,
+        "torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads(),
+    }  # fmt: skip
+    notes = [] if on_accelerator() else [f"GPU rows: {NEEDS_ACCELERATOR}"]
+    return report("step --torch", settings, rows, [_MFU_NOTE, *notes])
+
+
+def step_in_the_loop(config: PretrainConfig, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    """The training loop on the config's shards for `rounds` windows of `steps` steps, beside the step alone.
+
+    Raises:
+      InputError: unusable shards, or fewer images than a batch.
+    """
+    run = short_run(config, batch, (rounds + 1) * steps, log_every=f"{steps} steps")
+    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder:
+        result = loop.train(PretrainTask(run), run, Path(folder) / "run")
+        if result.interrupted:  # Ctrl-C or SIGTERM, which the loop takes for its own end
+            raise SystemExit(result.stop_code)
+        windows = [row for row in read_metrics(Path(folder) / "run") if row["step"] > steps]  # the first one compiles
+    program = TimedStep(config, batch)
+    program.start()
+    alone = timing.take_turns({"step": program}, rounds)["step"]
+    rates = np.asarray([row["images_per_second"] for row in windows])
+    seconds = np.diff([steps, *(row["step"] for row in windows)]) * batch / rates
+    waits = np.asarray([row["data_wait_seconds"] for row in windows]) / seconds
+    low, median, high = timing.spread(rates)
+    looped = {"images_per_second": median, "low": low, "high": high, "host_waits": float(np.median(waits))}
+    looped |= {
+        "device_idle_at_most": max(0.0, 1 - float(np.median(alone)) * median / batch),
+        "hours_for_published_schedule": _PUBLISHED_IMAGES / median / 3600,
+    }
+    rows = [{"name": "step alone", **measures(program, alone)}, {"name": "in the loop", **looped}]
+    notes = [
+        "host_waits: share of wall time in which the loop waits for a batch. device_idle_at_most: share of a step's "
+        "time in the loop that it does not take alone, on a batch that is there already.",
+        *([] if on_accelerator() else ["on a CPU, data and step share the cores"]),
+    ]
+    settings = {"batch": batch, "steps": steps, "rounds": rounds, "workers": config.data.workers}
+    return report("step --shards", settings | {"shards": ", ".join(config.data.shards)}, rows, notes)
+
+
+def measures(program: TimedStep, seconds: np.ndarray) -> Row:
+    """Rates, MFU, memory and compile time of a program that was timed."""
+    model, batch = program.config.model, program.batch
+    useful = flops.useful_gflop(model, program.config.data.image_size, visible_tokens(program.config))
+    device = jax.devices()[0].device_kind
+    return {
+        **timing.rate_row(seconds, batch),
+        "mfu": mfu(useful * 1e9 * batch, float(np.median(seconds)), device, 1, model.dtype),
+        "useful_gflop_per_image": useful,
+        "memory_gib": program.memory_gib,
+        "compile_s": program.compile_seconds,
+    }
+
+
+def _torch_call(update: Callable[..., Any], inputs: tuple[Any, ...]) -> timing.Call:
+    def call(times: int) -> float:
+        for _ in range(times):
+            loss = update(*inputs)
+        return loss.item()  # which waits for the device
+
+    return call

@@ -1,1 +1,0 @@
-"""Measurements, one file a subject; `python -m infmae_jax.bench` runs them."""
