@@ -26,7 +26,7 @@ from absl import flags  # noqa: E402
 # Begun first, so that no process is left with one of them when the others have nothing more to do.
 _LONGEST_FILES = (
     "training/test_loop.py", "training/test_hosts.py", "training/test_resume.py", "test_configs.py",
-    "benchmarks/test_runs.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
+    "bench/test_step.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
     "models/test_bfloat16.py",
 )  # fmt: skip
 
