@@ -88,7 +88,7 @@ def short_run(config: PretrainConfig, batch: int, steps: int, **changes: Any) ->
 
 def visible_tokens(config: PretrainConfig) -> int:
     """K, the tokens that the config's mask keeps of an image."""
-    return PretrainTask(config).batch_spec["ids_keep"][0][1]
+    return int(PretrainTask(config).batch_spec["ids_keep"][0][1])
 
 
 def synthetic_batch(task: PretrainTask) -> dict[str, np.ndarray]:
