@@ -29,9 +29,12 @@ from data_pipelines.files import atomic_write
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
 from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.training.config import flat, to_config
+from infmae_jax.training.goodput import lost_time
 
 NAME = "report.html"
+_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}  # by name of the task
 _RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
 _MARK_OF_EVENT = {
     "resume": _RESTART, "skip": _SKIPPED, "spike": _SKIPPED, "rollback": _ROLL_BACK,
@@ -101,6 +104,9 @@ def facts(history: RunHistory) -> list[tuple[str, str]]:
     if history.seen:
         found.append(("from first to last sign", duration_text(history.seen[1] - history.seen[0])))
     found += [("updates skipped", f"{counts['skip']:,}"), ("restarts", f"{_marks(history.events).count(_RESTART):,}")]
+    lost = lost_time(history.events)
+    for seconds, label in ((lost.redone_seconds, "work made again"), (lost.down_seconds, "down between processes")):
+        found += [(label, duration_text(seconds))] if seconds >= 1 else []
     for name, label in (
         ("rollback", "roll-backs"), ("checkpoint_damaged", "checkpoints damaged"), ("save_failed", "saves failed"),
         ("save", "checkpoints saved"),
@@ -216,7 +222,7 @@ def _pictures(paths: Sequence[Path]) -> str:
 
 
 def _config(config: Mapping[str, Any]) -> str:
-    rows, defaults = flat(config), flat(to_config(PretrainConfig()))
+    rows, defaults = flat(config), flat(to_config(_CONFIGS.get(str(config.get("task")), PretrainConfig)()))
     changed = [(key, value, defaults[key]) for key, value in rows.items() if defaults.get(key, value) != value]
     shown = f"<h2>Config</h2><p>{len(changed)} keys differ from the defaults.</p>" if rows else ""
     everything = _folded(f"all {len(rows)} keys", _table((), rows.items()))

@@ -132,13 +132,14 @@ def lost_time(events: Sequence[Mapping[str, Any]]) -> LostTime:
     for event in events:
         kind, at, step = event["event"], event["time"], event["step"]
         if kind in ("start", "resume") and previous is not None:
-            last = max(previous, event.get("last_row_time") or previous)
+            row = event.get("last_row_time")
+            last = max(previous, row) if isinstance(row, (int, float)) else previous
             last = min(last, at)  # clocks of two hosts may differ
             restarts += 1
             down += at - last
             redone += max(0.0, last - reached.get(step, last))
         elif kind == "rollback":
-            step = event.get("to_step", step)
+            step = event["to_step"] if isinstance(event.get("to_step"), int) else step
             rollbacks += 1
             redone += max(0.0, at - reached.get(step, at))
         if kind in ("start", "resume", "save", "rollback"):

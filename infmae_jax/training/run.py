@@ -112,7 +112,7 @@ class Run:
                 )
             )  # fmt: skip
             self._latest = self._checkpoints.latest_step() or 0
-            claim(folder, config, self._task.fingerprint, resuming=self._latest > 0, primary=self._primary)
+            claim(folder, config, self._task.name, self._task.fingerprint, self._latest > 0, self._primary)
             self._identity = _identity(config)
             self._rollbacks, self._order = _rolled_back(folder, self._identity)
             self._stack = stack.pop_all()

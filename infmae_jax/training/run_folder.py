@@ -73,13 +73,17 @@ def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(config, indent=1) + "\n")
 
 
-def claim(workdir: Path, config: Any, data_record: dict[str, Any], resuming: bool, primary: bool) -> None:
-    """Writes the resolved config and data set; of a run that is resumed, checks that they are still the same.
+def claim(
+    workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any], resuming: bool, primary: bool
+) -> None:
+    """Writes the resolved config, the task's name and what identifies its data.
+
+    Of a run that is resumed, checks that they are still the same; InputError names each difference.
 
     What is written can be published: paths are relative to the run, or to the home folder, where they can be, and no
     host is named. Of paths, the last part is compared: folders may move.
     """
-    mine = {**to_config(config).to_dict(), "data_set": data_record}
+    mine = {"task": task, **to_config(config).to_dict(), "data_set": dict(fingerprint)}
     if resuming:
         changed = differences(
             _with_texts(read_config(workdir), _last_part), _with_texts(mine, _last_part), config.FREE_KEYS

@@ -89,19 +89,19 @@ def test_a_config_holds_no_host_and_only_paths_that_must_be(tmp_path, monkeypatc
         init_from="/mnt/shared/first",
         distributed=dataclasses.replace(config.distributed, coordinator="node-17.cluster:1234"),
     )
-    run_folder.claim(run, config, {"images": 3}, resuming=False, primary=True)
+    run_folder.claim(run, config, "pretrain", {"images": 3}, resuming=False, primary=True)
     written = read_config(run)
     assert written["data"]["shards"] == "../a,relative/b,~/c" and written["init_from"] == "/mnt/shared/first"
     text = (run / "config.json").read_text()
     assert "node-17" not in text and "somebody" not in text and str(tmp_path) not in text
 
     moved = run.rename(tmp_path / "moved")
-    run_folder.claim(moved, config, {"images": 3}, resuming=True, primary=True)
+    run_folder.claim(moved, config, "pretrain", {"images": 3}, resuming=True, primary=True)
     with pytest.raises(InputError, match="seed was 0, is 1"):
-        run_folder.claim(moved, dataclasses.replace(config, seed=1), {"images": 3}, resuming=True, primary=True)
+        run_folder.claim(moved, dataclasses.replace(config, seed=1), "pretrain", {"images": 3}, resuming=True, primary=True)
     with pytest.raises(InputError, match="init_from was 'first', is 'second'"):
         other = dataclasses.replace(config, init_from="/mnt/shared/second")
-        run_folder.claim(moved, other, {"images": 3}, resuming=True, primary=True)
+        run_folder.claim(moved, other, "pretrain", {"images": 3}, resuming=True, primary=True)
 
 
 def test_run_folders_are_folders(tmp_path, monkeypatch):
