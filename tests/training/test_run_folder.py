@@ -99,7 +99,7 @@ def test_a_config_holds_no_host_and_only_paths_that_must_be(tmp_path, monkeypatc
     run_folder.claim(moved, config, "pretrain", {"images": 3}, resuming=True, primary=True)
     with pytest.raises(InputError, match="seed was 0, is 1"):
         run_folder.claim(moved, dataclasses.replace(config, seed=1), "pretrain", {"images": 3}, resuming=True, primary=True)
-    with pytest.raises(InputError, match="init_from was 'first', is 'second'"):
+    with pytest.raises(InputError, match="init_from was first, is second"):
         other = dataclasses.replace(config, init_from="/mnt/shared/second")
         run_folder.claim(moved, other, "pretrain", {"images": 3}, resuming=True, primary=True)
 
