@@ -257,11 +257,10 @@ def verify(folder: Path, item: str | None = None) -> None:
     with _damage_if_unreadable():
         entries = _read_json(folder / CHECKSUMS_NAME).items()
         listed = {name: (int(size), str(digest)) for name, (size, digest) in entries}
-    wanted = {name: size for name, (size, _) in listed.items() if item in (None, name.split("/")[0]) or "/" not in name}
-    for name, size in wanted.items():
-        if sizes.get(name) != size:
-            found = f"is {sizes[name]} bytes, not {size}" if name in sizes else "is missing"
-            raise Damaged(f"it cannot be read: {name} {found}")
+    for name in listed.keys() | sizes.keys():
+        if name not in sizes or name not in listed or sizes[name] != listed[name][0]:
+            raise Damaged(f"it cannot be read: {name} is {sizes.get(name, 0)} bytes, not {listed.get(name, (0,))[0]}")
+    wanted = [name for name in listed if item in (None, name.split("/")[0]) or "/" not in name]
     digests = _digests(folder, wanted)
     wrong = [name for name in wanted if digests[name] != listed[name][1]]
     if wrong:
@@ -287,7 +286,7 @@ def _sizes(folder: Path) -> dict[str, int]:
                     folders.append(Path(entry.path))
                 elif not entry.is_file(follow_symlinks=False):
                     raise Damaged(f"it cannot be read: {name} is a link or a device, not a plain file")
-                elif name != CHECKSUMS_NAME:
+                elif name != CHECKSUMS_NAME and not entry.name.startswith("."):  # what file systems leave
                     found[name] = entry.stat(follow_symlinks=False).st_size
     return found
 
