@@ -258,8 +258,10 @@ def verify(folder: Path, item: str | None = None) -> None:
         entries = _read_json(folder / CHECKSUMS_NAME).items()
         listed = {name: (int(size), str(digest)) for name, (size, digest) in entries}
     for name in listed.keys() | sizes.keys():
-        if name not in sizes or name not in listed or sizes[name] != listed[name][0]:
-            raise Damaged(f"it cannot be read: {name} is {sizes.get(name, 0)} bytes, not {listed.get(name, (0,))[0]}")
+        there, saved = sizes.get(name), listed.get(name, (None,))[0]
+        if there != saved:
+            found = "missing" if there is None else f"{there} bytes, not {saved or 'saved at all'}"
+            raise Damaged(f"it cannot be read: {name} is {found}")
     wanted = [name for name in listed if item in (None, name.split("/")[0]) or "/" not in name]
     digests = _digests(folder, wanted)
     wrong = [name for name in wanted if digests[name] != listed[name][1]]
