@@ -257,11 +257,12 @@ def verify(folder: Path, item: str | None = None) -> None:
     with _damage_if_unreadable():
         entries = _read_json(folder / CHECKSUMS_NAME).items()
         listed = {name: (int(size), str(digest)) for name, (size, digest) in entries}
-    wanted = {name: size for name, (size, _) in listed.items() if item in (None, name.split("/")[0]) or "/" not in name}
-    for name, size in wanted.items():
-        if sizes.get(name) != size:
-            found = f"is {sizes[name]} bytes, not {size}" if name in sizes else "is missing"
-            raise Damaged(f"it cannot be read: {name} {found}")
+    for name in listed.keys() | sizes.keys():
+        there, saved = sizes.get(name), listed.get(name, (None,))[0]
+        if there != saved:
+            found = "missing" if there is None else f"{there} bytes, not {saved or 'saved at all'}"
+            raise Damaged(f"it cannot be read: {name} is {found}")
+    wanted = [name for name in listed if item in (None, name.split("/")[0]) or "/" not in name]
     digests = _digests(folder, wanted)
     wrong = [name for name in wanted if digests[name] != listed[name][1]]
     if wrong:
@@ -287,7 +288,7 @@ def _sizes(folder: Path) -> dict[str, int]:
                     folders.append(Path(entry.path))
                 elif not entry.is_file(follow_symlinks=False):
                     raise Damaged(f"it cannot be read: {name} is a link or a device, not a plain file")
-                elif name != CHECKSUMS_NAME:
+                elif name != CHECKSUMS_NAME and not entry.name.startswith("."):  # what file systems leave
                     found[name] = entry.stat(follow_symlinks=False).st_size
     return found
 

@@ -14,23 +14,25 @@ import os
 import struct
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from absl import logging
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.training.config import ObserveConfig
+from infmae_jax.training.line_files import LONGEST_LINE, AppendOnlyFile, lines_from_the_end, read_lines
 
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "events.jsonl"
 _NON_FINITE = ("nan", "inf", "-inf")
-_BLOCK = 1 << 16  # bytes read at a time from the end of a file
-_LONGEST_LINE = 1 << 20  # bytes; no line of ours comes near
 
 
 def read_metrics(run: str | Path, at_most: int | None = None) -> list[dict[str, float]]:
@@ -45,7 +47,7 @@ def read_metrics(run: str | Path, at_most: int | None = None) -> list[dict[str, 
     """
     path = Path(run) / METRICS_NAME
     rows = []
-    for line in _lines(path, at_most):
+    for line in read_lines(path, at_most):
         row = {key: value for key, value in _parse_line(line).items() if _is_number(value)}
         if _is_step(row.get("step")):
             rows.append(row)
@@ -54,7 +56,7 @@ def read_metrics(run: str | Path, at_most: int | None = None) -> list[dict[str, 
 
 def read_events(run: str | Path) -> list[dict[str, Any]]:
     """All events of a run, in order: each has `time` (unix seconds), `step`, `event` (its name) and details."""
-    events = map(_parse_line, _lines(Path(run) / EVENTS_NAME))
+    events = map(_parse_line, read_lines(Path(run) / EVENTS_NAME))
     return [e for e in events if _is_step(e.get("step")) and _is_number(e.get("time")) and math.isfinite(e["time"])
             and isinstance(e.get("event"), str)]  # fmt: skip
 
@@ -148,64 +150,15 @@ class MetricsWriter:
                 act(sink)
 
 
-class AppendOnlyFile:
-    """A file to which whole pieces are appended: after a failure (OSError) it is as long as before.
-
-    Unbuffered, so that the process can be killed at any time, and opened when first used, so that opening can be tried
-    anew.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._file: io.FileIO | None = None
-        self._end = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes of what was appended whole."""
-        self._opened()
-        return self._end
-
-    def append(self, data: bytes) -> None:
-        file = self._opened()
-        try:
-            written = file.write(data)
-            if written != len(data):
-                raise OSError(f"{self.path}: {written} of {len(data)} bytes written, is the disk full?")
-        except OSError:
-            file.truncate(self._end)
-            raise
-        self._end += len(data)
-
-    def truncate(self, end: int) -> None:
-        """Cuts everything from byte `end` on."""
-        self._opened().truncate(end)
-        self._end = end
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _opened(self) -> io.FileIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "ab", buffering=0)
-            # A process killed while it wrote leaves a piece of a line, which the next line must not continue.
-            self._end = next((end for _, end in _lines_from_the_end(self.path)), 0)
-            file.truncate(self._end)
-            self._file = file
-        return self._file
-
-
-class _Sink(Protocol):
+class _Sink:
     """Takes logged steps. `errors` are the failures that a run must survive."""
 
     name: str
-    errors: tuple[type[Exception], ...]
+    errors: tuple[type[Exception], ...] = (OSError,)
 
     def write(self, row: Mapping[str, float]) -> None:
         """One logged step, with the keys `step` and `time`."""
+        raise NotImplementedError
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """image: (H,W,3) uint8."""
@@ -213,13 +166,14 @@ class _Sink(Protocol):
     def rewind(self, step: int) -> None:
         """Forgets `step` and later, as far as the service can."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        raise NotImplementedError
 
 
-class _JsonRows:
+class _JsonRows(_Sink):
     """metrics.jsonl: one object a logged step, steps growing."""
 
-    name, errors = METRICS_NAME, (OSError,)
+    name = METRICS_NAME
 
     def __init__(self, path: Path):
         self._file = AppendOnlyFile(path)
@@ -227,13 +181,10 @@ class _JsonRows:
     def write(self, row: Mapping[str, float]) -> None:
         self._file.append(_to_line(row))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        pass
-
     def rewind(self, step: int) -> None:
         end = 0
         if step > 0 and self._file.size:
-            for line, line_end in _lines_from_the_end(self._file.path):
+            for line, line_end in lines_from_the_end(self._file.path):
                 found = _parse_line(line).get("step")
                 if _is_step(found) and found < step:
                     end = line_end
@@ -244,13 +195,13 @@ class _JsonRows:
         self._file.close()
 
 
-class _TensorBoard:
+class _TensorBoard(_Sink):
     """Event files in `folder`, one record a logged step.
 
     Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
     """
 
-    name, errors = "tensorboard", (OSError,)
+    name = "tensorboard"
 
     def __init__(self, folder: Path):
         # A file for each process; TensorBoard reads them in the order of their names.
@@ -258,14 +209,10 @@ class _TensorBoard:
         self._file = AppendOnlyFile(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}")
 
     def write(self, row: Mapping[str, float]) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
         values = [Summary.Value(tag=key, simple_value=value) for key, value in _scalars(row).items()]
         self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        from tensorboardX.proto.summary_pb2 import Summary
-
         height, width, channels = image.shape
         png = io.BytesIO()
         Image.fromarray(image).save(png, format="PNG")
@@ -273,8 +220,6 @@ class _TensorBoard:
         self._append(step=step, summary=Summary(value=[Summary.Value(tag=name, image=drawn)]))
 
     def rewind(self, step: int) -> None:
-        from tensorboardX.proto.event_pb2 import SessionLog
-
         # TensorBoard drops what it has of this step and later when it reads a session start there.
         self._append(step=step, session_log=SessionLog(status=SessionLog.START))
 
@@ -282,8 +227,6 @@ class _TensorBoard:
         self._file.close()
 
     def _append(self, **event: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
         data = _record(Event(**{"wall_time": time.time(), **event}))
         if self._file.size == 0:
             data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
@@ -292,14 +235,12 @@ class _TensorBoard:
 
 def _record(event: Any) -> bytes:
     """A protocol buffer as TFRecord: length, its checksum, data, their checksum."""
-    from tensorboardX.record_writer import masked_crc32c
-
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
 
 
-class _WeightsAndBiases:
+class _WeightsAndBiases(_Sink):
     """A Weights & Biases run, the same one after restarts (RUN/wandb_id).
 
     WANDB_MODE=offline works without network, and so does a run that finds no network when it starts: `wandb sync`
@@ -351,9 +292,6 @@ class _WeightsAndBiases:
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         self._run.log({"step": step, name: self._image(image)})
 
-    def rewind(self, step: int) -> None:
-        pass
-
     def close(self) -> None:
         self._run.finish()
 
@@ -398,7 +336,7 @@ def _plain(value: Any) -> Any:
 def _parse_line(line: bytes) -> dict[str, Any]:
     """What a line holds; empty where it is no JSON object, or one that nobody wrote with this module."""
     try:
-        row = json.loads(line) if len(line) <= _LONGEST_LINE else None
+        row = json.loads(line) if len(line) <= LONGEST_LINE else None
     except (ValueError, RecursionError):
         row = None
     row = row if isinstance(row, dict) else {}
@@ -414,53 +352,8 @@ def _is_step(value: Any) -> bool:
 
 
 def _last_row_time(path: Path) -> float | None:
-    for line, _ in _lines_from_the_end(path):
+    for line, _ in lines_from_the_end(path):
         row = _parse_line(line)
         if _is_step(row.get("step")):
             return row["time"] if _is_number(row.get("time")) else None
     return None
-
-
-def _lines(path: Path, at_most: int | None = None) -> Iterator[bytes]:
-    """Lines of a file from its beginning; of a long one about `at_most`, evenly spread in bytes, and the last."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if at_most is None or size <= at_most * len(file.readline(_LONGEST_LINE)):
-            file.seek(0)
-            yield from iter(lambda: file.readline(_LONGEST_LINE), b"")
-            return
-        for start in range(0, size, size // at_most + 1):
-            file.seek(start)
-            if start:
-                file.readline(_LONGEST_LINE)  # the end of a line
-            yield file.readline(_LONGEST_LINE)
-        for line, end in _lines_from_the_end(path):
-            if end > file.tell():
-                yield line
-            return
-
-
-def _lines_from_the_end(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(line, offset of the byte after its line feed) of the whole lines of a file, the last one first."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        start = os.fstat(file.fileno()).st_size
-        end, rest, skipped = start + 1, b"", 0  # as if a line feed came after what the file ends with
-        whole = False
-        while start > 0:
-            size = min(_BLOCK, start)
-            start -= size
-            file.seek(start)
-            rest, *lines = (file.read(size) + rest).split(b"\n")
-            for line in reversed(lines):
-                if whole:
-                    yield line, end
-                end -= len(line) + skipped + 1
-                whole, skipped = True, 0
-            if len(rest) > _LONGEST_LINE:
-                skipped, rest = skipped + len(rest), b""
-        if whole:
-            yield rest, end

@@ -1,5 +1,6 @@
 """Checkpoints are whole or ignored, whatever happens to the process, the disk or the files."""
 
+import errno
 import json
 import os
 import resource
@@ -122,6 +123,31 @@ def test_latest_best_and_every_kth_are_kept_across_restarts(states, tmp_path):
     assert checkpoints(tmp_path) == ["20", "70"]
 
 
+def test_best_is_what_the_named_metric_says(states, tmp_path):
+    scores = {1: 0.2, 2: 0.9, 3: 0.5, 4: float("nan")}
+    for step, score in scores.items():
+        with Checkpointer(tmp_path, keep=1, keep_best=1, best=("top1", "max")) as checkpointer:
+            checkpointer.save(states[1], step, {"loss": score, "top1": score})
+    assert checkpointer.best_step() == 2 and checkpoints(tmp_path) == ["2", "4"]
+    with Checkpointer(tmp_path, best=("miou", "max")) as checkpointer:
+        assert checkpointer.best_step() is None
+    with pytest.raises(ValueError, match="neither 'min' nor 'max'"):
+        Checkpointer(tmp_path, best=("loss", "most"))
+
+
+def test_a_save_compiles_nothing(mesh, tmp_path):
+    """Shapes that no other test has, so that no program for them is at hand."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: compiled.append(event))
+    state = make_state(mesh, 1, 136)
+    made = [event for event in compiled if "backend_compile" in event]
+    assert made, "the listener sees nothing"
+    compiled.clear()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, 1)
+    assert not [event for event in compiled if "compile" in event or "trace" in event] and checkpoints(tmp_path) == ["1"]
+
+
 @pytest.mark.parametrize("leaf", ["params", "opt_state"])
 def test_state_that_is_not_finite_is_refused(states, tmp_path, leaf):
     bad = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan) if x.ndim == 2 else x, getattr(states[1], leaf))
@@ -218,6 +244,52 @@ def test_another_model_is_not_taken_for_damage(saved, mesh, tmp_path):
     assert checkpoints(run) == ["1", "2"] and not (run / "damaged").exists()
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "another checkpoint", "pipe"])
+@pytest.mark.parametrize("name", ["params/_METADATA", "record.json", "checksums.json", "surplus"])
+def test_only_plain_files_inside_a_checkpoint_are_read(saved, states, mesh, tmp_path, name, target):
+    run = shutil.copytree(saved, tmp_path / "run")
+    path = run / "checkpoints" / "2" / name
+    path.unlink(missing_ok=True)
+    if target == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(run / "checkpoints" / "1" / name if "checkpoint" in target else target)
+    damage = {}
+    with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
+        assert content(checkpointer.restore(abstract_state(mesh))[0]) == content(states[1])
+    assert f"{name} is a link or a device" in damage[2] and "\n" not in damage[2]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", '{"a": 1}', '{"a": ["x", 1]}', '{"../../x": [NaN, ""]}'])
+@pytest.mark.parametrize("name", ["record.json", "checksums.json"])
+def test_json_from_strangers_is_damage_in_one_line(saved, states, mesh, tmp_path, name, text):
+    run = shutil.copytree(saved, tmp_path / "run")
+    (run / "checkpoints" / "2" / name).write_text(text)
+    if name == "record.json":
+        storage.seal(run / "checkpoints" / "2")
+    damage = {}
+    with Checkpointer(run, on_damage=damage.__setitem__) as checkpointer:
+        assert content(checkpointer.restore(abstract_state(mesh))[0]) == content(states[1])
+    assert damage[2] and "\n" not in damage[2]
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EACCES], ids=["too many open files", "no permission"])
+def test_what_the_machine_lacks_is_not_taken_for_damage(saved, mesh, tmp_path, monkeypatch, error):
+    run = shutil.copytree(saved, tmp_path / "run")
+
+    def refuse(path):
+        raise OSError(error, os.strerror(error))
+
+    with Checkpointer(run) as checkpointer:
+        monkeypatch.setattr(storage, "_open_file", refuse)
+        with pytest.raises(InputError, match="cannot be read: (too many files are open|permission is denied); ") as caught:
+            checkpointer.restore(abstract_state(mesh))
+        assert "\n" not in str(caught.value)
+        monkeypatch.undo()
+        assert checkpointer.restore(abstract_state(mesh))[1] == 2
+    assert checkpoints(run) == ["1", "2"] and not (run / "damaged").exists()
+
+
 # ---- Several processes ----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +339,18 @@ def test_process_killed_inside_a_save_loses_only_that_save(tmp_path):
         assert step == 1 and content(state) == content(make_state(mesh, 1, 10 * WIDE))
         checkpointer.save(make_state(mesh, 2, 10 * WIDE), 2)
     assert checkpoints(run) == ["1", "2"] and not found
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_process_killed_between_orbax_and_the_rename_loses_only_that_save(saved, states, mesh, tmp_path, sealed):
+    run = shutil.copytree(saved, tmp_path / "run")
+    unsealed = (run / "checkpoints" / "2").rename(run / "checkpoints" / "2.unsealed")
+    if not sealed:
+        (unsealed / "checksums.json").unlink()
+    with Checkpointer(run) as checkpointer:
+        assert checkpoints(run) == ["1"] and checkpointer.restore(abstract_state(mesh))[1] == 1
+        checkpointer.save(states[2], 2)
+    assert checkpoints(run) == ["1", "2"]
 
 
 def test_removal_cut_short_leaves_no_checkpoint_behind(saved, mesh, tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from infmae_jax.training import writers
+from infmae_jax.training import line_files
 from infmae_jax.training.writers import EventLog, MetricsWriter, read_events, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -202,9 +202,9 @@ def test_lines_from_the_end_are_the_lines_from_the_beginning_reversed(tmp_path_f
     data = b"".join(line + b"\n" for line in lines) + b"" if closed else b"".join(line + b"\n" for line in lines) + b"cut"
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writers, "_BLOCK", block)
-        patch.setattr(writers, "_LONGEST_LINE", 200)
-        found = list(writers._lines_from_the_end(path))
+        patch.setattr(line_files, "_BLOCK", block)
+        patch.setattr(line_files, "LONGEST_LINE", 200)
+        found = list(line_files.lines_from_the_end(path))
     ends = np.cumsum([len(line) + 1 for line in lines]).tolist()
     assert [end for _, end in found] == ends[::-1]
     assert all(line == lines[-1 - i] for i, (line, _) in enumerate(found) if len(lines[-1 - i]) <= 200)
