@@ -23,7 +23,7 @@ def run(*arguments):
     "flags, message",
     [
         ([SMOKE, "--config.durration=3 steps"], "duration"),
-        (["--config.model.widhts=3"], "widths"),
+        (["--config.model.encoder.widhts=3"], "widths"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
         ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
         ([SMOKE.removesuffix(":smoke")], "data.shards"),
@@ -52,7 +52,7 @@ def test_pretrain(flags, message, tmp_path):
         (["flops", "step"], "bench flops|step"),
         (["step", "--batch_sizes=many"], "--batch_sizes=many"),
         (["step", "--quick", "--variants=giant"], "'giant'"),
-        (["step", "--config.model.widhts=3", "--dtypes=float8"], "widhts"),
+        (["step", "--config.model.encoder.widhts=3", "--dtypes=float8"], "widhts"),
         (["data", "--shards=nowhere"], "nowhere"),
     ],
 )

@@ -1,8 +1,8 @@
-"""The reconstruct command: a real process on a small run, and every mistake in one line."""
+"""The reconstruct command on a small run, and every mistake in one line."""
 
-import os
-import subprocess
-import sys
+import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,12 +11,16 @@ from PIL import Image
 
 from data_pipelines import masking, transforms
 from data_pipelines.errors import InputError
+from data_pipelines.intensity import Intensity
 from data_pipelines.synthetic import generate_scene
 from infmae_jax import pictures
+from infmae_jax.interop.load import load, write
+from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import variant
-from infmae_jax.models.infmae import InfMAE
+from infmae_jax.models.infmae import InfMAE, abstract_params
 from infmae_jax.models.patches import normalize
 from infmae_jax.reconstruct import reconstruct
+from tests import commands
 
 SMALL = {
     "widths": (8, 12, 16),
@@ -35,7 +39,7 @@ def make_run(folder, mask, **overrides):
     params = jax.tree.map(
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), abstract_params(model)
     )
-    runs.write_run(folder, model, mask, SIZE, params, {"made": "by a test"})
+    write(folder, "run", TrainedModel(model, params, mask, SIZE), SIZE, {"made": "by a test"})
     return folder
 
 
@@ -53,14 +57,10 @@ def image_files(tmp_path):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "infmae_jax.reconstruct", *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},  # accelerators have notes of their own for stderr
-    )  # fmt: skip
+    return commands.run("infmae_jax.reconstruct", *arguments)
 
 
-def test_command_writes_a_row_an_image(run, image_files, tmp_path):
+def test_command_writes_a_row_per_image(run, image_files, tmp_path):
     output = tmp_path / "new" / "panel.png"
     done = command(f"--checkpoint={run}", f"--output={output}", "--colormap=gray", *image_files)
     assert done.returncode == 0, done.stderr
@@ -73,8 +73,8 @@ def test_command_writes_a_row_an_image(run, image_files, tmp_path):
 
 
 def test_losses_are_the_models_own(run, image_files, tmp_path):
-    restored = runs.read_run(run)
-    model = InfMAE(restored.model)
+    restored = load(run)
+    model = InfMAE(restored.config)
     loss_of = jax.jit(lambda image, ids: model.apply({"params": restored.params}, normalize(image), ids).loss)
     for view in ("crop", "stretch"):
         losses = reconstruct(run, image_files[:2], tmp_path / "p.png", view=view)
@@ -86,7 +86,7 @@ def test_losses_are_the_models_own(run, image_files, tmp_path):
 
 def test_random_masks_follow_the_seed_and_original_size_is_kept(image_files, tmp_path):
     mask = masking.MaskConfig(score="none", selection="random")
-    folder = make_run(tmp_path / "random", mask, encoder="vit")
+    folder = make_run(tmp_path / "random", mask, kind="vit")
     output = tmp_path / "p.png"
     again = [reconstruct(folder, image_files, output, image_size=(32, 48), seed=s) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
@@ -128,3 +128,25 @@ def test_command_ends_with_one_line_and_code_2(run, image_files, tmp_path):
         done = command(*arguments)
         assert done.returncode == 2 and not output.exists()
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_images_are_read_as_the_run_read_them(run, tmp_path):
+    """16-bit counts under the run's fixed mapping; another one only where it is asked for, and said."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["intensity"] = {"mapping": "fixed", "low": 29000.0, "high": 31000.0}
+    fixed = shutil.copytree(run, tmp_path / "fixed")
+    (fixed / "config.json").write_text(json.dumps(config))
+    counts = np.random.default_rng(0).integers(29500, 30000, SIZE).astype(np.uint16)
+    Image.fromarray(counts).save(tmp_path / "counts.png")
+    gray = np.rint((counts - 29000.0) * 255 / 2000).astype(np.uint8)
+    expected = load(run).reconstruct(gray).losses
+    np.testing.assert_allclose(load(fixed).reconstruct(counts).losses, expected, rtol=1e-6)
+    losses = reconstruct(fixed, [tmp_path / "counts.png"], tmp_path / "p.png", view="stretch")
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    done = command(
+        f"--checkpoint={fixed}", f"--output={tmp_path}/q.png", "--view=stretch", "--intensity=auto",
+        tmp_path / "counts.png",
+    )  # fmt: skip
+    assert done.returncode == 0 and "not by the run's own" in done.stdout
+    other = dataclasses.replace(load(fixed), intensity=Intensity("auto")).reconstruct(counts)
+    assert not np.array_equal(other.images[0], gray)

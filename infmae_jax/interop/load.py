@@ -108,7 +108,7 @@ def graft(
 
     Args:
       params: subtrees by name, "encoder" among them; arrays or shapes.
-      loaded: from `load` or `encoder_params`. Of its other subtrees those are taken that fit throughout.
+      loaded: from `load` or `encoder_params`. Of its other subtrees those are taken that are the same throughout.
       encoder: the architecture of `params`, compared where shapes do not tell it (attention heads).
 
     Returns:
@@ -130,7 +130,7 @@ def graft(
                 f"{loaded.name} does not cover the encoder: {len(missing)} of {len(target)} arrays are missing or of "
                 f"another shape, {name}{missing[0]} first; use the checkpoint of the same variant"
             )
-        if not missing:
+        if not missing and (name == "encoder" or source.keys() == target.keys()):
             out[name] = jax.tree_util.tree_map_with_path(lambda p, _: source[jax.tree_util.keystr(p)], tree)
             taken.append(name)
             ignored += [f"{name}{path}" for path in source if path not in target]
@@ -138,7 +138,9 @@ def graft(
     return out, Account(tuple(taken), tuple(name for name in params if name not in taken), tuple(ignored))
 
 
-def write(path: str | os.PathLike, target: str, trained: TrainedModel, image_size: tuple[int, int], origin: Mapping):
+def write(
+    path: str | os.PathLike, target: str, trained: TrainedModel, image_size: tuple[int, int], origin: Mapping[str, Any]
+) -> None:
     """Writes a trained model; the path appears whole or not at all.
 
     Args:
@@ -187,7 +189,8 @@ def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
     expected = abstract_params(described.config)
     for name, tree in params.items():
         have, want = _leaves(tree), _leaves(expected.get(name, {}))
-        wrong = sorted(p for p in have.keys() | want.keys() if p not in have or p not in want or have[p].shape != want[p].shape)
+        shapes = ({path: leaf.shape for path, leaf in leaves.items()}.items() for leaves in (have, want))
+        wrong = sorted({path for path, _ in set.symmetric_difference(*map(set, shapes))})
         if wrong:
             raise InputError(
                 f"checkpoint of {path} does not fit its config: {name}{wrong[0]} and {len(wrong) - 1} more arrays "

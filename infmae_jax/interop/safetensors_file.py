@@ -1,7 +1,5 @@
 """safetensors files with the tensor names and layouts of the published checkpoint."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +21,11 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except AttributeError as error:  # NumPy has no such dtype
+        kind = str(error).split("'")[-2]
+        raise InputError(f"{path} holds tensors of the element type {kind}, which is not supported") from error
+    except (safetensors.SafetensorError, MemoryError, OverflowError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise InputError(f"{path} is no sound safetensors file ({reason}); copy it again") from error
 
 

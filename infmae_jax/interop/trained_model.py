@@ -54,6 +54,9 @@ class TrainedModel:
     def __iter__(self) -> Iterator[Any]:
         return iter((self.module, self.params))
 
+    def __getitem__(self, index: int) -> Any:
+        return (self.module, self.params)[index]
+
     @property
     def module(self) -> InfMAE:
         """The Flax module, for `module.apply({"params": params}, ...)`."""

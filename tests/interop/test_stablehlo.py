@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.errors import InputError
 from infmae_jax.convert import convert
-from infmae_jax.interop import formats
+from infmae_jax.interop.load import load
 from infmae_jax.models.infmae import InfMAE
 from tests.interop import torch_like
 from tests.interop.published_format import TINY, TINY_HEADS, random_state
@@ -39,6 +39,9 @@ def test_runs_without_this_package(tmp_path, mae):
     state = random_state(TINY, mae, grid=(2, 2))
     torch_like.save(tmp_path / "c.pth", {name: torch_like.tensor(array) for name, array in state.items()})
     convert("torch", "jax-export", tmp_path / "c.pth", tmp_path / "f.stablehlo", image_size=(48, 64), **TINY_HEADS)
+    exported = (tmp_path / "f.stablehlo").read_bytes()
+    for word in (str(tmp_path), "/home", sys.prefix, ".py", "site-packages"):
+        assert word.encode() not in exported, word
     images = np.random.default_rng(0).normal(size=(3, 48, 64, 1)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)
     (tmp_path / "empty").mkdir()
@@ -53,8 +56,8 @@ def test_runs_without_this_package(tmp_path, mae):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    checkpoint = formats.read(tmp_path / "c.pth", "torch", **TINY_HEADS)
-    features = jax.jit(lambda v, x: InfMAE(checkpoint.model).apply(v, x, method="features"))
+    checkpoint = load(tmp_path / "c.pth", **TINY_HEADS)
+    features = jax.jit(lambda v, x: InfMAE(checkpoint.config).apply(v, x, method="features"))
     expected = features({"params": checkpoint.params}, images)
     with np.load(tmp_path / "features.npz") as got:
         assert set(got) == set(expected)
