@@ -21,14 +21,14 @@ from absl import logging
 
 from data_pipelines.batches import Batches, DamagedShards
 from data_pipelines.errors import InputError
-from data_pipelines.examples import CorruptExample
+from data_pipelines.examples import CorruptExample, Example
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, num_visible, token_grid
 from data_pipelines.order import RecordOrder
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import split_counts
-from data_pipelines.transforms import InfraredAugment
+from data_pipelines.transforms import Geometry, InfraredAugment
 from data_pipelines.views import PretrainView, View
 
 # The share of damaged records is judged over at least this many samples, so that one early record is not "100 %".
@@ -275,7 +275,8 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     generators = [np.random.default_rng([config.seed, index]) for index in indices]
     batch = _empty(view, count)
     for place, (index, rng) in enumerate(zip(indices, generators, strict=True)):
-        _store(batch, place, view.sample(reader.first_whole(index), rng))
+        example = reader.first_whole(index)
+        _store(batch, place, view.sample(example, view.geometry(example.height, example.width, rng), rng))
     view.finish(batch, generators)
     return batch
 
@@ -335,14 +336,14 @@ class _TrainMaker(_Maker):
         batch = _empty(self.view, self.size) | {"corrupt": np.full(self.size, -1, np.int64)}
         generators = []
         indices = self._order.indices(first, self.size).tolist()
-        examples = self.reader.ahead(indices)
+        # Several at once cost a third of what they cost between images, whose pixels drive all else out of the caches.
+        ahead = [self._draw_ahead(index, first + place) for place, index in enumerate(indices)]
         for place, index in enumerate(indices):
             for candidate in self.reader.candidates(index):
-                # Drawn anew for a substitute, which must not depend on how far the damaged one came.
-                rng = sample_generator(self.config, first + place)
                 try:
-                    example = examples[place] if candidate == index else None
-                    _store(batch, place, self.view.sample(example or self.reader[candidate], rng))
+                    drawn = ahead[place] if candidate == index else None
+                    example, geometry, rng = drawn or self._draw(candidate, first + place)
+                    _store(batch, place, self.view.sample(example, geometry, rng))
                     break
                 except CorruptExample:
                     batch["corrupt"][place] = index
@@ -351,6 +352,21 @@ class _TrainMaker(_Maker):
             generators.append(rng)
         self.view.finish(batch, generators)
         return batch
+
+
+    def _draw(self, index: int, position: int) -> tuple[Example, Geometry, np.random.Generator]:
+        """An example, where its sample lies, and the generator after that.
+
+        The generator begins anew: a substitute must not depend on how far the damaged one came.
+        """
+        example, rng = self.reader[index], sample_generator(self.config, position)
+        return example, self.view.geometry(example.height, example.width, rng), rng
+
+    def _draw_ahead(self, index: int, position: int) -> tuple[Example, Geometry, np.random.Generator] | None:
+        try:
+            return self._draw(index, position)
+        except CorruptExample:
+            return None  # met again, and dealt with, in its turn
 
 
 class _EvalMaker(_Maker):
@@ -372,7 +388,9 @@ class _EvalMaker(_Maker):
         generators = [np.random.default_rng([self.config.seed, max(index, 0)]) for index in batch["index"].tolist()]
         for place, index in enumerate(indices):
             try:
-                _store(batch, place, self.view.sample(self.reader[index], generators[place]))
+                example, rng = self.reader[index], generators[place]
+                geometry = self.view.geometry(example.height, example.width, rng)
+                _store(batch, place, self.view.sample(example, geometry, rng))
                 batch["valid"][place] = True
             except CorruptExample:
                 continue  # stays zeros and not valid; `EvalBatches` counts it

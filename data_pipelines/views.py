@@ -30,7 +30,10 @@ class View(Protocol):
 
     spec: Spec
 
-    def sample(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
+        """How an image of this size comes to lie on the canvas; the first thing that a sample's generator is asked for."""
+
+    def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arrays of `spec` for one example; those that are missing are made by `finish`.
 
         Raises:
@@ -65,15 +68,14 @@ class PretrainView:
         visible = num_visible(self.mask, rows * columns)
         return {"image": ((*self.size, 1), np.uint8), "ids_keep": ((visible,), np.int32)}
 
-    def sample(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        height, width = example.height, example.width
+    def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
         if self.centered:
-            geometry, augment = Geometry.center(height, width, self.size), InfraredAugment()
-        else:
-            geometry = Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
-            augment = self.augment
-        pixels = self.intensity.apply(decode_pixels(example), example)
-        return {"image": infrared_augment(geometry.image(pixels), rng, augment)[..., None]}
+            return Geometry.center(height, width, self.size)
+        return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
+
+    def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        pixels = geometry.image(self.intensity.apply(decode_pixels(example), example))
+        return {"image": (pixels if self.centered else infrared_augment(pixels, rng, self.augment))[..., None]}
 
     def finish(self, batch: dict[str, np.ndarray], generators: Sequence[np.random.Generator]) -> None:
         scores = token_scores(batch["image"][..., 0], self.mask)
@@ -100,7 +102,7 @@ class LabelledView:
       augment: infrared augmentations.
       intensity: stored integers to 8 bit.
       mask: give the class mask; an example without one is an error.
-      max_objects: M; 0 gives no boxes. Example with more valid boxes are an error, never cut.
+      max_objects: M; 0 gives no boxes. More valid boxes are an error that names the image, never cut.
       min_visible: boxes with less than this share of their area on the canvas are left out.
       labels: names of labels of the whole image.
     """
@@ -136,13 +138,12 @@ class LabelledView:
         return spec | {name: ((), np.int32) for name in self.labels}
 
     def geometry(self, height: int, width: int, rng: np.random.Generator | None = None) -> Geometry:
-        """How an image of this size comes to lie on the canvas; `rng` is needed by random crops alone."""
+        """See `View.geometry`; `rng` is needed by random crops alone. For predictions: `Geometry.points_back`."""
         if self.whole:
             return getattr(Geometry, self.whole)(height, width, self.size)
         return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
 
-    def sample(self, example: Example, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        geometry = self.geometry(example.height, example.width, rng)
+    def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pixels = self.intensity.apply(decode_pixels(example), example)
         arrays: dict[str, Any] = {"image": infrared_augment(geometry.image(pixels), rng, self.augment)[..., None]}
         if self.mask:
