@@ -31,7 +31,6 @@ from infmae_jax.reporting.history import RunHistory, duration_text, read_history
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.training.config import flat, to_config
-from infmae_jax.training.goodput import lost_time
 
 NAME = "report.html"
 _CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}  # by name of the task
@@ -43,7 +42,7 @@ _MARK_OF_EVENT = {
 _LAYERS = ("param_norm/", "grad_norm/")  # metrics of every layer: a table, not curves
 _NOT_DRAWN = ("step", "time", "epoch")
 _ROUTINE_EVENTS = ("save", "compile")
-_NOT_DETAILS = ("time", "step", "event", "records", "last_row_time")
+_NOT_DETAILS = ("time", "step", "event", "records")
 _MAX_CURVES, _MAX_EVENTS, _MAX_KEYS, _MAX_PICTURES = 60, 300, 4000, 4
 _PICTURE_WIDTH = 1600  # pixels
 _MAX_PICTURE_BYTES = 64 << 20  # of a file that is opened at all
@@ -104,9 +103,6 @@ def facts(history: RunHistory) -> list[tuple[str, str]]:
     if history.seen:
         found.append(("from first to last sign", duration_text(history.seen[1] - history.seen[0])))
     found += [("updates skipped", f"{counts['skip']:,}"), ("restarts", f"{_marks(history.events).count(_RESTART):,}")]
-    lost = lost_time(history.events)
-    for seconds, label in ((lost.redone_seconds, "work made again"), (lost.down_seconds, "down between processes")):
-        found += [(label, duration_text(seconds))] if seconds >= 1 else []
     for name, label in (
         ("rollback", "roll-backs"), ("checkpoint_damaged", "checkpoints damaged"), ("save_failed", "saves failed"),
         ("save", "checkpoints saved"),

@@ -135,7 +135,7 @@ def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> d
         return {what: more[what] - less[what] for what in more}
 
     encoder = count((1, 1, 1))
-    deeper = ((2, 1, 1), (1, 2, 1), (1, 1, 2)) if model.encoder == "hybrid" else (None, None, (1, 1, 2))
+    deeper = ((2, 1, 1), (1, 2, 1), (1, 1, 2)) if model.encoder.kind == "hybrid" else (None, None, (1, 1, 2))
     stages, rest = {}, encoder
     for stage, depth, depths in zip(STAGES, model.encoder.depths, deeper, strict=False):
         if depths:
@@ -167,7 +167,7 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
         "GFLOP per image; by_hand and xla_forward: forward pass. Stages: XLA's count before optimisation; all: of the "
         "compiled program. XLA counts one of five turns of the loop in the depthwise kernels' gradient."
     ]
-    settings = {"image_size": list(image_size), "visible_tokens": keep, "encoder": model.encoder}
+    settings = {"image_size": list(image_size), "visible_tokens": keep, "encoder": model.encoder.kind}
     return report("flops", settings, rows, notes)
 
 

@@ -38,19 +38,11 @@ class Signs:
     in_a_row: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    step: int
-    metrics: dict[str, jax.Array]
-    log: bool
-
-
 class Monitor:
     """Metrics, events and the progress line of a run. Close it.
 
     Attributes:
       signs: what the last step that was read says.
-      last_row_time: of an earlier process, for the `resume` event.
     """
 
     def __init__(
@@ -68,7 +60,6 @@ class Monitor:
         self._task, self._clock, self._events, self._primary = task, clock, events, primary
         self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
         self._bar = progress_bar("train", total, "step", done=first, active=primary)
-        self.last_row_time = self._writer.last_row_time
         self._utilisation = functools.partial(
             hardware.mfu,
             flops_per_step,
@@ -76,13 +67,13 @@ class Monitor:
             devices=jax.device_count(),
             dtype=task.dtype,
         )
-        self._pending: _Pending | None = None
         self._host_memory, self._looked = 0.0, -math.inf
 
     def restart(self, batches: Batches, at: Position) -> None:
         """From now on steps are counted from `at` and come from `batches`."""
         self._batches, self.signs = batches, Signs()
-        self._pending, self._losses = None, []
+        self._pending: tuple | None = None
+        self._losses: list[float] = []
         self._bar.n = at.step
         self._start_window()
 
@@ -96,16 +87,16 @@ class Monitor:
     def step(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         """Takes the metrics of a step that was just dispatched; reads those of the one before, which is done or soon
         will be, so that the device is never without work."""
-        before, self._pending = self._pending, _Pending(step, metrics, log)
+        before, self._pending = self._pending, (step, metrics, log)
         self._bar.update()
         if before:
-            self._read(before)
+            self._read(*before)
 
     def flush(self) -> Signs:
         """Reads what is left to read."""
         before, self._pending = self._pending, None
         if before:
-            self._read(before)
+            self._read(*before)
         return self.signs
 
     def mean_loss(self) -> float:
@@ -125,16 +116,16 @@ class Monitor:
         self._bar.close()
         self._writer.close()
 
-    def _read(self, seen: _Pending) -> None:
+    def _read(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         with self._clock.spend("stepping"):
-            values = {name: value.item() for name, value in jax.device_get(seen.metrics).items()}
+            values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self._steps += 1
         if values["skipped"]:
-            self._log_skipped(seen.step, values)
+            self._log_skipped(step, values)
         else:
             self._losses.append(values["loss"])
-        if seen.log and not values["skipped"]:
-            self._log(seen.step, {k: v for k, v in values.items() if k not in _NOT_LOGGED})
+        if log and not values["skipped"]:
+            self._log(step, {k: v for k, v in values.items() if k not in _NOT_LOGGED})
         self.signs = Signs(values["stop"], values["in_a_row"])
 
     def _epoch(self, step: int) -> float:

@@ -26,23 +26,11 @@ class Program:
 
     The mesh may be of devices that are not there (`jax.experimental.topologies`): `lowered().compile()` then compiles
     ahead of time.
-
-    Attributes:
-      total_steps: of the whole run.
-      schedule: step -> learning rate.
-      state_shapes: the training state's shapes, dtypes and shardings.
-      batch_shapes: those of a global batch.
     """
 
     task: Task
     config: RunConfig
     mesh: Mesh
-    total_steps: int
-    schedule: optax.Schedule
-    state_shapes: TrainState
-    batch_shapes: dict[str, jax.ShapeDtypeStruct]
-    _optimizer: optax.GradientTransformation
-    _groups: Any
     _flags: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -54,31 +42,42 @@ class Program:
                 f"data.batch_size={task.batch_size} is not divisible by {parts} parts (devices along mesh.data, "
                 f"mesh.fsdp) x optimizer.accumulate={config.optimizer.accumulate}"
             )
-        total = _steps(task, config.duration)
-        warmup = _steps(task, config.optimizer.warmup, total)
+        program = cls(task, config, mesh)
+        total, warmup = program.total_steps, program.in_steps(config.optimizer.warmup)
         if warmup > total:
             raise InputError(
                 f"optimizer.warmup={config.optimizer.warmup} is {warmup} steps, longer than the run "
                 f"(duration={config.duration}, {total} steps): use at most that, or a share such as 10 percent"
             )
-        params = jax.eval_shape(task.init, jax.random.key(config.seed))
-        groups = jax.tree_util.tree_map_with_path(lambda path, _: task.group(sharding.path_text(path)), params)
-        adamw = optimizer.make_optimizer(config.optimizer, groups)
-        shapes = jax.eval_shape(lambda: TrainState.create(jax.tree.map(_zeros, params), adamw))
-        return cls(
-            task,
-            config,
-            mesh,
-            total,
-            optimizer.make_schedule(config.optimizer, task.batch_size, warmup, total),
-            jax.tree.map(_placed, shapes, sharding.state_shardings(shapes, mesh)),
-            {
-                name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-                for name, (shape, dtype) in task.batch_spec.items()
-            },
-            adamw,
-            groups,
+        assert program.state_shapes  # the parameters fit the mesh
+        return program
+
+    @functools.cached_property
+    def total_steps(self) -> int:
+        """Of the whole run."""
+        return _steps(self.task, self.config.duration)
+
+    @functools.cached_property
+    def schedule(self) -> optax.Schedule:
+        """Step -> learning rate."""
+        config = self.config.optimizer
+        return optimizer.make_schedule(config, self.task.batch_size, self.in_steps(config.warmup), self.total_steps)
+
+    @functools.cached_property
+    def state_shapes(self) -> TrainState:
+        """The training state's shapes, dtypes and shardings."""
+        shapes = jax.eval_shape(self._create, jax.random.key(self.config.seed))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            sharding.state_shardings(shapes, self.mesh),
         )
+
+    @functools.cached_property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Those of a global batch."""
+        layout, spec = sharding.batch_sharding(self.mesh), self.task.batch_spec
+        return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, (shape, dtype) in spec.items()}
 
     def in_steps(self, duration: str) -> int:
         """A duration of this run in steps."""
@@ -92,9 +91,8 @@ class Program:
         """The step, traced for the mesh's devices."""
         guards = self.config.guards
         function = step.make_train_step(
-            self.task.loss, self._optimizer, self.schedule, self.mesh, self.shardings, self.config.seed,
-            self.config.optimizer.accumulate, guards.spike_factor, self.in_steps(guards.spike_warmup),
-            self._frozen,
+            self._gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
+            self.in_steps(guards.spike_warmup),
         )  # fmt: skip
         stop = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=step.stop_sharding(self.mesh))
         return function.lower(self.state_shapes, self.batch_shapes, stop)
@@ -111,11 +109,7 @@ class Program:
 
     def start(self, initial: Any | None = None) -> TrainState:
         """The state before the first step, with these parameters or with random ones."""
-
-        def create(key: jax.Array) -> TrainState:
-            return TrainState.create(self.task.init(key), self._optimizer)
-
-        state = jax.jit(create, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+        state = jax.jit(self._create, out_shardings=self.shardings)(jax.random.key(self.config.seed))
         if initial is None:
             return state
         placed = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, self.shardings.params)
@@ -138,27 +132,29 @@ class Program:
     @functools.cached_property
     def layer_norms(self):
         """(state, batch) -> norm of every parameter and of its gradient; computed apart from the step."""
-        seed, accumulate = self.config.seed, self.config.optimizer.accumulate
-        return step.make_layer_norms(
-            step.make_gradients(self.task.loss, self.shardings.params, seed, accumulate, self._frozen)
-        )
+        return step.make_layer_norms(self._gradients)
 
-    @property
-    def _frozen(self) -> Any | None:
-        """Tree of bools as the parameters, None where none is frozen."""
-        frozen = jax.tree.map(lambda group: group.frozen, self._groups)
-        return frozen if any(jax.tree.leaves(frozen)) else None
+    def _create(self, key: jax.Array) -> TrainState:
+        return TrainState.create(self.task.init(key), self._optimizer)
+
+    @functools.cached_property
+    def _groups(self) -> Any:
+        params = jax.eval_shape(self.task.init, jax.random.key(self.config.seed))
+        return jax.tree_util.tree_map_with_path(lambda path, _: self.task.group(sharding.path_text(path)), params)
+
+    @functools.cached_property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return optimizer.make_optimizer(self.config.optimizer, self._groups)
+
+    @functools.cached_property
+    def _gradients(self) -> step.Gradients:
+        config = self.config
+        return step.make_gradients(
+            self.task.loss, self.shardings.params, config.seed, config.optimizer.accumulate, self._groups
+        )
 
 
 def _steps(task: Task, duration: str, total: int | None = None) -> int:
     """`duration` in steps; asks the task how many examples it has only where the unit is an epoch."""
     examples = task.num_examples if "epoch" in duration else 1
     return in_steps(duration, batch_size=task.batch_size, num_examples=examples, total_steps=total)
-
-
-def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(shape.shape, shape.dtype)
-
-
-def _placed(shape: jax.ShapeDtypeStruct, layout: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout)

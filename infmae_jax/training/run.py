@@ -154,7 +154,7 @@ class Run:
         )  # fmt: skip
         events.write(
             "resume" if at.step else "start", at.step, processes=jax.process_count(), devices=program.mesh.size,
-            total_steps=program.total_steps, last_row_time=self._monitor.last_row_time, config=self._identity,
+            total_steps=program.total_steps, config=self._identity,
         )  # fmt: skip
         events.write("compile", at.step, seconds=seconds)
         if self._primary:

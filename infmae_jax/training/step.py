@@ -17,23 +17,30 @@ from infmae_jax.training.task import Loss
 
 Batch = dict[str, jax.Array]
 LossFunction = Callable[[Any, Batch, jax.Array], Loss]
+Gradients = Callable[[Any, Batch, jax.Array], tuple[Any, dict[str, jax.Array]]]
 _SLOWEST_MEAN = 0.01  # weight of a new loss in the running mean, once there are many
 
 
 def make_gradients(
-    loss: LossFunction, shardings: Any, seed: int, accumulate: int = 1, frozen: Any | None = None
-) -> Callable[[Any, Batch, jax.Array], tuple[Any, dict[str, jax.Array]]]:
+    loss: LossFunction, shardings: Any, seed: int, accumulate: int = 1, groups: Any | None = None
+) -> Gradients:
     """Builds (params, batch, step) -> (gradients of the loss, metrics, its value as "loss" among them).
 
-    Sums and weights are added up over devices and micro-batches, and divided at the end. The arguments are those of
-    `make_train_step`; `shardings` are of the parameters.
+    Sums and weights are added up over devices and micro-batches, and divided at the end.
+
+    Args:
+      loss: (params, batch, key) -> `task.Loss`.
+      shardings: of the parameters.
+      seed: the key of step s is fold_in(key(seed), s), so that randomness is a function of the step.
+      accumulate: micro-batches whose gradients are added up, for batches that do not fit at once.
+      groups: tree of `task.Group` as the parameters, of which frozen ones get a gradient of 0; None: none is.
     """
     whole = sharding.gathered(shardings)
 
     def totals(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Loss]:
         def total(params: Any) -> tuple[jax.Array, Loss]:
-            if frozen is not None:
-                params = jax.tree.map(lambda p, still: jax.lax.stop_gradient(p) if still else p, params, frozen)
+            if groups is not None:
+                params = jax.tree.map(lambda p, g: jax.lax.stop_gradient(p) if g.frozen else p, params, groups)
             found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), loss(params, batch, key))
             return found.sum, found
 
@@ -64,16 +71,13 @@ def make_gradients(
 
 
 def make_train_step(
-    loss: LossFunction,
+    gradients: Gradients,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
     shardings: TrainState,
-    seed: int,
-    accumulate: int = 1,
     spike_factor: float = 0.0,
     spike_warmup: int = 0,
-    frozen: Any | None = None,
 ) -> jax.stages.Wrapped:
     """Builds the jitted step: (state, batch, stop) -> (state, metrics), the old state's buffers donated.
 
@@ -81,21 +85,16 @@ def make_train_step(
     state stay bit for bit as they were, and the step counts all the same.
 
     Args:
-      loss: (params, batch, key) -> `task.Loss`.
+      gradients: as from `make_gradients`.
       optimizer: gives the direction to go; its step length is the schedule's, a function of the step.
       shardings: of the state, as from `sharding.state_shardings`.
-      seed: the key of step s is fold_in(key(seed), s), so that randomness is a function of the step.
-      accumulate: micro-batches whose gradients are added up, for batches that do not fit at once.
       spike_factor: a loss above this multiple of the running mean is a spike; 0 is off.
       spike_warmup: accepted updates before the running mean counts.
-      frozen: tree of bools as the parameters: True where there is to be no gradient; None: nowhere.
 
     `stop` is (devices,) int32, this host's part of which is whatever it asks the others to end with, 0 for nothing.
-    Metrics are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of `loss`, float32;
+    Metrics are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of the loss, float32;
     skipped (this update), skipped_updates, in_a_row and stop (the highest of any host), int32.
     """
-
-    gradients = make_gradients(loss, shardings.params, seed, accumulate, frozen)
 
     def accepted(guard: GuardState, step: jax.Array, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
         fine = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -146,7 +145,7 @@ def stop_flag(mesh: Mesh, code: int) -> jax.Array:
         )
 
 
-def make_layer_norms(gradients: Callable) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
+def make_layer_norms(gradients: Gradients) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
     """A jitted function (state, batch) -> norm of every parameter and of its gradient, by metric name."""
 
     def norms(state: TrainState, batch: Batch) -> dict[str, jax.Array]:

@@ -96,8 +96,6 @@ class MetricsWriter:
       config: flat, for Weights & Biases.
 
     Attributes:
-      last_row_time: unix seconds of the last row found at opening, dropped or not; None without rows. It goes into
-        the `resume` event, from which the time lost to a restart is reckoned.
       failures: writes that failed so far, over all files and services.
 
     Raises:
@@ -112,11 +110,9 @@ class MetricsWriter:
         observe: ObserveConfig = ObserveConfig(),
         config: Mapping[str, Any] | None = None,
     ):
-        self.last_row_time: float | None = None
         self._sinks: list[tuple[_Sink, _Guard]] = []
         if not active:
             return
-        self.last_row_time = _last_row_time(Path(run) / METRICS_NAME)
         sinks: list[_Sink] = []
         if observe.wandb_project:
             sinks.append(_WeightsAndBiases(run, observe.wandb_project, config or {}))

@@ -97,14 +97,14 @@ def make_eventful_run(folder):
     """A run with everything that can happen."""
     rows = [metrics_row(s, loss="nan" if s == 40 else 1.5 - s / 100, skipped_updates=2 * (s > 40)) for s in range(100)]
     events = [
-        event(-600, "start", 0, processes=1, devices=2, total_steps=100, last_row_time=None),
+        event(-600, "start", 0, processes=1, devices=2, total_steps=100),
         event(-580, "save", 20, seconds_blocked=0.25),
         event(-560, "skip", 40, loss="nan", grad_norm="nan", reason="non-finite loss", records=["hit/a.jpg", "b<1>"]),
         event(-559, "skip", 41, loss=9.5, grad_norm=1.0, reason="spike", records=["c"]),
         event(-550, "rollback", 42, to_step=20, data_order=1),
         event(-540, "checkpoint_damaged", 60, checkpoint=60, reason="digest of encoder/x differs"),
         event(-530, "save_failed", 60, reason="no space left"),
-        event(-500, "resume", 20, last_row_time=NOW - 520),
+        event(-500, "resume", 20),
         event(-20, "finished", 100, code=0, shares={"stepping": 0.9, "data_wait": 0.06, "other": 0.04}),
     ]
     return make_run(folder, rows, events, pictures=range(0, 101, 10))

@@ -9,7 +9,7 @@ from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step, stop_flag
+from infmae_jax.training.step import make_gradients, make_train_step, stop_flag
 from infmae_jax.training.task import Loss
 
 
@@ -47,7 +47,9 @@ class Run:
         shapes = jax.eval_shape(create, jax.random.key(0))
         shardings = sharding.state_shardings(shapes, self.mesh)
         self.state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
-        self._step = make_train_step(loss, optimizer, schedule, self.mesh, shardings, 0, **guards)
+        self._step = make_train_step(
+            make_gradients(loss, shardings.params, 0), optimizer, schedule, self.mesh, shardings, **guards
+        )
 
     def step(self, scale=1.0, poison=0.0, stop=0, seed=None):
         number = int(self.state.step) if seed is None else seed

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax.interop.load import load
 from infmae_jax.training.checkpoint import restore_params
 from tests.training.jobs import Job, assert_same_run, rows_of
 
@@ -82,7 +83,7 @@ def test_encoder_alone_can_be_restored(undisturbed):
 def test_checkpoint_of_another_variant_is_named(undisturbed, tmp_path):
     (tmp_path / "checkpoints").symlink_to(undisturbed / "checkpoints")
     config = json.loads((undisturbed / "config.json").read_text())
-    config["model"]["widths"] = [16, 24, 48]
+    config["model"]["encoder"]["widths"] = [16, 24, 48]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not fit its config.*same variant"):
-        restore_params(tmp_path)
+        load(tmp_path)

@@ -17,7 +17,7 @@ from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.step import make_train_step, stop_flag
+from infmae_jax.training.step import make_gradients, make_train_step, stop_flag
 from infmae_jax.training.task import Loss
 
 SMALL = InfMAEConfig().replace(
@@ -172,7 +172,8 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
         create, shapes = state_shapes(SMALL, keep=2, size=32)
         specs = sharding.state_shardings(shapes, mesh)
         state = jax.jit(create, out_shardings=specs)(jax.random.key(0))
-        step = make_train_step(loss, optimizer, schedule, mesh, specs, 0, accumulate)
+        gradients = make_gradients(loss, specs.params, 0, accumulate)
+        step = make_train_step(gradients, optimizer, schedule, mesh, specs)
         losses = []
         for _ in range(3):
             state, metrics = step(state, sharding.place_batch(batch, mesh), stop_flag(mesh, 0))
