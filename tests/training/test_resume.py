@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax.interop.runs import read_run
 from infmae_jax.training.checkpoint import restore_params
 from tests.training.jobs import Job, assert_same_run, rows_of
 
@@ -85,4 +86,4 @@ def test_checkpoint_of_another_variant_is_named(undisturbed, tmp_path):
     config["model"]["widths"] = [16, 24, 48]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="does not fit its config.*same variant"):
-        restore_params(tmp_path)
+        read_run(tmp_path)
