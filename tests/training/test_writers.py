@@ -147,12 +147,14 @@ def test_only_one_process_writes(tmp_path):
 
 
 def test_what_a_stranger_wrote_is_left_out_without_a_hang(tmp_path):
-    """In place of numbers: texts, lists, objects, truths; steps that are none; brackets without end; one endless line."""
+    """In place of numbers: texts, lists, objects, truths; no steps; endless brackets; one endless line."""
     good = json.dumps({"step": 3, "loss": 0.5, "time": 1.0, "event": "save"})
     bad = [
         '{"step": "3", "loss": 1}', '{"step": NaN, "time": 1, "event": "x"}', '{"step": -1, "time": 1, "event": "x"}',
-        '{"step": true, "time": 1, "event": "x"}', '{"step": 1e9, "time": 1, "event": "x"}', "[" * 100_000, "9" * 10_000,
-        '{"step": ' + "9" * 400 + "}", '{"step": 4, "time": "now", "event": "x"}' , '{"step": 4, "time": 1, "event": 7}',
+        '{"step": true, "time": 1, "event": "x"}', '{"step": 1e9, "time": 1, "event": "x"}', "[" * 100_000,
+        "9" * 10_000,
+        '{"step": ' + "9" * 400 + "}", '{"step": 4, "time": "now", "event": "x"}',
+        '{"step": 4, "time": 1, "event": 7}',
         '{"a": ' * 50_000,
     ]  # fmt: skip
     mixed = '{"step": 4, "loss": "much", "rate": [1], "mfu": null, "shares": {"a": 1}, "time": 2.0, "grad_norm": "nan"}'
@@ -195,7 +197,7 @@ def test_a_file_of_a_long_run_is_opened_from_its_end(tmp_path):
 def test_lines_from_the_end_are_the_lines_from_the_beginning_reversed(tmp_path_factory, sizes, closed, block):
     path = tmp_path_factory.mktemp("lines") / "lines"
     lines = [bytes([65 + number % 26]) * size for number, size in enumerate(sizes)]
-    data = b"".join(line + b"\n" for line in lines) + b"" if closed else b"".join(line + b"\n" for line in lines) + b"cut"
+    data = b"".join(line + b"\n" for line in lines) + (b"" if closed else b"cut")
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(line_files, "_BLOCK", block)
