@@ -126,7 +126,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(small_encoder, files, tm
     # The same with an error that is not the file's: everything before the part of file 25 stays.
     files[25].write_bytes(good)
     original = module._read_views
-    monkeypatch.setattr(module, "_read_views", lambda f, i, v: 1 / 0 if i == 25 else original(f, i, v))
+    monkeypatch.setattr(module, "_read_views", lambda f, i, *v: 1 / 0 if i == 25 else original(f, i, *v))
     with pytest.raises(ZeroDivisionError):
         FeatureExtractor(small_encoder, batch_size=4, cache=tmp_path / "cache").extract(files, VIEWS)
     monkeypatch.setattr(module, "_read_views", original)

@@ -13,7 +13,8 @@ import pytest
 from flax import traverse_util
 
 from data_pipelines.masking import mask_from_ids, select_visible, token_scores
-from infmae_jax.interop import formats, names
+from infmae_jax.interop import names
+from infmae_jax.interop.load import load
 from infmae_jax.models.infmae import InfMAE, masked_loss
 from infmae_jax.models.patches import normalize, patchify
 from infmae_jax.training.config import OptimizerConfig
