@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         hint = f"did you mean {near[0]}?" if near else f"the jobs are {', '.join(JOBS)}"
         print(f"error: {job!r} is not a job; {hint}", file=sys.stderr)
         raise SystemExit(2)
-    print("usage: infmae JOB [--flags], and infmae JOB --help for its flags\n", file=sys.stdout if asked else sys.stderr)
-    for name, (_, line) in JOBS.items():
-        print(f"  {name:14}{line}", file=sys.stdout if asked else sys.stderr)
+    lines = ["usage: infmae JOB [--flags], and infmae JOB --help for its flags", ""]
+    lines += [f"  {name:14}{line}" for name, (_, line) in JOBS.items()]
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
     raise SystemExit(0 if asked else 2)
 
 

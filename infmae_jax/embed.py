@@ -71,7 +71,8 @@ def embed(
     _check(trained, output, feature)
     files = list(_images(sources))
     if not files:
-        raise InputError(f"no images in {', '.join(map(str, sources)) or 'nothing'}: name image files, or a folder of them")
+        where = ", ".join(map(str, sources)) or "nothing"
+        raise InputError(f"no images in {where}: name image files, or a folder of them")
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     settings = [trained.digest, repr(trained.intensity), trained.image_size, feature, view, stats]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -179,7 +180,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True)
     flags.DEFINE_string("output", None, "File to write, .npz or .parquet; replaced if it exists.", required=True)
     flags.DEFINE_enum("feature", "pooled", FEATURES, "Which features; multi is the three stages together.")
-    flags.DEFINE_enum("view", "stretch", VIEWS, "How an image becomes the input: squeezed whole, its centre, or as it is.")
+    flags.DEFINE_enum("view", "stretch", VIEWS, "The input: the whole image squeezed, its centre, or as it is.")
     flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
     flags.DEFINE_integer("batch_size", 32, "Images per device call.", lower_bound=1)
     checkpoint_flags.define_architecture()

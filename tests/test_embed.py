@@ -122,7 +122,7 @@ def test_jobs_are_listed_without_jax_and_mistakes_named():
     assert all(f"  {job} " in done.stderr for job in jobs.JOBS)
 
 
-@pytest.mark.parametrize("job, message", [("pretrian", "did you mean pretrain?"), ("xyz", "the jobs are prepare, build")])
+@pytest.mark.parametrize("job, message", [("pretrian", "did you mean pretrain?"), ("xyz", "the jobs are prepare")])
 def test_a_mistyped_job(capsys, job, message):
     with pytest.raises(SystemExit) as done:
         jobs.main(["infmae", job])

@@ -257,7 +257,7 @@ def load_encoder(
     Args:
       checkpoint: as for `load`, or "random" for an untrained encoder.
       model: variant of an untrained encoder ("" is "tiny"); for a checkpoint, the variant that it must be, if given.
-      like: a run whose architecture, image size and intensity mapping an untrained encoder takes, instead of `model`.
+      like: a run whose architecture, image size and intensity an untrained encoder takes, instead of `model`.
       image_size: rows and columns; (0, 0) takes those of the run, 224x224 where there is no run.
       seed: of an untrained encoder's weights.
       **options: of `load`.
@@ -273,7 +273,7 @@ def load_encoder(
         trained = dataclasses.replace(trained, intensity=described.intensity)
     else:
         if not Path(checkpoint).expanduser().exists() and "://" not in checkpoint:
-            raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a checkpoint file or {RANDOM!r}")
+            raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
         trained = encoder_params(checkpoint, **options)
         if model and not same_encoder(_variant(model).encoder, trained.config.encoder):
             found = _describe(trained.config.encoder)

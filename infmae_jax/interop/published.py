@@ -257,7 +257,8 @@ def _check_positions(state: Mapping[str, np.ndarray], config: InfMAEConfig, whol
     present = _POSITIONS if whole else _POSITIONS[:1]
     widths = (config.encoder.widths[-1], config.decoder.width)
     tokens = _shape(state, _POSITIONS[0], 3)[1] - prefix
-    if tokens > 0 and all(state[name].shape == (1, prefix + tokens, width) for name, width in zip(present, widths, strict=False)):
+    shapes = [(1, prefix + tokens, width) for width in widths[: len(present)]]
+    if tokens > 0 and [state[name].shape for name in present] == shapes:
         # The first channel of the second half is the sine of the row: 0 in the first row, 0.84 in the second.
         rows_sine = np.asarray(state[_POSITIONS[0]][0, prefix:, widths[0] // 2], np.float32)
         columns = int(np.argmax(rows_sine > 0.5)) or tokens

@@ -123,8 +123,8 @@ def _kernel_gradient(windows: jax.Array, grad: jax.Array, step: int) -> jax.Arra
         sums = jnp.concatenate([_patch_sum(part[..., j : j + columns, :], grad, step) for j in range(SIZE)], axis=-1)
         return jnp.ones((1, sums.shape[1]), accumulate) @ sums
 
-    # Samples are summed after the loop: they lie on several devices, whose exchange inside a loop XLA's CPU backend does
-    # not put in one order with that outside.
+    # Samples are summed after the loop: they lie on several devices, whose exchange inside a loop XLA's CPU backend
+    # does not put in one order with that outside.
     return jax.lax.map(tap_row, jnp.arange(SIZE)).sum(axis=(1, 2)).reshape(SIZE, SIZE, channels)
 
 

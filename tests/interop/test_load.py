@@ -248,8 +248,8 @@ def test_a_header_longer_than_the_file_takes_no_memory(tmp_path):
         safetensors_file.read_checkpoint(tmp_path / "c.safetensors")
 
 
-OPCODES = [b"}", b"]", b")", b"(", b"2", b"0", b"1", b"\x85", b"\x86", b"t", b"l", b"d", b"s", b"u", b"a", b"e", b"R", b"Q",
-           b"b", b"\x8f", b"\x90", b"\x91", b"K\x01", b"q\x00", b"h\x00", b"\x94", b"X\x01\x00\x00\x00a", b"N",
+OPCODES = [b"}", b"]", b")", b"(", b"2", b"0", b"1", b"\x85", b"\x86", b"t", b"l", b"d", b"s", b"u", b"a", b"e", b"R",
+           b"Q", b"b", b"\x8f", b"\x90", b"\x91", b"K\x01", b"q\x00", b"h\x00", b"\x94", b"X\x01\x00\x00\x00a", b"N",
            b"ccollections\nOrderedDict\n", b"ctorch\nSize\n", b"ctorch\nFloatStorage\n",
            b"ctorch._utils\n_rebuild_tensor_v2\n", b"X\x07\x00\x00\x00storage"]  # fmt: skip
 

@@ -58,7 +58,8 @@ def test_round_trip_changes_nothing(mae, grid):
     checkpoint = published.from_state(state, **TINY_HEADS, norm_pix_loss=True)
     model = checkpoint.config
     assert checkpoint.image_size == (grid[0] * 16, grid[1] * 16)
-    assert (model.encoder.kind, model.encoder.widths[-1], model.encoder.depths[-1]) == ("vit" if mae else "hybrid", 16, 3)
+    encoder = model.encoder
+    assert (encoder.kind, encoder.widths[-1], encoder.depths[-1]) == ("vit" if mae else "hybrid", 16, 3)
     assert (model.encoder.heads, model.decoder.heads, model.norm_pix_loss) == (4, 4, True)
     back, metadata = published.to_state(checkpoint)
     assert back.keys() == state.keys()

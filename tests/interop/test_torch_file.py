@@ -155,7 +155,7 @@ def test_handwritten_pickles_are_refused(tmp_path, name):
     assert not canary.exists()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_pickles_are_values_or_refused(data):
     try:
@@ -164,7 +164,7 @@ def test_random_pickles_are_values_or_refused(data):
         assert "\n" not in str(refused)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damaged_files_end_in_one_line(tmp_path, data):
     """Bit flips and cuts of a sound file: it is read unchanged or refused, nothing else."""

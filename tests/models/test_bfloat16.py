@@ -35,9 +35,10 @@ def batch_of(crops):
     return normalize(crops[..., None]), select_visible(token_scores(crops, mask), mask)
 
 
-def test_loss_of_base_is_that_of_float32(shared_folder):
+def test_loss_is_that_of_float32(shared_folder, request):
+    """Of Base with --long, else of the tiny variant."""
     images, ids_keep = batch_of(real_crops(shared_folder, 2, 224))
-    single = variant("base")
+    single = variant("base" if request.config.getoption("--long") else "tiny")
     params = jax.jit(InfMAE(single).init)(jax.random.key(0), images, ids_keep)["params"]
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -46,7 +47,7 @@ def test_loss_of_base_is_that_of_float32(shared_folder):
         return [InfMAE(config).apply({"params": params}, images, ids_keep).loss for config in both]
 
     exact, half = (np.array(losses(dtype, params, images, ids_keep)) for dtype in ("float32", "bfloat16"))
-    print(f"Base loss, also of normalised pixels: float32 {exact}, bfloat16 off by {half / exact - 1}")
+    print(f"loss, also of normalised pixels: float32 {exact}, bfloat16 off by {half / exact - 1}")
     np.testing.assert_allclose(half, exact, rtol=0.01)
 
 
