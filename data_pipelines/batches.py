@@ -60,7 +60,8 @@ class Batches:
             if needed > _free_shared_memory():
                 raise self._no_shared_memory(f"is too small for {_megabytes(needed)}")
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads absl flags to start workers; outside absl's `app.run` none exist
+                # Grain reads absl flags to start workers; outside absl's `app.run` none exist.
+                flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(settings.workers, per_worker_buffer_size=settings.prefetch), _start_worker
             )
@@ -99,9 +100,10 @@ class Batches:
             ) from error
 
     def _no_shared_memory(self, what: str) -> InputError:
+        free = _megabytes(_free_shared_memory())
         return InputError(
-            f"{_SHARED_MEMORY}, through which data workers hand batches over, {what} ({_megabytes(_free_shared_memory())} "
-            f"free, {_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._settings.prefetch} or "
+            f"{_SHARED_MEMORY}, through which data workers hand batches over, {what} ({free} free, "
+            f"{_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._settings.prefetch} or "
             f"data.workers={self._settings.workers}, or enlarge it"
         )
 

@@ -162,7 +162,7 @@ def encode_example(example: Example) -> bytes:
 
 
 def decode_example(data: bytes) -> Example:
-    """Returns the example stored in `data`, by `encode_example` or by TensorFlow Datasets for a builder of this project.
+    """Returns the example that `encode_example`, or TensorFlow Datasets for a builder of this project, stored.
 
     Raises:
       CorruptExample: the bytes are not such an example, or were damaged.

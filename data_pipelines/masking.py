@@ -61,15 +61,17 @@ class MaskConfig:
             raise InputError(f"mask.score='none' gives {self.selection!r} nothing to sort; use mask.selection='random'")
         if self.stride < 1 or self.keep < 0 or not math.isfinite(self.bias):
             raise InputError(
-                f"mask.stride={self.stride} must be at least 1, mask.keep={self.keep} at least 0, mask.bias={self.bias} "
-                "finite"
+                f"mask.stride={self.stride} must be at least 1, mask.keep={self.keep} at least 0, "
+                f"mask.bias={self.bias} finite"
             )
         if self.keep and self.selection == "stride":
             raise InputError(f"mask.keep={self.keep} has no effect on selection 'stride'; set mask.stride instead")
         if self.score == "kernel":
             shape = np.shape(self.kernel)
             if len(shape) != 3 or shape[:2] != (PATCH, PATCH):
-                raise InputError(f"mask.kernel has shape {shape}; the score 'kernel' needs ({PATCH}, {PATCH}, channels)")
+                raise InputError(
+                    f"mask.kernel has shape {shape}; the score 'kernel' needs ({PATCH}, {PATCH}, channels)"
+                )
 
 
 def token_grid(height: int, width: int) -> tuple[int, int]:

@@ -230,9 +230,8 @@ def eval_batches(
 
 def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainView:
     """The view that the config describes: random crops, or the evaluation view of whole images."""
-    return PretrainView(
-        config.image_size, config.scale, config.ratio, config.flip, config.augment, config.mask, config.intensity, centered
-    )
+    drawn = config.scale, config.ratio, config.flip, config.augment
+    return PretrainView(config.image_size, *drawn, config.mask, config.intensity, centered)
 
 
 def num_examples(config: PipelineConfig) -> int:

@@ -109,7 +109,7 @@ def draw_crop(
 
 
 def nearest_pixels(start: int, extent: int, count: int) -> np.ndarray:
-    """Which of the pixels [start, start + extent) lie under the centres of `count` pixels that cover the same: int64."""
+    """Which of the pixels [start, start + extent) lie under the centres of `count` pixels covering the same."""
     # Integers, so that a centre on the border of two pixels falls alike on every machine.
     return start + (2 * np.arange(count) + 1) * extent // (2 * count)
 
@@ -175,7 +175,7 @@ class Geometry:
         return self._place(resize(self.crop.of(image), self.size), fill)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
-        """(H, W) uint8 class numbers -> `canvas` uint8 by the nearest pixel, `IGNORE` where the image does not reach."""
+        """(H, W) uint8 class numbers -> `canvas` uint8 by the nearest pixel, `IGNORE` outside of the image."""
         rows = nearest_pixels(self.crop.top, self.crop.height, self.size[0])
         columns = nearest_pixels(self.crop.left, self.crop.width, self.size[1])
         return self._place(mask[rows[:, None], columns], IGNORE)

@@ -31,7 +31,7 @@ class View(Protocol):
     spec: Spec
 
     def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
-        """How an image of this size comes to lie on the canvas; the first thing that a sample's generator is asked for."""
+        """How an image of this size comes to lie on the canvas; it asks a sample's generator first."""
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arrays of `spec` for one example; those that are missing are made by `finish`.

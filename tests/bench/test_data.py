@@ -17,7 +17,8 @@ from tests.data_pipelines.shard_sets import make_example, make_image, make_set, 
 def test_every_promised_row_is_there(tmp_path):
     shards = make_set(tmp_path / "set", 12, height=256, width=320)
     rows = measure([shards], workers=2, seconds=1.0, batch_size=4, rounds=1)
-    assert [row["name"] for row in rows] == ["pipeline", "pipeline, raw shards", "classic", "decode", "mask", "2 workers"]
+    names = ["pipeline", "pipeline, raw shards", "classic", "decode", "mask", "2 workers"]
+    assert [row["name"] for row in rows] == names
 
 
 def test_raw_shards_give_the_same_batches(tmp_path):

@@ -18,6 +18,7 @@ from data_pipelines.examples import (
     encode_example,
     source_text,
 )
+from tests.data_pipelines.shard_sets import make_example
 
 values = st.one_of(
     st.lists(st.binary(max_size=300), max_size=3),
@@ -103,7 +104,11 @@ def test_speed_is_that_of_a_record():
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
@@ -121,12 +126,14 @@ plain_examples = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(plain_examples)
 def test_round_trip(example):
     assert decode_example(encode_example(example)) == example
     assert encode_example(decode_example(encode_example(example))) == encode_example(example)
 
 
+@settings(deadline=None)
 @given(plain_examples, st.data())
 def test_a_cut_example_is_refused_or_lacks_nothing_that_it_needs(example, data):
     stored_bytes = encode_example(example)
@@ -138,6 +145,7 @@ def test_a_cut_example_is_refused_or_lacks_nothing_that_it_needs(example, data):
     assert isinstance(got, Example)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.booleans(), st.data())
 def test_objects_come_back(count, segmented, data):
     numbers = st.lists(st.floats(0, 64, width=32), min_size=4, max_size=4)
@@ -152,13 +160,14 @@ def test_objects_come_back(count, segmented, data):
         np.testing.assert_array_equal(getattr(got, name), getattr(objects, name), strict=True)
     assert got.segmentations == texts and got.boxes.shape == (count, 4) and got.boxes.dtype == np.float32
     message = tf_example_pb2.Example.FromString(encode_example(example)).features.feature
-    np.testing.assert_allclose(  # TFDS: ymin, xmin, ymax, xmax as shares
-        np.reshape(message["objects/bbox"].float_list.value, (-1, 4)), boxes[:, [1, 0, 3, 2]] / [48, 64, 48, 64], atol=1e-6
-    )
+    shares = np.reshape(message["objects/bbox"].float_list.value, (-1, 4))  # TFDS: ymin, xmin, ymax, xmax
+    np.testing.assert_allclose(shares, boxes[:, [1, 0, 3, 2]] / [48, 64, 48, 64], atol=1e-6)
     assert list(message["label"].int64_list.value) == [3]
 
 
-@pytest.mark.parametrize("change", [{"objects/label": [1]}, {"objects/bbox": [0.1] * 7}, {"objects/is_crowd": [1, 0, 1]}])
+@pytest.mark.parametrize(
+    "change", [{"objects/label": [1]}, {"objects/bbox": [0.1] * 7}, {"objects/is_crowd": [1, 0, 1]}]
+)
 def test_objects_that_contradict_themselves_are_refused(change):
     features = {"objects/bbox": [0.1, 0.1, 0.2, 0.2] * 2, "objects/label": [1, 2], "objects/is_crowd": [0, 0]} | change
     with pytest.raises(CorruptExample):
@@ -177,8 +186,6 @@ def test_raw_pixels_are_rows_of_little_endian_numbers(dtype):
 
 
 def test_a_mask_of_another_size_is_corrupt():
-    from tests.data_pipelines.shard_sets import make_example
-
     other = make_example("m", np.zeros((4, 5), np.uint8), "png")
     assert (decode_mask(Example("k", b"", "png", 4, 5, 8, mask=other.image)) == 0).all()
     with pytest.raises(CorruptExample, match="a mask of shape"):

@@ -1,5 +1,6 @@
 """Sets behind URLs, on fsspec's store in memory: copied once, checked, never half there."""
 
+import json
 import os
 
 import fsspec
@@ -63,6 +64,20 @@ def test_urls_that_cannot_be_read_are_named(store, url):
     with pytest.raises(InputError, match=url.split(":")[0]) as caught:
         local_folders([url])
     assert "\n" not in str(caught.value) and os.listdir(store[2]) == []
+
+
+@pytest.mark.parametrize("name", ["../../escaped.array_record", "/tmp/infmae-escaped.array_record"])
+def test_nothing_is_written_outside_of_the_cache(store, name):
+    url, _, cache = store
+    memory = fsspec.filesystem("memory")
+    content = json.loads(memory.cat("/bucket/set/manifest.json"))
+    content["splits"]["train"]["shards"][0]["name"] = name
+    memory.pipe("/bucket/set/manifest.json", json.dumps(content).encode())
+    memory.pipe("/bucket/escaped.array_record", b"x")
+    with pytest.raises(InputError, match="name of a shard"):
+        local_folders([url])
+    assert os.listdir(cache) == [] and not os.path.exists("/tmp/infmae-escaped.array_record")
+    assert not list(cache.parent.parent.glob("**/escaped*"))
 
 
 def test_paths_stay_as_they_are(tmp_path):

@@ -253,7 +253,7 @@ def test_a_mask_drawn_from_a_box_moves_as_the_box(case, data):
     maybe &= (rows + 0.5 > top - slack) & (rows + 0.5 < bottom + slack)
     assert inside[surely].all() and not inside[~maybe].any()
     assert valid[0] or not surely.any()
-    assert (boxes >= 0).all() and (boxes[:, 2] <= geometry.canvas[1]).all() and (boxes[:, 3] <= geometry.canvas[0]).all()
+    assert (boxes >= 0).all() and (boxes[:, 2:] <= geometry.canvas[::-1]).all()
 
 
 @hypothesis.given(geometries(), st.integers(0, 99))

@@ -31,7 +31,8 @@ def labelled(index):
     Image.fromarray(mask).save(buffer, "PNG")
     boxes = np.array([[left, top, left + 20, top + 12]] * (1 + index % 2), np.float32)
     count = len(boxes)
-    objects = Objects(boxes, np.full(count, index % 3, np.int32), np.zeros(count, bool), np.full(count, 240, np.float32))
+    classes, areas = np.full(count, index % 3, np.int32), np.full(count, 240, np.float32)
+    objects = Objects(boxes, classes, np.zeros(count, bool), areas)
     example = make_example(f"image{index:02d}", np.where(mask, np.uint8(250), image), "png")
     return dataclasses.replace(example, mask=buffer.getvalue(), objects=objects, labels={"label": index, "fold": 7})
 
@@ -89,7 +90,8 @@ def test_labels_move_with_the_image(shards):
         batch = next(batches)
     spec = {name: (array.shape[1:], array.dtype) for name, array in batch.items()}
     assert spec == {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in view.spec.items()}
-    for image, mask, boxes, valid in zip(*(batch[name] for name in ("image", "mask", "boxes", "box_valid")), strict=True):
+    arrays = (batch[name] for name in ("image", "mask", "boxes", "box_valid"))
+    for image, mask, boxes, valid in zip(*arrays, strict=True):
         if (mask > 0).sum() > 60:
             assert image[mask > 0].mean() > 230  # the bright box is where the mask is
             rows, columns = np.nonzero(mask)
@@ -100,9 +102,12 @@ def test_labels_move_with_the_image(shards):
 
 def test_more_objects_than_declared_are_an_error_that_names_the_image(shards):
     view = dataclasses.replace(VIEW, max_objects=1)
-    with eval_batches(_config(shards), "train", view) as batches, pytest.raises(InputError, match="image01 shows 2") as e:
+    with (
+        eval_batches(_config(shards), "train", view) as batches,
+        pytest.raises(InputError, match="image01 shows 2") as caught,
+    ):
         list(batches)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("missing", ["mask", "objects"])
@@ -115,7 +120,8 @@ def test_an_example_without_the_label_is_named(tmp_path, missing):
 def test_damaged_examples_are_errors_or_left_out_and_counted(tmp_path):
     examples = [truncated(labelled(i)) if i == 2 else labelled(i) for i in range(6)]
     folder = write_splits(tmp_path / "set", {"train": examples}, shards=1)
-    with eval_batches(_config(folder), "train", VIEW) as batches, pytest.raises(DamagedShards, match="record 2: image02"):
+    batches = eval_batches(_config(folder), "train", VIEW)
+    with batches, pytest.raises(DamagedShards, match="record 2: image02"):
         list(batches)
     with eval_batches(_config(folder, max_corrupt=0.2), "train", VIEW) as batches:
         valid = np.concatenate([batch["valid"] for batch in batches])
