@@ -1,4 +1,4 @@
-"""How every command of the project starts, shows progress and ends: flags, progress bars, one-line errors, exit codes."""
+"""How every command starts, shows progress and ends: flags, progress bars, one-line errors, exit codes."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ import io
 import itertools
 import os
 import re
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any

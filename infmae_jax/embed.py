@@ -22,12 +22,12 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.transforms import center_crop_resize
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import Intensity
 from data_pipelines.files import atomic_write
+from data_pipelines.intensity import Intensity
+from data_pipelines.transforms import center_crop_resize
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import TrainedModel

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from data_pipelines.transforms import center_crop_resize
 from data_pipelines.commands import run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from data_pipelines.intensity import Intensity
+from data_pipelines.transforms import center_crop_resize
 from infmae_jax import pictures
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load

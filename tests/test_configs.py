@@ -85,7 +85,8 @@ def test_a_config_trains_is_interrupted_resumes_and_is_evaluated(scenes, shards,
     assert record["gflop_per_image"] > 0 and record["data"]["images"] == 24
     names = {f"step_{step:08d}_reconstruction.png" for step in (0, 3, 6)}
     assert {path.name for path in (run / "pictures").iterdir()} == names
-    probe = ProbeConfig(csv=str(scenes / "class_labels.csv"), heads=1, batch_size=8, least_steps=20, duration="1 epochs")
+    labels = str(scenes / "class_labels.csv")
+    probe = ProbeConfig(csv=labels, heads=1, batch_size=8, least_steps=20, duration="1 epochs")
     result = linear_probe(load_encoder(str(run)), probe, tmp_path / "probe")
     assert result["label"]["confusion"] and result["label"]["top1"]["mean"] > 0
 

@@ -1,6 +1,5 @@
 """Pictures: the pixels of a panel against a slow reference, files that are whole or absent."""
 
-import json
 import subprocess
 import sys
 

@@ -6,7 +6,6 @@ architecture has them; XLA's also has norms, activations, softmax and loss.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -47,7 +46,9 @@ def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visi
     """
     h, w = patches.token_grid(*image_size)
     tokens = h * w
-    computed, channels, predicted = (keep, 1, tokens - keep) if visible_only else (tokens, model.encoder.in_channels, tokens)
+    computed, channels, predicted = tokens, model.encoder.in_channels, tokens
+    if visible_only:
+        computed, channels, predicted = keep, 1, tokens - keep
     width1, width2, width3 = model.encoder.widths
     inner, ratio = model.decoder.width, model.encoder.mlp_ratio
 
@@ -106,7 +107,8 @@ def xla_count(
       encoder_only: of the latent, not of the loss.
     """
     module, batch = InfMAE(model), 2
-    channels = 1 if model.encoder.visible_only else model.encoder.in_channels  # the published way repeats the one channel
+    # The published way repeats the one channel.
+    channels = 1 if model.encoder.visible_only else model.encoder.in_channels
     images = jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.uint8)
     ids_keep = jax.ShapeDtypeStruct((batch, keep), jnp.int32)
 

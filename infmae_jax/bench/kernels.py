@@ -117,8 +117,10 @@ def _attention(config: PretrainConfig, batch: int, rng: np.random.Generator) -> 
         return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
 
     groups = {}
-    for n, heads, width in ((keep, model.encoder.heads, model.encoder.widths[-1]), (h * w, model.decoder.heads, model.decoder.width)):
-        arrays = tuple(jnp.asarray(rng.normal(size=(batch, n, heads, width // heads)), model.encoder.dtype) for _ in range(3))
+    encoder, decoder = model.encoder, model.decoder
+    for n, heads, width in ((keep, encoder.heads, encoder.widths[-1]), (h * w, decoder.heads, decoder.width)):
+        shape = (batch, n, heads, width // heads)
+        arrays = tuple(jnp.asarray(rng.normal(size=shape), encoder.dtype) for _ in range(3))
         # cuDNN takes half precision only, and for training no odd number of tokens.
         ways: dict[str, Kernel | None] = {"written out": written_out, "jax.nn, XLA": library("xla")}
         if model.encoder.dtype == "bfloat16" and n % 2 == 0:

@@ -24,9 +24,9 @@ from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop, sharding
 from infmae_jax.training.config import MeshConfig
 from infmae_jax.training.hardware import mfu
-from infmae_jax.training.writers import read_metrics
 from infmae_jax.training.optimizer import peak_learning_rate
 from infmae_jax.training.program import Program
+from infmae_jax.training.writers import read_metrics
 
 TORCH_FORMS = ("eager", "compiled")
 _GIB = 2**30
@@ -193,7 +193,8 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
     settings = {
-        "batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size), "rounds": rounds,
+        "batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size),
+        "rounds": rounds,
         "torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads(),
     }  # fmt: skip
     notes = [] if on_accelerator() else [f"GPU rows: {NEEDS_ACCELERATOR}"]

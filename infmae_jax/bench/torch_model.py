@@ -140,7 +140,7 @@ class TorchInfMAE(nn.Module):
     def __init__(self, config: InfMAEConfig, image_size: tuple[int, int], fused_attention: bool = False):
         super().__init__()
         if config.encoder.kind != "hybrid":
-            raise InputError(f"model.encoder.kind={config.encoder.kind}: the PyTorch comparison model is the hybrid encoder only")
+            raise InputError(f"model.encoder.kind={config.encoder.kind}: PyTorch is compared with the hybrid one only")
         self.config = config
         self.grid = (image_size[0] // PATCH, image_size[1] // PATCH)
         width1, width2, width3 = config.encoder.widths
@@ -152,7 +152,8 @@ class TorchInfMAE(nn.Module):
         self.blocks1 = nn.ModuleList(ConvBlock(width1, ratio) for _ in range(config.encoder.depths[0]))
         self.blocks2 = nn.ModuleList(ConvBlock(width2, ratio) for _ in range(config.encoder.depths[1]))
         self.blocks3 = nn.ModuleList(
-            TransformerBlock(width3, config.encoder.heads, ratio, fused_attention) for _ in range(config.encoder.depths[2])
+            TransformerBlock(width3, config.encoder.heads, ratio, fused_attention)
+            for _ in range(config.encoder.depths[2])
         )
         if config.encoder.fuse_stages:
             self.stage1_output_decode = nn.Conv2d(width1, width3, 4, stride=4)

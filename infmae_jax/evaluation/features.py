@@ -126,7 +126,7 @@ def _one_view(
             vectors = model.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"])
             names = STAGES if feature == "multi" else (feature,)
             if missing := [name for name in names if name not in vectors]:
-                raise InputError(f"feature {feature!r} is not one of {', '.join(vectors)} of this encoder ({missing[0]})")
+                raise InputError(f"feature {missing[0]!r} is not one of {', '.join(vectors)} of this encoder")
             values.append(np.concatenate([vectors[name] for name in names], axis=1)[batch["valid"]])
             classes.append(batch[label][batch["valid"]])
             bar.update(int(batch["valid"].sum()))

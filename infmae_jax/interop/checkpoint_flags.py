@@ -6,8 +6,7 @@ from typing import Any
 from absl import flags
 
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import Intensity
-from data_pipelines.intensity import MAPPINGS
+from data_pipelines.intensity import MAPPINGS, Intensity
 from infmae_jax.interop.trained_model import TrainedModel
 
 _ARCHITECTURE = ("heads", "decoder_heads", "norm_pix_loss", "step")
@@ -24,7 +23,7 @@ def define_architecture() -> None:
 def define_intensity() -> None:
     """`--intensity`, `--low`, `--high`."""
     flags.DEFINE_enum("intensity", None, MAPPINGS, "Mapping of stored values to 8 bit (default: the run's own).")
-    flags.DEFINE_float("low", None, "Its lower bound or percentile, or CLAHE's clip limit.")
+    flags.DEFINE_float("low", None, "Its lower bound or percentile.")
     flags.DEFINE_float("high", None, "Its upper bound or percentile.")
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import Intensity
 from data_pipelines.files import atomic_write
+from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import published, safetensors_file, stablehlo, torch_file
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel

@@ -21,7 +21,6 @@ from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
 from infmae_jax.models.infmae import abstract_params
 from infmae_jax.models.patches import PATCH, position_embedding
-from infmae_jax.models.infmae import abstract_params
 
 METADATA_KEY = "infmae_jax"
 # What tensors do not tell of an architecture, as published.

@@ -13,8 +13,7 @@ import numpy as np
 
 from data_pipelines import masking
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import Intensity
-from data_pipelines.intensity import to_uint8
+from data_pipelines.intensity import Intensity, to_uint8
 from data_pipelines.masking import MaskConfig
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.infmae import InfMAE

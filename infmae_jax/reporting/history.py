@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

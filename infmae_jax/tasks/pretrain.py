@@ -12,15 +12,14 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines import masking, pipeline, shards
-from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
-from infmae_jax.models import patches
 from infmae_jax.interop.load import graft, load
+from infmae_jax.models import patches
 from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.models.infmae import InfMAE
-from infmae_jax.training.config import Count, RunConfig, differences
+from infmae_jax.training.config import Count, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
 

@@ -173,8 +173,8 @@ class Checkpointer:
         if damaged:
             listing = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
             raise InputError(
-                f"no checkpoint in {self._run / storage.FOLDER} is whole ({listing}); bring one back from a copy, or start "
-                "over with another --workdir"
+                f"no checkpoint in {self._run / storage.FOLDER} is whole ({listing}); bring one back from a copy, or "
+                "start over with another --workdir"
             )
         return None
 

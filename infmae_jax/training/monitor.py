@@ -17,8 +17,8 @@ from data_pipelines.commands import progress_bar
 from infmae_jax.training import hardware
 from infmae_jax.training.config import RunConfig, flat, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.writers import EventLog, MetricsWriter
 from infmae_jax.training.task import Batches, Position, Task
+from infmae_jax.training.writers import EventLog, MetricsWriter
 
 _NOT_LOGGED = ("skipped", "in_a_row", "stop")
 _KEYS_NAMED = 4  # record keys in a message; the event has all

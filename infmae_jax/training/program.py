@@ -17,7 +17,7 @@ from infmae_jax.training import optimizer, sharding, step
 from infmae_jax.training.config import RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.state import TrainState
-from infmae_jax.training.task import Group, Task
+from infmae_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

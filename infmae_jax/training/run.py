@@ -25,14 +25,13 @@ from infmae_jax.training.config import RunConfig, binding, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts.peers import NoPeers, Peers
 from infmae_jax.training.hosts.stop import StopRequest
-from infmae_jax.training.writers import EventLog, read_events
 from infmae_jax.training.monitor import Monitor
 from infmae_jax.training.profiling import Profile
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import claim, workdir_lock, write_record
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.task import Batches, Position
-
+from infmae_jax.training.writers import EventLog, read_events
 
 _NUMBERS = (int, float, np.number, jax.Array)
 

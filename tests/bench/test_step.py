@@ -66,7 +66,8 @@ def test_every_combination_is_named(smoke):
     assert len(rows) == 2**7
     config, batch = rows["small, batch 4, 96x128, stride 2, bfloat16, remat, as published"]
     model = config.model
-    assert (model.encoder.widths[0], batch, model.encoder.dtype, model.encoder.remat, model.encoder.visible_only, config.data.mask.stride) == (
+    encoder, stride = model.encoder, config.data.mask.stride
+    assert (encoder.widths[0], batch, encoder.dtype, encoder.remat, encoder.visible_only, stride) == (
         128, 4, "bfloat16", True, False, 2,
     )  # fmt: skip
     assert config.data.image_size == (96, 128)

@@ -122,7 +122,9 @@ plain_examples = st.builds(
     bit_depth=st.sampled_from((8, 16)),
     attributes=st.dictionaries(st.text(), json_values, max_size=3),
     mask=st.none() | st.binary(max_size=50),
-    labels=st.dictionaries(st.text(min_size=1, max_size=6).filter(lambda name: name != "label"), st.integers(-1, 2**40)),
+    labels=st.dictionaries(
+        st.text(min_size=1, max_size=6).filter(lambda name: name != "label"), st.integers(-1, 2**40)
+    ),
 )
 
 

@@ -9,7 +9,6 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from data_pipelines.transforms import MEAN, STD
 from data_pipelines.errors import InputError
 from data_pipelines.masking import (
     MaskConfig,
@@ -19,6 +18,7 @@ from data_pipelines.masking import (
     token_grid,
     token_scores,
 )
+from data_pipelines.transforms import MEAN, STD
 
 PATCH = 16
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.transforms import InfraredAugment, center_crop_resize, infrared_augment, random_resized_crop
+from data_pipelines.batches import DamagedShards, WorkerDied
 from data_pipelines.commands import EXIT_LOST
 from data_pipelines.errors import InputError
+from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, select_visible, token_scores
-from data_pipelines.batches import DamagedShards, WorkerDied
 from data_pipelines.pipeline import (
     PipelineConfig,
     fixed_batch,
@@ -28,10 +28,10 @@ from data_pipelines.pipeline import (
     record_keys,
     train_batches,
 )
-from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.shards import ShardReader
+from data_pipelines.transforms import InfraredAugment, center_crop_resize, infrared_augment, random_resized_crop
 from tests.data_pipelines.batch_digests import sample_digests
-from tests.data_pipelines.shard_sets import make_image, make_example, make_set, truncated, write_set
+from tests.data_pipelines.shard_sets import make_example, make_image, make_set, truncated, write_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COUNT = 20

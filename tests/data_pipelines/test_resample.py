@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.transforms import draw_crop
 from data_pipelines.resample import resize
+from data_pipelines.transforms import draw_crop
 
 sides = st.integers(1, 90)
 

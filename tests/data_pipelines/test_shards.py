@@ -23,6 +23,7 @@ from data_pipelines.shards import (
     write_shard,
 )
 
+
 def example(index: int, size: int = 50) -> bytes:
     return encode_example(Example(f"folder/{index}.png", bytes([index % 256]) * size, "png", 4, 5, 8))
 
@@ -102,7 +103,7 @@ def _edit(folder, change):
 
 
 @pytest.mark.parametrize("name", ["../x.array_record", "/x.array_record", "a/b.array_record", ".array_record",
-                                  "manifest.json", "x", 7, None, "a\nb.array_record", "..array_record/../x"])  # fmt: skip
+                                  "manifest.json", "x", 7, None, "a\nb.array_record", "..array_record/../x"])
 def test_names_that_could_leave_the_folder_are_refused(tmp_path, name):
     write_set(tmp_path / "set", [3])
     _edit(tmp_path / "set", lambda content: content["splits"]["train"]["shards"][0].update(name=name))

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.transforms import (
-    Crop,
     PAD_GRAY,
+    Crop,
     Geometry,
     InfraredAugment,
     center_crop_resize,
@@ -22,7 +23,6 @@ from data_pipelines.transforms import (
     random_resized_crop,
     resize,
 )
-from data_pipelines.errors import InputError
 
 sides = st.integers(1, 90)
 

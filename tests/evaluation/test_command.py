@@ -42,7 +42,8 @@ def test_results_follow_from_the_saved_classifiers(small_encoder, config, tmp_pa
     assert np.sum(result["confusion"]) == 30 and result["knn"]["top1"] == 1.0
     assert result["majority_class"] == {"class": "cold", "top1": 0.5, "balanced_accuracy": 0.5}
     assert "100.0 ± 0.0" in table_text({"label": result})
-    assert {"config.json", "metrics.jsonl", "events.jsonl", "checkpoints", "pictures"} <= {p.name for p in out.iterdir()}
+    found = {path.name for path in out.iterdir()}
+    assert {"config.json", "metrics.jsonl", "events.jsonl", "checkpoints", "pictures"} <= found
 
 
 def test_a_finished_probe_is_shown_again_and_a_changed_image_is_noticed(small_encoder, config, labelled, tmp_path):

@@ -1,6 +1,5 @@
 """The convert command as its users run it: every direction, and one line for every mistake."""
 
-import re
 import shutil
 
 import jax

@@ -141,7 +141,8 @@ def test_one_class_cannot_be_probed():
 
 def test_hosts_share_a_batch(monkeypatch):
     features, labels = blobs()
-    task = ProbeTask(dataclasses.replace(CONFIG, heads=2), split(features, labels), split(features, labels), CLASSES, {})
+    train = split(features, labels)
+    task = ProbeTask(dataclasses.replace(CONFIG, heads=2), train, train, CLASSES, {})
     from infmae_jax.training.task import Position
 
     whole = next(task.train_batches(Position(3)))

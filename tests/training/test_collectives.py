@@ -87,7 +87,8 @@ def test_tensor_devices_sum_what_mlps_add_to_the_residual_stream_and_its_gradien
         return sorted(each.bytes // 1024 for each in along if each.bytes > SCALARS)
 
     # One a block forward, one backward; of 4 images a device: 4 visible tokens of 4x4, 2x2 and 1 cells in the encoder.
-    stages = [4 * 4 * 4 * cells * width // 1024 for cells, width in zip((16, 4, 1), CONFIG.model.encoder.widths, strict=True)]
+    widths = CONFIG.model.encoder.widths
+    stages = [4 * 4 * 4 * cells * width // 1024 for cells, width in zip((16, 4, 1), widths, strict=True)]
     sizes = activations(few)
     assert len(sizes) == 2 * (3 + 1)
     assert all(sizes.count(size) >= 2 for size in stages)

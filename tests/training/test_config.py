@@ -63,7 +63,8 @@ def test_differences_leave_out_what_does_not_change_results():
 
 @pytest.mark.parametrize("text, size", [("96x64", (96, 64)), ("(96, 64)", (96, 64)), ("96,64", (96, 64))])
 def test_flags_set_tuples(monkeypatch, text, size):
-    assert from_config(PretrainConfig, overridden(monkeypatch, f"--config.data.image_size={text}")).data.image_size == size
+    config = from_config(PretrainConfig, overridden(monkeypatch, f"--config.data.image_size={text}"))
+    assert config.data.image_size == size
 
 
 @pytest.mark.parametrize("value", ["290", "290.5"])

@@ -19,8 +19,8 @@ from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
 from infmae_jax.training.checkpoint import Checkpointer, SaveFailed, restore_params
 from infmae_jax.training.config import GuardConfig, ObserveConfig, from_config
-from infmae_jax.training.writers import read_events, read_metrics
 from infmae_jax.training.run import NumbersDiverged
+from infmae_jax.training.writers import read_events, read_metrics
 from tests.training.jobs import assert_same_run
 from tests.training.test_guards import poisoned
 

@@ -10,9 +10,9 @@ import pytest
 from data_pipelines.errors import InputError
 from infmae_jax.models.config import variant
 from infmae_jax.models.infmae import abstract_params
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import run_folder, storage
 from infmae_jax.training.checkpoint import restore_params, write_run
-from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.run_folder import read_config, write_config
 from tests.training.damage import checkpoints, flip_a_bit, largest_file
 
@@ -98,7 +98,8 @@ def test_a_config_holds_no_host_and_only_paths_that_must_be(tmp_path, monkeypatc
     moved = run.rename(tmp_path / "moved")
     run_folder.claim(moved, config, "pretrain", {"images": 3}, resuming=True, primary=True)
     with pytest.raises(InputError, match="seed was 0, is 1"):
-        run_folder.claim(moved, dataclasses.replace(config, seed=1), "pretrain", {"images": 3}, resuming=True, primary=True)
+        other = dataclasses.replace(config, seed=1)
+        run_folder.claim(moved, other, "pretrain", {"images": 3}, resuming=True, primary=True)
     with pytest.raises(InputError, match="init_from was first, is second"):
         other = dataclasses.replace(config, init_from="/mnt/shared/second")
         run_folder.claim(moved, other, "pretrain", {"images": 3}, resuming=True, primary=True)

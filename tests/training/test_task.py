@@ -16,10 +16,10 @@ from data_pipelines.errors import InputError
 from infmae_jax.training import loop, sharding
 from infmae_jax.training.checkpoint import Checkpointer
 from infmae_jax.training.config import MeshConfig
-from infmae_jax.training.writers import read_events, read_metrics
 from infmae_jax.training.program import Program
 from infmae_jax.training.run import NumbersDiverged
 from infmae_jax.training.task import Position
+from infmae_jax.training.writers import read_events, read_metrics
 from tests.training.dummy_task import CONFIG, DummyTask
 from tests.training.jobs import ROOT
 
