@@ -1,4 +1,4 @@
-"""MCMAE (masked convolution MAE): the hybrid encoder of InfMAE, random masks, and MAE's decoder (8 blocks of width 512).
+"""MCMAE (masked convolution MAE): InfMAE's hybrid encoder, random masks, MAE's decoder of 8 blocks of width 512.
 
 The baseline that tells what InfMAE's masks add; everything else as in inf30_base.
 

@@ -296,7 +296,8 @@ def _within(value: Any, allowed: str) -> bool:
     if isinstance(value, str):
         return value in allowed.split(", ")
     low, high = (float(end) for end in allowed[1:-1].split(","))
-    return (low <= value if allowed[0] == "[" else low < value) and (value <= high if allowed[-1] == "]" else value < high)
+    above = low <= value if allowed[0] == "[" else low < value
+    return above and (value <= high if allowed[-1] == "]" else value < high)
 
 
 def _as_tuple(value: Any) -> Any:
