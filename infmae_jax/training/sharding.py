@@ -22,7 +22,8 @@ from infmae_jax.training.config import MeshConfig
 AXES = ("data", "fsdp", "tensor")  # from the slowest network to the fastest
 BATCH_AXES = ("data", "fsdp")
 
-# Each parameter of our models is matched by exactly one rule (a test holds this); `_largest` serves others. A rule names the dimension that is cut, from the
+# Each parameter of our models is matched by exactly one rule (a test holds this); `_largest` serves others. A
+# rule names the dimension that is cut, from the
 # end, and the axes it is cut over; () keeps the parameter whole. MLPs are cut by hidden unit over `tensor`, so that
 # nothing is exchanged between their two layers. Attention is not: the qkv kernel holds q, k and v side by side, and no
 # contiguous cut of its columns is a cut by head, so that activations would be gathered.
