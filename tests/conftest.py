@@ -27,7 +27,7 @@ from absl import flags  # noqa: E402
 _LONGEST_FILES = (
     "training/test_loop.py", "training/test_hosts.py", "training/test_resume.py", "test_configs.py",
     "bench/test_step.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
-    "models/test_bfloat16.py",
+    "models/test_bfloat16.py", "bench/test_flops.py", "training/test_task.py",
 )  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 4)
