@@ -86,7 +86,11 @@ def _describe_labels(manifest: Manifest, local: str | os.PathLike, split: str) -
     counts = {name: Counter() for name in manifest.classes}
     reader = ExampleReader([local], split)
     chosen = np.unique(np.linspace(0, len(reader) - 1, min(LABEL_SAMPLES, len(reader))).round().astype(int))
-    for example in (example for example in reader.ahead(chosen.tolist()) if example is not None):
+    for index in chosen.tolist():
+        try:
+            example = reader[index]
+        except CorruptExample:
+            continue
         found = dict(example.labels)
         if example.mask is not None:
             found["mask"] = decode_mask(example)
