@@ -154,7 +154,6 @@ class _Sink:
 
     def write(self, row: Mapping[str, float]) -> None:
         """One logged step, with the keys `step` and `time`."""
-        raise NotImplementedError
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """image: (H,W,3) uint8."""
@@ -163,7 +162,7 @@ class _Sink:
         """Forgets `step` and later, as far as the service can."""
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Nothing is written afterwards."""
 
 
 class _JsonRows(_Sink):

@@ -66,9 +66,10 @@ def test_urls_that_cannot_be_read_are_named(store, url):
     assert "\n" not in str(caught.value) and os.listdir(store[2]) == []
 
 
-@pytest.mark.parametrize("name", ["../../escaped.array_record", "/tmp/infmae-escaped.array_record"])
-def test_nothing_is_written_outside_of_the_cache(store, name):
+@pytest.mark.parametrize("folder", ["../..", "absolute"])
+def test_nothing_is_written_outside_of_the_cache(store, tmp_path, folder):
     url, _, cache = store
+    name = f"{tmp_path if folder == 'absolute' else folder}/escaped.array_record"
     memory = fsspec.filesystem("memory")
     content = json.loads(memory.cat("/bucket/set/manifest.json"))
     content["splits"]["train"]["shards"][0]["name"] = name
@@ -76,7 +77,7 @@ def test_nothing_is_written_outside_of_the_cache(store, name):
     memory.pipe("/bucket/escaped.array_record", b"x")
     with pytest.raises(InputError, match="name of a shard"):
         local_folders([url])
-    assert os.listdir(cache) == [] and not os.path.exists("/tmp/infmae-escaped.array_record")
+    assert os.listdir(cache) == [] and not list(tmp_path.glob("**/escaped*"))
     assert not list(cache.parent.parent.glob("**/escaped*"))
 
 
