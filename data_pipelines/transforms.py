@@ -238,17 +238,6 @@ class Geometry:
         return np.array([self.size[1] / self.crop.width, self.size[0] / self.crop.height])
 
 
-def random_resized_crop(
-    image: np.ndarray,
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """A random part of the image (see `draw_crop`), resized by antialiased bicubic: (size[0], size[1]) uint8."""
-    return resize(draw_crop(rng, *image.shape, scale, ratio).of(image), size)
-
-
 def center_crop_resize(image: np.ndarray, size: tuple[int, int], stretch: bool = False) -> np.ndarray:
     """The evaluation view of (H, W) uint8, without randomness: `Geometry.center`, or `Geometry.stretch` if asked."""
     return (Geometry.stretch if stretch else Geometry.center)(*image.shape, size).image(image)

@@ -71,12 +71,6 @@ def patchify(images: jax.Array, patch: int = PATCH) -> jax.Array:
     return grid_to_tokens(images, token_grid(height, width, patch)).reshape(batch, -1, patch * patch * images.shape[-1])
 
 
-def unpatchify(patches: jax.Array, grid: tuple[int, int], patch: int = PATCH) -> jax.Array:
-    """(B,N,P) -> (B,H,W,C): inverse of `patchify` for a grid of h x w tokens."""
-    batch, n, p = patches.shape
-    return tokens_to_grid(patches.reshape(batch, n, patch, patch, p // patch**2), grid)
-
-
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
     """(B,N,...), (B,K) int32 -> (B,K,...): the listed tokens of each sample, in the listed order."""
     return jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds", unique_indices=True))(tokens, ids)

@@ -344,11 +344,3 @@ def _is_number(value: Any) -> bool:
 
 def _is_step(value: Any) -> bool:
     return _is_number(value) and isinstance(value, int) and value >= 0
-
-
-def _last_row_time(path: Path) -> float | None:
-    for line, _ in lines_from_the_end(path):
-        row = _parse_line(line)
-        if _is_step(row.get("step")):
-            return row["time"] if _is_number(row.get("time")) else None
-    return None

@@ -29,7 +29,7 @@ from data_pipelines.pipeline import (
     train_batches,
 )
 from data_pipelines.shards import ShardReader
-from data_pipelines.transforms import InfraredAugment, center_crop_resize, infrared_augment, random_resized_crop
+from data_pipelines.transforms import InfraredAugment, center_crop_resize, draw_crop, infrared_augment, resize
 from tests.data_pipelines.batch_digests import sample_digests
 from tests.data_pipelines.shard_sets import make_example, make_image, make_set, truncated, write_set
 
@@ -95,7 +95,7 @@ def test_a_sample_is_the_composition_of_its_steps(name, request):
         for place, key in enumerate(record_keys(config, step)):
             rng = np.random.default_rng([config.seed, step * 8 + place])
             image = decode_pixels(records[key])
-            crop = random_resized_crop(image, rng, (32, 48))
+            crop = resize(draw_crop(rng, *image.shape).of(image), (32, 48))
             crop = infrared_augment(crop[:, ::-1] if rng.random() < 0.5 else crop, rng, augment)
             np.testing.assert_array_equal(batch["image"][place, ..., 0], crop)
             scores = token_scores(crop, config.mask)

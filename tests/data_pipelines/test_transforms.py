@@ -20,7 +20,6 @@ from data_pipelines.transforms import (
     center_crop_resize,
     draw_crop,
     infrared_augment,
-    random_resized_crop,
     resize,
 )
 
@@ -84,7 +83,10 @@ def test_images_too_long_for_any_box_give_the_centre(height, width, expected):
 
 def test_crops_are_the_resized_box_and_repeat_with_the_generator():
     image = _noise(100, 130)
-    crops = [random_resized_crop(image, np.random.default_rng(7), (32, 48)) for _ in range(2)]
+    crops = [
+        Geometry.random(np.random.default_rng(7), 100, 130, (32, 48), (0.2, 1.0), (3 / 4, 4 / 3), False).image(image)
+        for _ in range(2)
+    ]
     np.testing.assert_array_equal(*crops)
     box = draw_crop(np.random.default_rng(7), 100, 130)
     np.testing.assert_array_equal(crops[0], resize(box.of(image), (32, 48)))

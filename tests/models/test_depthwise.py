@@ -90,4 +90,5 @@ def test_patchify_is_row_column_channel_and_inverts(h, w, channels):
         row, column = divmod(token, w)
         patch = images[0, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
         np.testing.assert_array_equal(out[0, token], patch.reshape(-1))
-    np.testing.assert_array_equal(patches.unpatchify(jnp.asarray(out), (h, w)), images)
+    cells = out.reshape(1, h * w, 16, 16, channels)
+    np.testing.assert_array_equal(patches.tokens_to_grid(jnp.asarray(cells), (h, w)), images)
