@@ -106,7 +106,7 @@ def test_impossible_meshes_are_refused(sizes):
 
 
 def test_a_tensor_axis_that_does_not_divide_the_units_is_refused():
-    _, shapes = state_shapes(dataclasses.replace(SMALL, widths=(7, 12, 16), mlp_ratio=1), keep=2, size=32)
+    _, shapes = state_shapes(SMALL.replace(widths=(7, 12, 16), mlp_ratio=1), keep=2, size=32)
     with pytest.raises(InputError, match="mesh.tensor=2 does not divide the 7 units of params/encoder/blocks1_0/mlp"):
         sharding.state_shardings(shapes, sharding.make_mesh(MeshConfig(-1, 1, 2)))
 
