@@ -188,7 +188,7 @@ class TorchInfMAE(nn.Module):
         tokens = take(tokens, ids_keep)
         for block in self.blocks3:
             tokens = block(tokens)
-        if self.config.fuse_stages:
+        if self.config.encoder.fuse_stages:
             tokens = tokens + take(as_tokens(self.stage1_output_decode(stage1)), ids_keep)
             tokens = tokens + take(as_tokens(self.stage2_output_decode(stage2)), ids_keep)
         return self.norm(tokens)

@@ -1,6 +1,5 @@
 """The PyTorch model that benchmarks compare with computes what ours computes: loss, features, training."""
 
-import dataclasses
 import functools
 import sys
 
@@ -49,10 +48,10 @@ def random_params(config, images, ids_keep):
 @pytest.mark.parametrize("change", [{}, {"norm_pix_loss": True, "fuse_stages": False}])
 def test_same_loss_and_gradient_norm(torch_model, batch, fused, change):
     images, ids_keep = batch
-    config = dataclasses.replace(SMALL, **change)
+    config = SMALL.replace(**change)
     params = random_params(config, images, ids_keep)
     model = torch_model.from_params(config, params, SIZE, fused)
-    value = model(*torch_model.batch(images, ids_keep, config.in_channels))
+    value = model(*torch_model.batch(images, ids_keep, config.encoder.in_channels))
     value.backward()
     norm = np.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
     ours = jax.jit(jax.value_and_grad(lambda p: InfMAE(config).apply({"params": p}, normalize(images), ids_keep).loss))
@@ -65,7 +64,7 @@ def test_same_features(torch_model, batch):
     images, ids_keep = batch
     params = random_params(SMALL, images, ids_keep)
     model = torch_model.from_params(SMALL, params, SIZE)
-    theirs = model.features(torch_model.batch(images, ids_keep, SMALL.in_channels)[0])
+    theirs = model.features(torch_model.batch(images, ids_keep, SMALL.encoder.in_channels)[0])
     features = jax.jit(functools.partial(InfMAE(SMALL).apply, method="features"))
     ours = features({"params": {"encoder": params["encoder"]}}, normalize(images))
     for stage in ("stage1", "stage2"):
@@ -81,7 +80,7 @@ def test_same_losses_in_training(torch_model, batch):
     params = random_params(SMALL, images, ids_keep)
     rates = [1e-3, 2e-3, 3e-3, 2e-3, 1e-3]
     step = torch_model.make_train_step(torch_model.from_params(SMALL, params, SIZE), config, rates.__getitem__)
-    theirs = [step(*torch_model.batch(images, ids_keep, SMALL.in_channels)).item() for _ in rates]
+    theirs = [step(*torch_model.batch(images, ids_keep, SMALL.encoder.in_channels)).item() for _ in rates]
     optimizer = make_optimizer(config)
 
     @jax.jit

@@ -27,7 +27,7 @@ def test_round_trip_through_json():
         ({"data": {"shard": "x"}}, r"data\.shard is unknown; did you mean data\.shards"),
         ({"seed": "zero"}, "seed must be int, got 'zero'"),
         ({"seed": True}, "seed must be int"),
-        ({"model": {"dtype": "float8"}}, "float8"),
+        ({"model": {"encoder": {"dtype": "float8"}}}, "float8"),
         ({"data": {"image_size": [100, 96]}}, "100x96 is not divisible"),
         ({"optimizer": {"clip_norm": -1.0}}, r"optimizer\.clip_norm=-1.0 must be in \[0, inf\)"),
         ({"optimizer": {"b1": 1.5}}, r"optimizer\.b1=1.5 must be in \[0, 1\)"),
@@ -40,7 +40,7 @@ def test_round_trip_through_json():
         ({"data": {"image_size": (96,)}}, r"data\.image_size must be \(int, int\), got \(96,\)"),
         ({"data": {"scale": (0.2,)}}, r"data\.scale must be \(float, float\), got \(0.2,\)"),
         ({"data": {"ratio": 1}}, r"data\.ratio must be \(float, float\), got 1"),
-        ({"model": {"widths": (48, 96)}}, r"model\.widths must be \(int, int, int\), got \(48, 96\)"),
+        ({"model": {"encoder": {"widths": (48, 96)}}}, r"encoder\.widths must be \(int, int, int\), got \(48, 96\)"),
     ],
 )
 def test_mistakes_are_named(change, message):
