@@ -30,7 +30,7 @@ def case(request):
     """Config, weights with nothing left at zero or one, images and kept tokens in no particular order."""
     config = CONFIGS[request.param]
     rng = np.random.default_rng(3)
-    images = rng.normal(size=(2, HEIGHT, WIDTH, config.in_channels)).astype(np.float32)
+    images = rng.normal(size=(2, HEIGHT, WIDTH, config.encoder.in_channels)).astype(np.float32)
     tokens = HEIGHT * WIDTH // 16**2
     ids_keep = np.stack([rng.permutation(tokens)[:KEPT] for _ in images]).astype(np.int32)
     return config, random_params(config, images, ids_keep, rng), images, ids_keep
