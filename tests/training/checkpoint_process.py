@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,14 @@ from infmae_jax.training.checkpoint import Checkpointer
 from infmae_jax.training.state import TrainState
 
 OPTIMIZER = optax.adam(1e-3)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*runs, **options):
+    """A process of this module."""
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "tests.training.checkpoint_process", *map(str, runs), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def make_mesh(count: int) -> Mesh:
