@@ -9,16 +9,26 @@ import pytest
 from data_pipelines.errors import InputError
 from infmae_jax.interop.load import load
 from infmae_jax.training.checkpoint import restore_params
-from tests.training.jobs import Job, assert_same_run, rows_of
+from tests import commands
+from tests.training.jobs import SMOKE, Job, assert_same_run, rows_of
 
 STEPS = 40
 
 
-def start(run, shards, *flags):
-    return Job(
-        run, shards, f"--config.duration={STEPS} steps", "--config.checkpoint_every=7 steps",
-        "--config.optimizer.base_learning_rate=0.1", *flags,
-    )  # fmt: skip
+RECIPE = (
+    f"--config.duration={STEPS} steps", "--config.checkpoint_every=7 steps",
+    "--config.optimizer.base_learning_rate=0.1",
+)  # fmt: skip
+
+
+def start(run, shards):
+    return Job(run, shards, *RECIPE)
+
+
+def command(run, shards, *flags):
+    """The same in this process."""
+    data = (f"--workdir={run}", f"--config.data.shards={shards}", "--config.picture_every=0 steps")
+    return commands.run("infmae_jax.pretrain", SMOKE, *data, *RECIPE, *flags)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +44,17 @@ def test_losses_fall_and_are_all_there(undisturbed):
     assert len(losses) == STEPS and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_interrupted_run_continues_bit_for_bit(undisturbed, shards, tmp_path, number, code):
-    with start(tmp_path, shards) as job:
-        job.wait_for_row(10)
-        job.processes[0].send_signal(number)
-        returned, output, errors = job.ended()[0]
-    if returned != 0:  # 0: it was faster than the signal
+def test_a_run_that_is_interrupted_again_and_again_continues_bit_for_bit(undisturbed, shards, tmp_path):
+    """By Ctrl-C, by SIGTERM, by SIGKILL; and while it runs, nobody else gets its folder."""
+    for row, number, code in ((4, signal.SIGINT, 130), (14, signal.SIGTERM, 75), (24, signal.SIGKILL, -9)):
+        with start(tmp_path, shards) as job:
+            assert job.wait_for_row(row)
+            if code == 130:
+                assert_in_use(job, shards)
+            job.processes[0].send_signal(number)
+            returned, output, errors = job.ended()[0]
+        if returned == 0:  # it was faster than the signal
+            break
         assert returned == code, errors
         assert "Traceback" not in errors
         if code != -9:
@@ -50,26 +64,26 @@ def test_interrupted_run_continues_bit_for_bit(undisturbed, shards, tmp_path, nu
     assert_same_run(tmp_path, undisturbed)
 
 
+def assert_in_use(job, shards):
+    """A second process is refused the job's folder; the job is held meanwhile, not to end before."""
+    process = job.processes[0]
+    process.send_signal(signal.SIGSTOP)
+    result = command(job.run, shards)
+    assert result.returncode == 2 and f"in use by process {process.pid} on" in result.stderr, result.stderr
+    assert job.running
+    process.send_signal(signal.SIGCONT)
+
+
 def test_changed_config_cannot_resume_and_says_why(undisturbed, shards):
     def content():
         return {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
 
     before = content()
-    with start(undisturbed, shards, "--config.optimizer.weight_decay=0.1") as job:
-        code, _, errors = job.ended()[0]
-    assert code == 2
-    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    result = command(undisturbed, shards, "--config.optimizer.weight_decay=0.1")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "optimizer.weight_decay was 0.05, is 0.1" in lines[0] and "--workdir" in lines[0]
     assert content() == before
-
-
-def test_a_second_run_in_the_same_folder_is_refused(shards, tmp_path):
-    with start(tmp_path, shards, "--config.duration=4000 steps") as first:
-        assert first.wait_for_row(1)
-        with start(tmp_path, shards) as second:
-            code, _, errors = second.ended()[0]
-        assert code == 2 and f"in use by process {first.processes[0].pid} on" in errors and "Traceback" not in errors
-        assert first.running
 
 
 def test_encoder_alone_can_be_restored(undisturbed):
