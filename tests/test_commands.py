@@ -1,7 +1,6 @@
 """Mistakes of the user end in one line, a non-zero exit code, and nothing half-written."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,20 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
+
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ}
-    )
+def run_process(module, *arguments):
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([SMOKE, "--config.durration=3 steps"], "duration"),
+        ([SMOKE, "--config.durration=3 steps"], "durration"),
         (["--config.model.encoder.widhts=3"], "widths"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
         ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
@@ -37,6 +37,7 @@ def run(*arguments):
 )
 def test_pretrain(flags, message, tmp_path):
     workdir = tmp_path / "run"
+    run = run_process if message == "durration" else commands.run  # of one, what a real process prints
     result = run("infmae_jax.pretrain", *flags, f"--workdir={workdir}")
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
@@ -57,13 +58,13 @@ def test_pretrain(flags, message, tmp_path):
     ],
 )
 def test_bench(flags, message):
-    result = run("infmae_jax.bench", *flags)
+    result = commands.run("infmae_jax.bench.__main__", *flags)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr and not result.stdout
 
 
 def test_bench_prints_a_table_and_json():
-    result = run("infmae_jax.bench", "flops", "--quick")
+    result = run_process("infmae_jax.bench", "flops", "--quick")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["subject"] == "flops" and report["versions"]["jax"] and report["device"].endswith("cpu")

@@ -11,4 +11,4 @@ from infmae_jax.training.config import from_config
 def smoke() -> PretrainConfig:
     """The published recipe at a size that compiles in seconds, in float32."""
     config = from_config(PretrainConfig, inf30_base.get_config("smoke"))
-    return dataclasses.replace(config, model=config.model.replace(dtype="float32"))
+    return dataclasses.replace(config, model=config.model.replace(dtype="float32", depths=(1, 1, 1)))

@@ -17,9 +17,16 @@ def test_base_against_the_figures_of_the_plain_reimplementation(visible_only, pu
     assert 0.94 * published_gflop < by_hand < 0.98 * published_gflop
 
 
-@pytest.mark.parametrize("model", [
-    flops.on_visible(SHALLOW), flops.as_published(SHALLOW), SHALLOW.replace(kind="vit")
-], ids=["visible only", "as published", "vit"])  # fmt: skip
+MODELS = {"visible only": flops.on_visible(SHALLOW), "vit": SHALLOW.replace(kind="vit")}
+PUBLISHED = {"as published": flops.as_published(SHALLOW)}  # counted by hand below too
+
+
+def pytest_generate_tests(metafunc):
+    if "model" in metafunc.fixturenames:
+        models = MODELS | (PUBLISHED if metafunc.config.getoption("--long") else {})
+        metafunc.parametrize("model", models.values(), ids=models.keys())
+
+
 def test_every_stage_by_hand_is_a_little_less_than_xlas_count(model):
     by_hand = flops.hand_count(model, SIZE, KEEP, model.encoder.visible_only)
     by_xla = flops.xla_stages(model, SIZE, KEEP)

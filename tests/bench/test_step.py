@@ -74,7 +74,8 @@ def test_every_combination_is_named(smoke):
 
 
 def test_in_the_training_loop(smoke, shards):
-    config = dataclasses.replace(smoke, data=dataclasses.replace(smoke.data, shards=(str(shards),)))
+    data = dataclasses.replace(smoke.data, shards=(str(shards),))
+    config = dataclasses.replace(smoke, model=smoke.model.replace(kind="vit"), data=data)  # the fastest to compile
     result = step.step_in_the_loop(config, batch=4, rounds=1, steps=2)
     alone, looped = result["rows"]
     assert 0 <= looped["host_waits"] < 1 and 0 <= looped["device_idle_at_most"] < 1 and alone["compile_s"] > 0

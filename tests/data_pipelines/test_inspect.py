@@ -15,6 +15,7 @@ from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, record_keys
 from data_pipelines.synthetic import generate_scene, is_val, write_shards
 from data_pipelines.transforms import resize
+from tests import commands
 from tests.data_pipelines.shard_sets import make_set
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def test_command_writes_the_picture_and_names_a_missing_set(shards, tmp_path):
     result = _command(shards, f"--output={tmp_path}/x.png", "--samples=2", "--image_size=64", "--score=variance")
     assert result.returncode == 0, result.stderr
     assert "4 of 16 kept by variance, stride" in result.stdout and (tmp_path / "x.png").exists()
-    result = _command(tmp_path / "nowhere")
+    result = commands.run("data_pipelines.inspect", tmp_path / "nowhere")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and "nowhere" in result.stderr and result.stderr.count("\n") == 1
 

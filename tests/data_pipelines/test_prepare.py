@@ -15,6 +15,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.shards import ShardReader, read_manifest, verify_shards
+from tests import commands
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -156,7 +157,7 @@ def test_command_prints_what_became_of_the_files(tmp_path):
     result = run_prepare(f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--workers=1")
     assert result.returncode == 0, result.stderr
     assert "found 5 files, kept 4, rejected not_an_image 1" in result.stdout
-    wrong = run_prepare(f"--input={tmp_path / 'in'}/*.bmp", f"--output={tmp_path / 'other'}")
+    wrong = commands.run("data_pipelines.prepare.__main__", f"--input={tmp_path / 'in'}/*.bmp", f"--output={tmp_path / 'other'}")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: no file matches")
 
 

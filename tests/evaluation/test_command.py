@@ -17,6 +17,7 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.linear_probe import linear_probe, table_text
 from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.training.run_folder import read_config
+from tests import commands
 from tests.evaluation.conftest import SIZE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def test_the_command_on_a_run(labelled, small_model, small_encoder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "linear probe" in done.stdout and str(tmp_path / "out") in done.stdout
     (labelled.parent / "images/07.png").write_bytes(b"no image")
-    done = command(*arguments, f"--workdir={tmp_path / 'other'}")
+    done = commands.run("infmae_jax.linear_probe", *arguments, f"--workdir={tmp_path / 'other'}")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and "Traceback" not in done.stderr and "07.png" in line
 

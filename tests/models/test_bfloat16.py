@@ -13,6 +13,7 @@ from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.training.config import OptimizerConfig
 from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
+from tests.models.random_params import random_params
 
 PUBLISHED_BATCH = 256
 STEPS, WARMUP, BATCH = 100, 10, 8
@@ -37,9 +38,10 @@ def batch_of(crops):
 
 def test_loss_is_that_of_float32(shared_folder, request):
     """Of Base with --long, else of the tiny variant."""
-    images, ids_keep = batch_of(real_crops(shared_folder, 2, 224))
-    single = variant("base" if request.config.getoption("--long") else "tiny")
-    params = jax.jit(InfMAE(single).init)(jax.random.key(0), images, ids_keep)["params"]
+    long = request.config.getoption("--long")
+    images, ids_keep = batch_of(real_crops(shared_folder, 2, 224 if long else 112))
+    single = variant("base") if long else variant("tiny", depths=(1, 1, 2))
+    params = random_params(InfMAE(single), images, ids_keep, noise=0.0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def losses(dtype, params, images, ids_keep):
@@ -58,7 +60,7 @@ def test_training_at_the_published_rate_stays_finite(shared_folder):
     schedule = warmup_half_cosine(peak_learning_rate(config, PUBLISHED_BATCH), WARMUP, STEPS)
     optimizer = make_optimizer(config)
     images, ids_keep = batch_of(real_crops(shared_folder, 4 * BATCH, 64))
-    params = jax.jit(model.init)(jax.random.key(0), images[:1], ids_keep[:1])["params"]
+    params = random_params(model, images[:1], ids_keep[:1], noise=0.0)
 
     @jax.jit
     def step(params, state, rate, images, ids_keep):

@@ -1,4 +1,7 @@
-"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work."""
+"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work.
+
+With --long every way to compute alone; without it, some of them two at a time.
+"""
 
 import functools
 
@@ -9,6 +12,7 @@ import pytest
 
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.infmae import InfMAE
+from tests.models.random_params import random_params
 
 SMALL = InfMAEConfig().replace(
     widths=(8, 12, 16), depths=(2, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2, dtype="float64"
@@ -29,19 +33,12 @@ def random_batch(height=64, width=96, keep=6, batch=2, seed=0):
     return images, ids_keep
 
 
-def perturbed_params(config, images, ids_keep, seed=1):
-    """Random parameters, biases and norms included, so that none is hidden by a zero or a one."""
-    params = jax.jit(InfMAE(config).init)(jax.random.key(seed), images, ids_keep)["params"]
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda p: p + 0.1 * rng.standard_normal(p.shape), params)
-
-
 @functools.cache
 def default_way(norm_pix):
     """The random batch, its parameters, and what the default way to compute makes of them."""
     images, ids_keep = random_batch()
     config = SMALL.replace(norm_pix_loss=norm_pix)
-    params = perturbed_params(config, images, ids_keep)
+    params = random_params(InfMAE(config), images, ids_keep)
     return config, (params, images, ids_keep), evaluate(config, params, images, ids_keep)
 
 
@@ -54,11 +51,21 @@ def evaluate(config, params, images, ids_keep):
     return out, grads
 
 
-@pytest.mark.parametrize("change, norm_pix", [
-    ({"visible_only": False}, False), ({"visible_only": False}, True), ({"depthwise": "conv"}, False),
-    ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
-    ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
-])  # fmt: skip
+WAYS = [
+    ({"visible_only": False}, False), ({"depthwise": "conv"}, False),
+    ({"predict_masked_only": False, "remat": True}, True),
+]  # fmt: skip
+MORE_WAYS = [
+    ({"visible_only": False}, True), ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
+    ({"predict_masked_only": False}, False),
+]  # fmt: skip
+
+
+def pytest_generate_tests(metafunc):
+    if "norm_pix" in metafunc.fixturenames:
+        metafunc.parametrize("change, norm_pix", WAYS + MORE_WAYS * metafunc.config.getoption("--long"))
+
+
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
     config, inputs, (out, grads) = default_way(norm_pix)
     other, other_grads = evaluate(config.replace(**change), *inputs)
@@ -77,7 +84,7 @@ def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, 
 def test_one_channel_computes_what_three_equal_ones_do(float64, change):
     images, ids_keep = random_batch()
     config = SMALL.replace(**change)
-    params = perturbed_params(config, images, ids_keep)
+    params = random_params(InfMAE(config), images, ids_keep)
     one, one_grads = evaluate(config, params, images[..., :1], ids_keep)
     three, three_grads = evaluate(config, params, np.repeat(images[..., :1], 3, axis=-1), ids_keep)
     for name in ("latent", "loss", "pred"):
@@ -90,7 +97,7 @@ def test_masked_pixels_do_not_reach_the_latent(visible_only):
     images, ids_keep = random_batch()
     config = SMALL.replace(dtype="float32", visible_only=visible_only)
     images = images.astype(np.float32)
-    params = perturbed_params(config, images, ids_keep)
+    params = random_params(InfMAE(config), images, ids_keep)
     noisy = images.copy()
     rng = np.random.default_rng(5)
     for sample, keep in enumerate(ids_keep):
@@ -110,7 +117,7 @@ def test_masked_pixels_do_not_reach_the_latent(visible_only):
 def test_dense_features_are_the_pretraining_path_with_every_token_visible(float64):
     images, _ = random_batch()
     everything = np.tile(np.arange(24, dtype=np.int32), (2, 1))
-    params = perturbed_params(SMALL, images, everything)
+    params = random_params(InfMAE(SMALL), images, everything)
     model = InfMAE(SMALL)
 
     @functools.partial(jax.jit, static_argnames="fuse_stages")
@@ -131,7 +138,7 @@ def test_latent_follows_the_order_of_the_kept_tokens():
     images, ids_keep = random_batch()
     config = SMALL.replace(dtype="float32")
     images = images.astype(np.float32)
-    params = perturbed_params(config, images, ids_keep)
+    params = random_params(InfMAE(config), images, ids_keep)
     apply = jax.jit(InfMAE(config).apply)
     out, turned = (apply({"params": params}, images, ids) for ids in (ids_keep, ids_keep[:, ::-1]))
     np.testing.assert_allclose(out.latent[:, ::-1], turned.latent, atol=2e-5)

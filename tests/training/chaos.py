@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from tests.training.jobs import Job, beginnings, checkpoints
+from tests.training.jobs import Job, beginnings, checkpoints, rows_of
 
-SECONDS = 3.0  # in which a fault strikes after the first step of a process
 DISK = "24m"
 
 
@@ -59,15 +58,18 @@ class Disk:
 class Fault:
     """One fault: `strike` harms the job (and waits for its end), `heal` mends what a person would mend afterwards."""
 
-    def __init__(self, job: Job, rng: np.random.Generator, disk: Disk, shards: Path):
-        self.job, self.rng, self.disk, self.shards = job, rng, disk, shards
+    def __init__(self, job: Job, rng: np.random.Generator, disk: Disk, shards: Path, steps: int):
+        self.job, self.rng, self.disk, self.shards, self.steps = job, rng, disk, shards, steps
         self.damaged_newest = False
 
     def moment(self) -> None:
-        """Some time after the process has begun to make steps."""
+        """Some time after the process has begun to make steps, most often in the first half of those that are left."""
         started = len(beginnings(self.job.run))
         self.wait_until(lambda: len(beginnings(self.job.run)) > started)
-        time.sleep(self.rng.uniform(0, SECONDS))
+        at = beginnings(self.job.run)[-1]
+        at += int(self.rng.uniform(0, 0.5) * (self.steps - at))
+        self.wait_until(lambda: rows_of(self.job.run)[-1:] and rows_of(self.job.run)[-1]["step"] >= at, pause=0.005)
+        time.sleep(self.rng.uniform(0, 0.05))
         self.check_running()
 
     def check_running(self) -> None:

@@ -1,12 +1,14 @@
 """One process of a job that trains several small runs, one after the other: python -m tests.training.host_process JSON.
 
 JSON: {"shards": …, "distributed": {…}, "runs": [{"run": folder, "mesh": {…}, "steps": n, "until": n or null,
-"devices": n or null}, …]}. `until` ends a run early, as a signal would; `devices` uses the first n only.
+"devices": n or null, "copy": folder or null}, …]}. `until` ends a run early, as a signal would; `devices` uses the
+first n only; `copy` goes on with a copy of another run.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -60,6 +62,8 @@ def main(shards, runs, distributed_config):
     with distributed.joined(config.distributed, to_config(config), {"fingerprint": "same"}) as peers:
         whole = sharding.make_mesh
         for run, config in zip(runs, configs, strict=True):
+            if run.get("copy"):
+                shutil.copytree(run["copy"], run["run"])
             chosen = jax.devices()[: run["devices"]] if run.get("devices") else None
             sharding.make_mesh = lambda mesh, chosen=chosen: whole(mesh, chosen)
             task = PretrainTask(config) if run.get("until") is None else EndingEarly(config, run["until"])

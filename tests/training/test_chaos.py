@@ -12,15 +12,15 @@ import shutil
 import numpy as np
 
 from tests.training import chaos
-from tests.training.jobs import Job, assert_same_run, beginnings, checkpoints
+from tests.training.jobs import SMALLEST, Job, assert_same_run, beginnings, checkpoints
 
-STEPS, SAVE_EVERY = 60, 5
+STEPS, SAVE_EVERY = 120, 10
 SETUPS = {1: chaos.ONE_PROCESS, 2: chaos.TWO_PROCESSES}
 
 
 def start(run, shards, processes):
     return Job(
-        run, shards, f"--config.duration={STEPS} steps", f"--config.checkpoint_every={SAVE_EVERY} steps",
+        run, shards, *SMALLEST, f"--config.duration={STEPS} steps", f"--config.checkpoint_every={SAVE_EVERY} steps",
         "--config.data.workers=1", "--config.data.max_corrupt=0.0", "--config.distributed.heartbeat_seconds=6",
         "--config.optimizer.base_learning_rate=0.02", processes=processes, devices=2 // processes,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
                 strike = sum(done.values()) < count
                 kind = next(kinds) if strike else None
                 with start(run, copy, processes) as job:
-                    fault = chaos.Fault(job, rng, disk, copy)
+                    fault = chaos.Fault(job, rng, disk, copy, STEPS)
                     try:
                         if not strike:
                             job.succeeded()

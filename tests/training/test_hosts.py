@@ -17,9 +17,10 @@ import sys
 import threading
 
 import numpy as np
+import pytest
 
 from infmae_jax.training.writers import read_events
-from tests.training.jobs import ROOT, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
+from tests.training.jobs import ROOT, SMALLEST, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
 
 STEPS = 20
 MESHES = {"data": {"data": -1}, "fsdp": {"data": 1, "fsdp": -1}, "mixed": {"data": -1, "fsdp": 2}}
@@ -89,45 +90,57 @@ def losses(run):
     return np.array([row["loss"] for row in rows_of(run)])
 
 
-def test_losses_on_several_processes_equal_those_of_one(shards, tmp_path, pytestconfig):
-    """With strangers at the ports, who learn nothing. Two virtual devices per process; one process has one device."""
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory, pytestconfig):
+    """Folder of runs by name, all of the same losses: of a job of one process, then of one of several.
+
+    "one", on one device; "whole", with sharded parameters; "first", its half; "on N", which goes on from there with
+    fewer devices; "P MESH", of P processes with two devices each; "apart", from "first" on two processes.
+    """
     long = pytestconfig.getoption("--long")
-    jobs = {2: tuple(MESHES), 4: tuple(MESHES)} if long else {2: ("mixed",)}
-    train(shards, [{"run": str(tmp_path / "one"), "mesh": MESHES["data"], "steps": STEPS}], 1, 1)
-    one = losses(tmp_path / "one")
-    assert len(one) == STEPS
-    for processes, meshes in jobs.items():
-        runs, port = {mesh: str(tmp_path / f"{processes} {mesh}") for mesh in meshes}, free_port()
+    folder, sharded = tmp_path_factory.mktemp("hosts"), {"data": 1, "fsdp": -1}
+    devices, fewer = (8, (4, 2, 1)) if long else (4, (1,))
+
+    def run(name, mesh, **more):
+        return {"run": str(folder / name), "mesh": mesh, "steps": STEPS, **more}
+
+    def goes_on(name, mesh, **more):
+        return run(name, mesh, copy=str(folder / "first"), **more)
+
+    train(shards, [
+        run("one", MESHES["data"], devices=1), run("whole", sharded), run("first", sharded, until=STEPS // 2),
+        *(goes_on(f"on {count}", {"data": -1, "fsdp": min(2, count)}, devices=count) for count in fewer),
+    ], 1, devices)  # fmt: skip
+    shutil.copytree(folder / "first", folder / "apart")
+    for processes in (2, 4) if long else (2,):
+        meshes, port = MESHES if long else ("mixed",), free_port()
+        jobs = [run(f"{processes} {name}", MESHES[name]) for name in meshes]
+        jobs += [run("apart", sharded)] if processes == 2 else []
         with strangers(port) as heard:
-            tasks = [{"run": run, "mesh": MESHES[m], "steps": STEPS} for m, run in runs.items()]
-            train(shards, tasks, processes, 2, port)
+            train(shards, jobs, processes, 2, port)
         assert {said for _, said in heard} == set(STRANGERS)
         assert all(len(answer) in (0, 33) for (at, _), answers in heard.items() if at < port for answer in answers)
-        for run in runs.values():
-            np.testing.assert_allclose(losses(run), one, rtol=1e-6)
+    return folder
 
 
-def test_a_run_moves_between_topologies(shards, tmp_path, pytestconfig):
+def test_losses_on_several_processes_equal_those_of_one(runs):
+    """With strangers at the ports, who learn nothing."""
+    one, several = losses(runs / "one"), [*runs.glob("2 *"), *runs.glob("4 *")]
+    assert len(one) == STEPS and several
+    for run in several:
+        np.testing.assert_allclose(losses(run), one, rtol=1e-6)
+
+
+def test_a_run_moves_between_topologies(runs):
     """Saved on several devices with sharded parameters; goes on with fewer of them, and on two processes."""
-    devices, fewer = (8, (4, 2, 1)) if pytestconfig.getoption("--long") else (4, (1,))
-    half, sizes = STEPS // 2, {"data": 1, "fsdp": -1}
-    whole, first = str(tmp_path / "whole"), tmp_path / "first"
-    runs = [{"run": whole, "mesh": sizes, "steps": STEPS}]
-    runs += [{"run": str(first), "mesh": sizes, "steps": STEPS, "until": half}]
-    train(shards, runs, 1, devices)
-    places = {count: shutil.copytree(first, tmp_path / f"on {count}") for count in fewer}
-    apart = shutil.copytree(first, tmp_path / "two processes")
-    train(shards, [
-        {"run": str(place), "mesh": {"data": -1, "fsdp": min(2, count)}, "steps": STEPS, "devices": count}
-        for count, place in places.items()
-    ], 1, devices)  # fmt: skip
-    train(shards, [{"run": str(apart), "mesh": {"data": -1, "fsdp": 2}, "steps": STEPS}], 2, 1)
-    for place in (*places.values(), apart):
-        np.testing.assert_allclose(losses(place), losses(whole), rtol=1e-6)
+    assert 0 < checkpoints(runs / "first")[-1] < STEPS
+    for place in (*runs.glob("on *"), runs / "apart"):
+        assert beginnings(place) == [0, checkpoints(runs / "first")[-1]]
+        np.testing.assert_allclose(losses(place), losses(runs / "whole"), rtol=1e-6)
 
 
 def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
-    flags = ("--config.duration=3000 steps", "--config.checkpoint_every=5 steps", "--config.data.workers=1")
+    flags = (*SMALLEST, "--config.duration=3000 steps", "--config.checkpoint_every=5 steps", "--config.data.workers=1")
     with Job(tmp_path, shards, *flags, processes=2) as job:
         assert job.wait_until(lambda: checkpoints(tmp_path))
         job.processes[1].send_signal(signal.SIGKILL)
