@@ -157,7 +157,8 @@ def test_command_prints_what_became_of_the_files(tmp_path):
     result = run_prepare(f"--input={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", "--workers=1")
     assert result.returncode == 0, result.stderr
     assert "found 5 files, kept 4, rejected not_an_image 1" in result.stdout
-    wrong = commands.run("data_pipelines.prepare.__main__", f"--input={tmp_path / 'in'}/*.bmp", f"--output={tmp_path / 'other'}")
+    flags = f"--input={tmp_path / 'in'}/*.bmp", f"--output={tmp_path / 'other'}"
+    wrong = commands.run("data_pipelines.prepare.__main__", *flags)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and wrong.stderr.startswith("error: no file matches")
 
 
