@@ -73,3 +73,35 @@ def shards(scenes, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("shards") / "shards"
     prepare([scenes / "images"], output, workers=0, progress=False)
     return output
+
+
+# Settings that do not change the compiled step.
+_NOT_COMPILED = ("checkpoint_every", "log_every", "picture_every", "on_save_failure", "observe", "init_from")
+
+
+@pytest.fixture(scope="module")
+def steps_compiled_once():
+    """Runs of this module with the same step share the compiled one; those with the same model, the first state."""
+    from infmae_jax.training.program import Program
+
+    build, start, steps, states = Program.compiled.func, Program.start, {}, {}
+
+    def compiled(program):
+        settings = {name: value for name, value in vars(program.config).items() if name not in _NOT_COMPILED}
+        key = type(program.task).loss, getattr(program.task, "what", ""), repr(settings), program.mesh
+        if key not in steps:
+            steps[key] = build(program)
+        return steps[key]
+
+    def first_state(program, initial=None):
+        if initial is not None:
+            return start(program, initial)
+        key = repr(program.config.model), program.config.seed, program.mesh
+        if key not in states:
+            states[key] = jax.device_get(start(program))
+        return jax.device_put(states[key], program.shardings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Program, "compiled", property(compiled))
+        patch.setattr(Program, "start", first_state)
+        yield

@@ -65,6 +65,7 @@ def smoke(name, shards):
     return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=(str(shards),)))
 
 
+@pytest.mark.usefixtures("steps_compiled_once")
 def test_a_config_trains_is_interrupted_resumes_and_is_evaluated(scenes, shards, tmp_path):
     config = smoke("inf30_base", shards)
     run = tmp_path / "run"

@@ -66,7 +66,7 @@ class Program:
     @functools.cached_property
     def state_shapes(self) -> TrainState:
         """The training state's shapes, dtypes and shardings."""
-        shapes = jax.eval_shape(self._create, jax.random.key(self.config.seed))
+        shapes = jax.eval_shape(lambda params: TrainState.create(params, self._optimizer), self._param_shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
@@ -138,9 +138,14 @@ class Program:
         return TrainState.create(self.task.init(key), self._optimizer)
 
     @functools.cached_property
+    def _param_shapes(self) -> Any:
+        return jax.eval_shape(self.task.init, jax.random.key(self.config.seed))
+
+    @functools.cached_property
     def _groups(self) -> Any:
-        params = jax.eval_shape(self.task.init, jax.random.key(self.config.seed))
-        return jax.tree_util.tree_map_with_path(lambda path, _: self.task.group(sharding.path_text(path)), params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: self.task.group(sharding.path_text(path)), self._param_shapes
+        )
 
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:

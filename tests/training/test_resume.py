@@ -10,13 +10,13 @@ from data_pipelines.errors import InputError
 from infmae_jax.interop.load import load
 from infmae_jax.training.checkpoint import restore_params
 from tests import commands
-from tests.training.jobs import SMOKE, Job, assert_same_run, rows_of
+from tests.training.jobs import SMALLEST, SMOKE, Job, assert_same_run, rows_of
 
 STEPS = 40
 
 
 RECIPE = (
-    f"--config.duration={STEPS} steps", "--config.checkpoint_every=7 steps",
+    *SMALLEST, f"--config.duration={STEPS} steps", "--config.checkpoint_every=7 steps",
     "--config.optimizer.base_learning_rate=0.1",
 )  # fmt: skip
 
