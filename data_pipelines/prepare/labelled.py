@@ -16,7 +16,7 @@ from data_pipelines.commands import printable, progress_bar
 from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import local_path, new_folder
 from data_pipelines.prepare.collect import Candidate, describe_image, read_image
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
@@ -47,21 +47,14 @@ def write_examples(
     Raises:
       InputError: the output is in the way or cannot be written.
     """
-    output = local_path(output, "output")
-    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        raise InputError(f"output {output} exists already: remove it or choose another")
     rows: list[Candidate] = []
-    try:
-        with atomic_write(output) as folder:
-            folder.mkdir()
-            made = {
-                name: make_split(_write_shards(folder, name, iter(examples), rows, shard_bytes))
-                for name, examples in splits.items()
-            }
-            manifest = describe_set(rows, made, classes, settings)
-            write_manifest(folder, manifest)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+    with new_folder(output) as folder:
+        made = {
+            name: make_split(_write_shards(folder, name, iter(examples), rows, shard_bytes))
+            for name, examples in splits.items()
+        }
+        manifest = describe_set(rows, made, classes, settings)
+        write_manifest(folder, manifest)
     return manifest
 
 

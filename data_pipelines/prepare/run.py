@@ -23,7 +23,7 @@ import numpy as np
 
 from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
@@ -104,14 +104,12 @@ def prepare(
     if finished is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
-    try:
+    with writing(output):
         os.makedirs(work, exist_ok=True)
         with _lock(work):
             _start_or_resume(work, plan)
             manifest = _fill(work, listing, plan, config, workers, progress)
             os.rename(os.path.join(work, "result"), output)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
     shutil.rmtree(work, ignore_errors=True)
     return _report(output, manifest)
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.synthetic.aerial import aerial
 from data_pipelines.synthetic.camera import photograph
-from data_pipelines.synthetic.canvas import SURFACES, Box
-from data_pipelines.synthetic.scenes import coast, field, industrial, sky, street
-from data_pipelines.synthetic.stage import Stage
+from data_pipelines.synthetic.canvas import SURFACES, Box, Stage
+from data_pipelines.synthetic.scenes import LANDSCAPES, aerial, draw_landscape
 
-_LAYOUTS = {"aerial": aerial, "coast": coast, "field": field, "industrial": industrial, "sky": sky, "street": street}
-SCENE_CLASSES = tuple(_LAYOUTS)
+SCENE_CLASSES = ("aerial", *LANDSCAPES)
 DEFAULT_SIZE = (256, 320)
 SMALLEST_SIDE = 64
 
@@ -57,7 +54,10 @@ def generate_scene(seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE) 
     rng = np.random.default_rng([seed, index])
     scene_class = SCENE_CLASSES[index % len(SCENE_CLASSES)]
     stage = Stage(height, width, rng)
-    _LAYOUTS[scene_class](stage)
+    if scene_class == "aerial":
+        aerial(stage)
+    else:
+        draw_landscape(stage, LANDSCAPES[scene_class])
     # Nothing is of one temperature all over; sky apart, everything gets a faint unevenness.
     uneven = stage.grain() * np.float32(rng.uniform(0.15, 0.45))
     image = photograph(stage.temperature + uneven * (stage.surface != SURFACES.index("sky")), rng)
