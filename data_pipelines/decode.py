@@ -38,21 +38,9 @@ from PIL import Image, UnidentifiedImageError
 from data_pipelines import tiff
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
-from data_pipelines.intensity import MAPPINGS, Intensity, to_uint8
+from data_pipelines.intensity import Intensity, to_uint8
 from data_pipelines.radiometric import read_raw_array
-from data_pipelines.refusals import REFUSALS, ImageRefused
-
-__all__ = [
-    "MAPPINGS",
-    "MAX_PIXELS",
-    "REFUSALS",
-    "DecodedImage",
-    "ImageRefused",
-    "decode_image",
-    "make_example",
-    "read_image_file",
-    "to_uint8",
-]
+from data_pipelines.refusals import ImageRefused
 
 MAX_PIXELS = 1 << 26  # 67 million: nine times the largest image of Inf30 (6912 x 1024)
 
@@ -322,18 +310,19 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def make_example(key: str, data: bytes, image: DecodedImage) -> Example:
-    """Returns the record that stores `image`, decoded from `data`: the source's own bytes if they can be kept."""
-    height, width = image.pixels.shape
-    return Example(
-        key=key,
-        image=data if image.verbatim else encode_png(image.pixels),
-        encoding="jpeg" if image.verbatim else "png",
-        height=height,
-        width=width,
-        bit_depth=image.pixels.dtype.itemsize * 8,
-        attributes=image.attributes,
-    )
+def make_example(key: str, data: bytes, image: DecodedImage, encoding: str = "source") -> Example:
+    """Returns the example that stores `image`, decoded from `data`.
+
+    `encoding` "source" keeps the source's own bytes where they can be kept and makes PNG of others, "raw" stores the
+    pixels uncompressed.
+    """
+    if encoding == "raw":
+        stored = image.pixels.astype(image.pixels.dtype.newbyteorder("<"), copy=False).tobytes()
+    elif image.verbatim:
+        stored, encoding = data, "jpeg"
+    else:
+        stored, encoding = encode_png(image.pixels), "png"
+    return Example(key, stored, encoding, *image.pixels.shape, 8 * image.pixels.dtype.itemsize, image.attributes)
 
 
 def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None) -> np.ndarray:

@@ -19,7 +19,7 @@ import os
 import re
 import resource
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_module
@@ -149,14 +149,35 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     return describe_shard(path, count)
 
 
+def write_split(
+    folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28
+) -> Split:
+    """Writes encoded examples into the shards of a split; a shard is closed when it holds `shard_bytes` or more.
+
+    Raises:
+      OSError: the disk is full or failing.
+    """
+    left = iter(examples)
+
+    def filled(first: bytes) -> Iterator[bytes]:
+        size = 0
+        for example in itertools.chain([first], left):
+            yield example
+            size += len(example)
+            if size >= shard_bytes:
+                return
+
+    path = os.path.join(folder, name)
+    return make_split(
+        write_shard(f"{path}-{number:05d}{SHARD_SUFFIX}", filled(first)) for number, first in enumerate(left)
+    )
+
+
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     """Writes `manifest.json` into `folder`, whole or not at all."""
-    content = json.dumps({"version": MANIFEST_VERSION, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True) + "\n"
-    if "://" in os.fspath(folder):
-        (epath.Path(folder) / MANIFEST_NAME).write_text(content)  # object stores show whole objects only
-        return
+    content = json.dumps({"version": MANIFEST_VERSION, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True)
     with atomic_write(os.path.join(folder, MANIFEST_NAME)) as partial:
-        partial.write_text(content)
+        partial.write_text(content + "\n")
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
@@ -377,9 +398,6 @@ class ShardReader:
             text = " ".join(str(cause).split())
             raise InputError(f"{path} is whole but cannot be read ({text}); {_limit_remedy()}") from cause
         self._damaged.add(number)
-
-    def __repr__(self) -> str:
-        return f"ShardReader({len(self)} records in {len(self._shards)} shards)"
 
 
 def _limit_remedy() -> str:

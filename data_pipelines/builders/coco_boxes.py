@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import NOTES, InfraredBuilder, annotated_image, image_features, split_folders
+from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features, split_folders
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
+from data_pipelines.prepare.labelled import labelled_image
 
 
 class CocoBoxes(InfraredBuilder):
@@ -53,7 +54,7 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
     name = image.file_name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"the annotations of {folder} name {name}, which leaves the folder: correct file_name")
-    example = annotated_image(folder / name, f"{folder.name}/{name}", bit_depth)
+    example = labelled_image(folder / name, f"{folder.name}/{name}", bit_depth=bit_depth)
     grid = Grid.of(image, example, folder / name)
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):

@@ -14,13 +14,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_data_source
 
-from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
-from data_pipelines.prepare.collect import describe_image, read_image
+from data_pipelines.prepare.collect import describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
-from data_pipelines.prepare.labelled import labelled_image
+from data_pipelines.prepare.inputs import Rejection, Source
 from data_pipelines.prepare.results import describe_set
 from data_pipelines.shards import describe_shard, make_split, write_manifest
 
@@ -134,43 +132,13 @@ def image_features(example: Example) -> Features:
     return {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example)}
 
 
-def read_of_depth(reader: SourceReader, source: Source, filters: Filters, bit_depth: int) -> Example:
-    """The example of a listed file.
-
-    Raises:
-      SourceUnreadable, ImageRefused: it is left out; `reason` and `detail` say why.
-    """
-    example, _ = read_image(reader, source, filters)
-    if example.bit_depth != bit_depth:
-        raise ImageRefused("bit_depth", f"{example.bit_depth} bit per pixel, the set is of {bit_depth}")
-    return example
-
-
-def part_features(part: Sequence[Source], filters: Filters, bit_depth: int) -> Iterator[tuple[str, Features]]:
+def part_features(part: Sequence[Source], filters: Filters) -> Iterator[tuple[str, Features]]:
     """Key and features of each usable file of a part of a listing; the others are logged and left out."""
-    with SourceReader() as reader:
-        for source in part:
-            try:
-                example = read_of_depth(reader, source, filters, bit_depth)
-            except (SourceUnreadable, ImageRefused) as refusal:
-                logging.warning("left out %s: %s (%s)", source.key, refusal.reason, refusal.detail)
-                continue
-            yield example.key, image_features(example)
-
-
-def annotated_image(path: Path, key: str, bit_depth: int) -> Example:
-    """The example of an annotated image file, uncropped.
-
-    Raises:
-      InputError: it cannot be used; leaving it out would silently drop its annotations.
-    """
-    with SourceReader() as reader:
-        example = labelled_image(reader, path, key)
-    if example.bit_depth != bit_depth:
-        raise InputError(
-            f"{path} has {example.bit_depth} bit per pixel, the set is of {bit_depth}: build the other one"
-        )
-    return example
+    refused: list[Rejection] = []
+    for example, _ in read_images(part, filters, refused):
+        yield example.key, image_features(example)
+    for row in refused:
+        logging.warning("left out %s: %s (%s)", row.key, row.reason, row.detail)
 
 
 def split_folders(root: Path, *kinds: str) -> dict[str, Path]:

@@ -14,13 +14,13 @@ from PIL import Image, UnidentifiedImageError
 from data_pipelines.builders.common import (
     MASK_FEATURE,
     InfraredBuilder,
-    annotated_image,
     image_features,
     split_folders,
 )
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, MASK
+from data_pipelines.prepare.labelled import labelled_image
 
 _UNKNOWN = 254  # in a table from values to class numbers
 
@@ -94,7 +94,7 @@ def _example(pair: tuple[Path, Path | None], numbers: np.ndarray, doubtful: bool
     path, mask_path = pair
     if mask_path is None:
         raise InputError(f"{path} has no mask of the same stem: add it or remove the image")
-    example = annotated_image(path, f"{path.parent.name}/{path.name}", bit_depth)
+    example = labelled_image(path, f"{path.parent.name}/{path.name}", bit_depth=bit_depth)
     values = read_mask(mask_path)
     if values.shape != (example.height, example.width):
         stated = f"{values.shape[1]}x{values.shape[0]}, its image {example.width}x{example.height}"

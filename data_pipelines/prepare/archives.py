@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.commands import printable
+from data_pipelines.refusals import ImageRefused
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x5d\0\0\x80": lzma.open}
@@ -71,13 +72,8 @@ class Rejection:
     anchor: str = ""
 
 
-class SourceUnreadable(Exception):
+class SourceUnreadable(ImageRefused):
     """A listed file cannot be read; `reason` and `detail` as in `Rejection`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 class _OverLimit(Exception):
@@ -99,7 +95,7 @@ def list_archive(archive: Source) -> list[Source | Rejection]:
     found: list[Source | Rejection] = []
     unpacked = 0
     try:
-        for item in _zip_members(archive) if _is_zip(archive.path) else _tar_members(archive):
+        for item in _zip_members(archive) if is_zip(archive.path) else _tar_members(archive):
             found.append(item)
             unpacked += item.size if isinstance(item, Source) else 0
             _check_unpacked(archive.size, unpacked)
@@ -108,17 +104,19 @@ def list_archive(archive: Source) -> list[Source | Rejection]:
     except _OverLimit as error:
         return [Rejection(archive.key, "decompression_bomb", f"the archive of {archive.size} bytes holds {error}")]
     except Exception as error:  # Damaged archives raise nearly anything; all of it is a refusal of this one archive.
-        return [Rejection(archive.key, "archive_unreadable", _one_line(error))]
+        return [Rejection(archive.key, "archive_unreadable", one_line(error))]
     if not any(isinstance(item, Source) and item.sequential for item in found):
         found.sort(key=lambda item: item.key)
     return found
 
 
-def _is_zip(path: str) -> bool:
+def is_zip(path: str) -> bool:
+    """Whether a supported archive is a zip file, by its name."""
     return path.lower().endswith(".zip")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, or else its name."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -136,7 +134,7 @@ def _zip_members(archive: Source) -> Iterator[Source | Rejection]:
 
 
 def _tar_members(archive: Source) -> Iterator[Source | Rejection]:
-    unpacked, sequential = _open_unpacked(archive.path)
+    unpacked, sequential = open_unpacked(archive.path)
     with unpacked, tarfile.open(fileobj=_BoundedFile(unpacked, archive.size), mode="r:") as opened:
         last = -1
         while (info := opened.next()) is not None:
@@ -171,7 +169,7 @@ def _opened_zip(path: str, modified: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _open_unpacked(path: str) -> tuple[BinaryIO, bool]:
+def open_unpacked(path: str) -> tuple[BinaryIO, bool]:
     """A tar file without its compression, by its first bytes; and whether it had one."""
     with open(path, "rb") as file:
         start = file.read(8)
@@ -208,47 +206,16 @@ class _BoundedFile(io.RawIOBase):
         return data
 
 
-class ArchiveReader:
-    """Reads members of one archive; those of a compressed tar file best in the archive's order."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._tar: BinaryIO | None = None
-
-    def close(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
-
-    def read(self, source: Source) -> bytes:
-        """Returns the bytes of a member.
-
-        Raises:
-          SourceUnreadable: the archive is damaged at this member.
-        """
-        try:
-            data = self._read_from_zip(source) if _is_zip(self.path) else self._read_from_tar(source)
-        except Exception as error:  # As many kinds as there are decompressors.
-            detail = f"{os.path.basename(self.path)}: {_one_line(error)}"
-            raise SourceUnreadable("unreadable", printable(detail)) from error
-        if len(data) != source.size:
-            raise SourceUnreadable("unreadable", f"{len(data)} bytes where the archive declares {source.size}")
-        return data
-
-    def _read_from_zip(self, source: Source) -> bytes:
-        opened = _opened_zip(self.path, source.modified)
-        info = opened.infolist()[source.position]
-        # Other methods than these unpack all that they are given at once: a little at a time.
-        step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
-        blocks, size = [], 0
-        with opened.open(info) as member:
-            # One byte more than declared shows a member that lies about its size without unpacking all of it.
-            while size <= source.size and (block := member.read(min(step, source.size + 1 - size))):
-                blocks.append(block)
-                size += len(block)
-        return b"".join(blocks)
-
-    def _read_from_tar(self, source: Source) -> bytes:
-        if self._tar is None:
-            self._tar, _ = _open_unpacked(self.path)
-        self._tar.seek(source.position)
-        return self._tar.read(source.size)
+def read_zip_member(source: Source) -> bytes:
+    """Returns the bytes of a member of a zip file, at most one more than it declares."""
+    opened = _opened_zip(source.path, source.modified)
+    info = opened.infolist()[source.position]
+    # Other methods than these unpack all that they are given at once: a little at a time.
+    step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
+    blocks, size = [], 0
+    with opened.open(info) as member:
+        # One byte more than declared shows a member that lies about its size without unpacking all of it.
+        while size <= source.size and (block := member.read(min(step, source.size + 1 - size))):
+            blocks.append(block)
+            size += len(block)
+    return b"".join(blocks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,15 +12,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines.commands import printable, progress_bar
-from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
 from data_pipelines.files import local_path, new_folder
-from data_pipelines.prepare.collect import Candidate, describe_image, read_image
+from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
+from data_pipelines.prepare.inputs import Rejection, Source
 from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import SHARD_SUFFIX, Manifest, Shard, make_split, write_manifest, write_shard
+from data_pipelines.shards import Manifest, write_manifest, write_split
 
 FILE_COLUMN = "file"
 # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
@@ -33,7 +31,6 @@ def write_examples(
     splits: Mapping[str, Iterable[Example]],
     classes: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
-    shard_bytes: int = 1 << 28,
 ) -> Manifest:
     """Writes examples into a new shard set, whole or not at all.
 
@@ -42,51 +39,37 @@ def write_examples(
       splits: the examples of each split, in order.
       classes: names in the order of their numbers, of "mask", "objects" and each label.
       settings: what they were made from; stored in the manifest.
-      shard_bytes: a shard is closed when it holds at least this many bytes.
 
     Raises:
       InputError: the output is in the way or cannot be written.
     """
     rows: list[Candidate] = []
+
+    def encoded(examples: Iterable[Example]) -> Iterator[bytes]:
+        for example in examples:
+            stored = encode_example(example)
+            rows.append(describe_image(example, decode_pixels(example), len(stored)))
+            yield stored
+
     with new_folder(output) as folder:
-        made = {
-            name: make_split(_write_shards(folder, name, iter(examples), rows, shard_bytes))
-            for name, examples in splits.items()
-        }
+        made = {name: write_split(folder, name, encoded(examples)) for name, examples in splits.items()}
         manifest = describe_set(rows, made, classes, settings)
         write_manifest(folder, manifest)
     return manifest
 
 
-def _write_shards(
-    folder: Path, split: str, examples: Iterator[Example], rows: list[Candidate], shard_bytes: int
-) -> Iterator[Shard]:
-    def encoded(first: Example) -> Iterator[bytes]:
-        size = 0
-        for example in itertools.chain([first], examples):
-            stored = encode_example(example)
-            rows.append(describe_image(example, decode_pixels(example), len(stored)))
-            yield stored
-            size += len(stored)
-            if size >= shard_bytes:
-                return
-
-    for number, first in enumerate(examples):
-        yield write_shard(folder / f"{split}-{number:05d}{SHARD_SUFFIX}", encoded(first))
-
-
-def labelled_image(reader: SourceReader, path: str | os.PathLike, key: str, encoding: str = "source") -> Example:
-    """Returns the example of an image that has labels, uncropped.
+def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", bit_depth: int = 0) -> Example:
+    """Returns the example of an image that has labels, uncropped; `bit_depth` as in `Filters`.
 
     Raises:
       InputError: it cannot be used; leaving it out would silently drop its labels.
     """
-    try:
-        return read_image(reader, Source(printable(key), str(path), size=0, modified=0), KEEP_ALL, encoding)[0]
-    except (SourceUnreadable, ImageRefused) as refusal:
-        raise InputError(
-            f"labelled image {path} is not usable ({refusal.reason}: {refusal.detail}); fix it or remove its entry"
-        ) from refusal
+    refused: list[Rejection] = []
+    source = Source(printable(key), str(path), size=0, modified=0)
+    for example, _ in read_images([source], dataclasses.replace(KEEP_ALL, bit_depth=bit_depth), refused, encoding):
+        return example
+    reason = f"{refused[0].reason}: {refused[0].detail}"
+    raise InputError(f"labelled image {path} is not usable ({reason}); fix it or remove its entry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +116,7 @@ def prepare_table(
         for row in rows:
             if row.split != split:
                 continue
-            example = labelled_image(reader, table.parent / row.file, row.file, encoding)
+            example = labelled_image(table.parent / row.file, row.file, encoding)
             content = describe_image(example, decode_pixels(example), 0).content
             other = seen.setdefault(content, row)
             if other.split != row.split:
@@ -147,7 +130,7 @@ def prepare_table(
 
     splits = {split: examples(split) for split in dict.fromkeys(row.split for row in rows)}
     settings = {"table": str(table), "columns": list(columns), "encoding": encoding}
-    with progress_bar("labelling", len(rows), "image", active=progress) as bar, SourceReader() as reader:
+    with progress_bar("labelling", len(rows), "image", active=progress) as bar:
         return write_examples(output, splits, classes, settings)
 
 

@@ -1,7 +1,7 @@
 """From inputs to a finished shard set.
 
 Work happens in `SHARDS.partial` beside the output, which is moved into place when everything is there; meanwhile it
-takes about the disk space of the images once more. A run that was killed continues from the parts and shards it
+takes about the disk space of the images once more. A run that was killed continues from the parts it
 finished. The shards are the same for any number of workers and of kills.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -29,13 +28,13 @@ from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
 from data_pipelines.prepare.inputs import PLAN_NAME, Listing, Rejection, Source, list_sources, split_into_parts
 from data_pipelines.prepare.results import write_results
-from data_pipelines.shards import Manifest, Shard, describe_shard, make_split, read_manifest, write_shard
-from data_pipelines.workers import RunAll, worker_pool
+from data_pipelines.shards import Manifest, read_manifest, write_split
+from data_pipelines.workers import worker_pool
 
 PART_SIZE = 256
 ENCODINGS = ("source", "raw")
 # Changes of what is stored make old partial work unusable.
-_WORK_VERSION = 3
+_WORK_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,25 +116,34 @@ def prepare(
 def _fill(
     work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
-    """Makes everything of the output in `work`/result, starting from what an interrupted run left there."""
+    """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
     started = time.monotonic()
     parts = split_into_parts(listing.sources, PART_SIZE)
-    with worker_pool(workers, len(parts)) as run_all:
-        _examine_all(work, parts, config, run_all, progress)
-        collection = collect(os.path.join(work, "parts"), len(parts))
-        rejections = [*listing.rejections, *collection.rejections]
-        if not collection.candidates:
-            shutil.rmtree(work)
-            raise InputError(_nothing_kept(listing, rejections))
-        kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
-        shards = _write_shards(work, collection, kept, config, run_all, progress)
+    _examine_all(work, parts, config, workers, progress)
+    collection = collect(os.path.join(work, "parts"), len(parts))
+    rejections = [*listing.rejections, *collection.rejections]
+    if not collection.candidates:
+        shutil.rmtree(work)
+        raise InputError(_nothing_kept(listing, rejections))
+    kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
+    result = os.path.join(work, "result")
+    shutil.rmtree(result, ignore_errors=True)
+    os.makedirs(result)
+
+    def stored() -> Iterator[bytes]:
+        for example in collection.stored(kept):
+            yield example
+            bar.update(1)
+
+    with progress_bar("writing", len(kept), "image", active=progress) as bar:
+        split = write_split(result, "train", stored(), config.shard_bytes)
     return write_results(
-        os.path.join(work, "result"),
+        result,
         listing,
         collection,
         kept,
         [*rejections, *duplicates],
-        make_split(shards),
+        split,
         settings={"plan": plan, "config": dataclasses.asdict(config)},
         pictures=config.pictures,
         seconds=time.monotonic() - started,
@@ -184,24 +192,19 @@ def _lock(work: str) -> Iterator[None]:
 
 def _start_or_resume(work: str, plan: str) -> None:
     """Keeps the finished parts of an interrupted run of the same request, and throws away those of any other."""
-    plan_file = os.path.join(work, PLAN_NAME)
+    plan_file, parts = os.path.join(work, PLAN_NAME), os.path.join(work, "parts")
     known = None
     with contextlib.suppress(FileNotFoundError), open(plan_file) as file:
         known = file.read()
     if known != plan:
-        for name in ("parts", "result"):
-            shutil.rmtree(os.path.join(work, name), ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
         with atomic_write(plan_file) as path:
             path.write_text(plan)
-    for name in ("parts", "result"):
-        folder = os.path.join(work, name)
-        os.makedirs(folder, exist_ok=True)
-        for unfinished in glob.glob(os.path.join(glob.escape(folder), ".*.partial-*")):
-            os.remove(unfinished)
+    os.makedirs(parts, exist_ok=True)
 
 
 def _examine_all(
-    work: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, run_all: RunAll, progress: bool
+    work: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, workers: int | None, progress: bool
 ) -> None:
     """Examines the parts that are not done yet."""
     folder = os.path.join(work, "parts")
@@ -212,7 +215,10 @@ def _examine_all(
         if number not in done
     ]
     finished_files = sum(len(parts[number]) for number in done)
-    with progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar:
+    with (
+        worker_pool(workers, len(tasks)) as run_all,
+        progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar,
+    ):
         for examined in run_all(examine_part, tasks):
             bar.update(examined)
 
@@ -266,41 +272,3 @@ def _with_kept_anchors(rows: dict[int, Rejection]) -> dict[int, Rejection]:
         else row
         for index, row in rows.items()
     }
-
-
-def _write_shards(
-    work: str,
-    collection: Collection,
-    kept: Sequence[int],
-    config: PrepareConfig,
-    run_all: RunAll,
-    progress: bool,
-) -> list[Shard]:
-    """Copies the kept records into shards of about `shard_bytes`; finished shards of an earlier run stay."""
-    groups: list[list[int]] = [[]]
-    size = 0
-    for index in kept:
-        if size >= config.shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(index)
-        size += collection.candidates[index].bytes
-    tasks = [
-        (
-            os.path.join(work, "result", f"images-{number:05d}-of-{len(groups):05d}.array_record"),
-            collection.picked(group),
-        )
-        for number, group in enumerate(groups)
-    ]
-    shards: list[Shard] = []
-    with progress_bar("writing", len(kept), "image", active=progress) as bar:
-        for shard in run_all(_write_one_shard, tasks):
-            shards.append(shard)
-            bar.update(shard.count)
-    return sorted(shards, key=lambda shard: shard.name)
-
-
-def _write_one_shard(path: str, records: Sequence[bytes]) -> Shard:
-    if os.path.exists(path):
-        return describe_shard(path, len(records))
-    return write_shard(path, records)

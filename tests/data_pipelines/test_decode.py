@@ -10,18 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
-from data_pipelines.decode import (
-    REFUSALS,
-    ImageRefused,
-    decode_image,
-    encode_png,
-    make_example,
-    read_image_file,
-    to_uint8,
-)
+from data_pipelines.decode import ImageRefused, decode_image, encode_png, make_example, read_image_file, to_uint8
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_pixels, encode_example, source_units
 from data_pipelines.intensity import Intensity
+from data_pipelines.refusals import REFUSALS
 from tests.data_pipelines.damaged import DEEP, GRAY, RAMP, damaged_files, saved
 
 

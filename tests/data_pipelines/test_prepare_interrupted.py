@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import REFUSALS
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.prepare.collect import examine_part
+from data_pipelines.refusals import REFUSALS
 from data_pipelines.shards import ShardReader
 from data_pipelines.workers import worker_pool
 from tests.data_pipelines.damaged import SEEDS
