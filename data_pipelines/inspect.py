@@ -221,10 +221,10 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
         config = dataclasses.replace(config, batch_size=max(samples, STATISTICS_SAMPLES), workers=0)
         drawn = training_samples(config)
         lines += describe_samples(drawn, config)
+        with writing(output), atomic_write(output) as partial:
+            draw_samples(drawn[:samples], config).save(partial, "PNG")
     except CorruptExample as error:
         raise InputError(f"{error}: prepare the shards again") from error
-    with writing(output), atomic_write(output) as partial:
-        draw_samples(drawn[:samples], config).save(partial, "PNG")
     return [*map(printable, lines), f"picture of {samples} samples: {printable(output)}"]
 
 

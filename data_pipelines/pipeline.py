@@ -230,8 +230,9 @@ def eval_batches(
 
 def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainView:
     """The view that the config describes: random crops, or the evaluation view of whole images."""
-    drawn = config.scale, config.ratio, config.flip, config.augment
-    return PretrainView(config.image_size, *drawn, config.mask, config.intensity, centered)
+    whole, augment = ("center", InfraredAugment()) if centered else ("", config.augment)
+    crop = config.image_size, whole, config.scale, config.ratio, config.flip
+    return PretrainView(*crop, augment, config.intensity, config.mask)
 
 
 def num_examples(config: PipelineConfig) -> int:

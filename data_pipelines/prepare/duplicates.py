@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
+from scipy import fft
 
 HASH_SIDE = 8
 FEATURE_SIDE = 16
@@ -74,25 +75,14 @@ def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     """
     image = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
     small = np.asarray(image.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX), np.float32)
-    transform = _cosine_basis(_THUMBNAIL_SIDE)[:HASH_SIDE]
-    low = (transform @ (small - small.mean()) @ transform.T).ravel()
+    low = fft.dctn(small - small.mean(), norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
     bits = low > np.median(low[1:])
     code = np.packbits(bits, bitorder="little").view("<u8")[0]
 
     cells = small.reshape(FEATURE_SIDE, 2, FEATURE_SIDE, 2).mean((1, 3))
-    basis = _cosine_basis(FEATURE_SIDE)
-    feature = (basis @ (cells - cells.mean()) @ basis.T * _laplacian_of_gaussian()).ravel()
+    feature = (fft.dctn(cells - cells.mean(), norm="ortho") * _laplacian_of_gaussian()).ravel()
     length = float(np.linalg.norm(feature))
     return code, (feature / length if length > 0 else feature).astype(np.float16)
-
-
-@functools.cache
-def _cosine_basis(size: int) -> np.ndarray:
-    """Orthonormal DCT-II, (size, size): frequency, position."""
-    frequency, position = np.mgrid[:size, :size]
-    basis = np.cos(np.pi * frequency * (2 * position + 1) / (2 * size)) * np.sqrt(2 / size)
-    basis[0] /= np.sqrt(2)
-    return basis.astype(np.float32)
 
 
 @functools.cache
