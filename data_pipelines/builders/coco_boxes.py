@@ -26,7 +26,7 @@ class CocoBoxes(InfraredBuilder):
     resized copy, the annotations are rotated and rescaled with the image; any other difference is an error.
     """
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def label_features(self) -> dict:
         objects = {
             "bbox": tfds.features.BBoxFeature(),
             "label": tfds.features.ClassLabel(names=None),
@@ -34,7 +34,7 @@ class CocoBoxes(InfraredBuilder):
             "is_crowd": np.bool_,
             "segmentation": tfds.features.Text(),
         }
-        return self._dataset_info("Infrared images with boxes.", {"objects": tfds.features.Sequence(objects)})
+        return {"objects": tfds.features.Sequence(objects)}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections import Counter
@@ -24,7 +25,6 @@ from data_pipelines.shards import describe_shard, make_split, write_manifest
 
 Features = dict[str, Any]
 SPLITS = ("train", "val", "validation", "test")
-MASK_FEATURE = tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")
 # In `Example.attributes`: what was done to the annotations of an image, and to how many.
 NOTES = "annotations"
 
@@ -79,12 +79,8 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             for example in self.examples(name):
                 images.append(describe_image(example, decode_pixels(example), 0))
                 notes.update(example.attributes.get(NOTES, {}))
-        settings = {
-            "builder": self.info.full_name,
-            "source": source_name(root),
-            "rejected": self._account_for_files(root),
-            "notes": dict(notes),
-        }
+        settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes)}
+        settings["rejected"] = self._account_for_files(root)
         write_manifest(self.data_path, describe_set(images, splits, self.class_names, settings))
 
     def examples(self, split: str) -> Iterator[Example]:
@@ -95,22 +91,21 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _account_for_files(self, root: Path) -> dict[str, int]:
         """Lists the files of the source that were left out; reason -> count."""
-        del root
         return {}
 
-    def _dataset_info(self, description: str, features: Features, **options: Any) -> tfds.core.DatasetInfo:
+    def label_features(self) -> Features:
+        """What is stored beside the image."""
+        return {}
+
+    def _info(self) -> tfds.core.DatasetInfo:
         eight_bit = self.builder_config.bit_depth == 8
-        image = tfds.features.Image(
-            shape=(None, None, 1),
-            dtype=np.uint8 if eight_bit else np.uint16,
-            encoding_format=None if eight_bit else "png",
-        )
+        dtype, encoding = (np.uint8, None) if eight_bit else (np.uint16, "png")
+        image = tfds.features.Image(shape=(None, None, 1), dtype=dtype, encoding_format=encoding)
         text = tfds.features.Text()
+        features = {IMAGE: image, KEY: text, SOURCE: text, **self.label_features()}
+        description = inspect.cleandoc(type(self).__doc__)
         return tfds.core.DatasetInfo(
-            builder=self,
-            description=description,
-            features=tfds.features.FeaturesDict({IMAGE: image, KEY: text, SOURCE: text, **features}),
-            **options,
+            builder=self, description=description, features=tfds.features.FeaturesDict(features)
         )
 
     def _generate(self, items: Iterable[Any], make: Callable[[Any], Iterator[tuple[str, Features]]]) -> Any:

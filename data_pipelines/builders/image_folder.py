@@ -26,13 +26,15 @@ class ImageFolder(InfraredBuilder):
     the shards.
     """
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info("Infrared images of a folder or of archives.", {})
-
     @property
     def filters(self) -> Filters:
         """Those of `prepare`, and the depth of this config."""
         return Filters(bit_depth=self.builder_config.bit_depth)
+
+    def folders(self, root: Path) -> dict[str, Path]:
+        """The folder of each split."""
+        root = root / "images" if (root / "images").is_dir() else root
+        return {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
 
     def listings(self, root: Path) -> dict[str, Listing]:
         """Every file of every split.
@@ -40,12 +42,11 @@ class ImageFolder(InfraredBuilder):
         Raises:
           InputError: there is none.
         """
-        root = root / "images" if (root / "images").is_dir() else root
-        folders = {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
-        listings = {split: list_sources([folder]) for split, folder in folders.items()}
-        for split, listing in listings.items():
-            if not listing.sources:
-                raise InputError(f"no files below {folders[split]}: put images or archives there")
+        listings = {}
+        for split, folder in self.folders(root).items():
+            listings[split] = list_sources([folder])
+            if not listings[split].sources:
+                raise InputError(f"no files below {folder}: put images or archives there")
         return listings
 
     def _account_for_files(self, root: Path) -> dict[str, int]:
@@ -62,9 +63,12 @@ class ImageFolder(InfraredBuilder):
         return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        listings = self.listings(Path(dl_manager.manual_dir))
-        return {split: self._generate_examples(listing) for split, listing in listings.items()}
-
-    def _generate_examples(self, listing: Listing):
         make = functools.partial(part_features, filters=self.filters)
-        return self._generate(split_into_parts(listing.sources, _PART_SIZE), make)
+        listings = self.listings(Path(dl_manager.manual_dir))
+        return {
+            split: self._generate(split_into_parts(listing.sources, _PART_SIZE), make)
+            for split, listing in listings.items()
+        }
+
+    def _generate_examples(self):
+        """Examples are made by `_generate`."""

@@ -11,12 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import (
-    MASK_FEATURE,
-    InfraredBuilder,
-    image_features,
-    split_folders,
-)
+from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, MASK
@@ -36,8 +31,8 @@ class ClassMasks(InfraredBuilder):
 
     _folders = ("class_masks", "masks")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info("Infrared images with a class per pixel.", {MASK: MASK_FEATURE})
+    def label_features(self) -> dict:
+        return {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
