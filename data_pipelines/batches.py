@@ -37,19 +37,18 @@ class DamagedShards(InputError):
 class Batches:
     """Iterator over one host's batches; `close()` it, or use it as a context manager."""
 
-    def __init__(self, source: Any, settings: Any, batch_bytes: int, start: int = 0):
+    def __init__(self, source: Any, start: int = 0):
         """Starts threads or workers.
 
         Args:
-          source: picklable; `len(source)`, `source[step]` -> dict of arrays with a leading dimension b.
-          settings: has `workers`, `threads` and `prefetch` of `pipeline.PipelineConfig`.
-          batch_bytes: size of a batch.
+          source: picklable; `len(source)`, `source[step]` -> dict of arrays with a leading dimension b; `batch_bytes`;
+            `config` with `workers`, `threads` and `prefetch` of `pipeline.PipelineConfig`.
           start: first step.
 
         Raises:
           InputError: there is too little shared memory for the workers.
         """
-        self._settings, self._batch_bytes = settings, batch_bytes
+        self._config, self._batch_bytes = settings, batch_bytes = source.config, source.batch_bytes
         # A thread makes a whole batch, so a buffer below the number of threads would idle some.
         buffered = max(settings.prefetch, settings.threads)
         dataset = grain.MapDataset.source(source)[start:].to_iter_dataset(
@@ -80,10 +79,10 @@ class Batches:
         except CorruptExample as error:
             raise DamagedShards(f"{error}; prepare the shards again") from error
         except (RuntimeError, OSError) as error:
-            if self._settings.workers:
+            if self._config.workers:
                 self._explain(error)
             raise
-        if self._settings.workers:
+        if self._config.workers:
             # Arrays of workers live in shared memory that goes with the iterator; a batch must outlive it.
             batch = {name: np.array(value) for name, value in batch.items()}
         return batch
@@ -95,7 +94,7 @@ class Batches:
             raise self._no_shared_memory("is full") from error
         if died:
             raise WorkerDied(
-                f"one of the {self._settings.workers} data workers died ({error}); if memory ran out, lower "
+                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower "
                 "data.workers, data.prefetch or data.batch_size"
             ) from error
 
@@ -103,8 +102,8 @@ class Batches:
         free = _megabytes(_free_shared_memory())
         return InputError(
             f"{_SHARED_MEMORY}, through which data workers hand batches over, {what} ({free} free, "
-            f"{_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._settings.prefetch} or "
-            f"data.workers={self._settings.workers}, or enlarge it"
+            f"{_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._config.prefetch} or "
+            f"data.workers={self._config.workers}, or enlarge it"
         )
 
     def close(self) -> None:

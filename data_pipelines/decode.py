@@ -38,7 +38,7 @@ from PIL import Image, UnidentifiedImageError
 from data_pipelines import tiff
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
-from data_pipelines.intensity import Intensity, to_uint8
+from data_pipelines.intensity import Intensity
 from data_pipelines.radiometric import read_raw_array
 from data_pipelines.refusals import ImageRefused
 
@@ -88,24 +88,16 @@ class DecodedImage:
     verbatim: bool = False
 
 
-def decode_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Decodes the bytes of an image file by the rules at the top of this module.
 
     Args:
       data: the whole file.
-      name: put before the detail of a refusal, when given.
       max_pixels: refuse pictures with more pixels (H * W); checked before anything is unpacked.
 
     Raises:
       ImageRefused: the one exception for any content; `reason` says which kind.
     """
-    try:
-        return _decode(data, max_pixels)
-    except ImageRefused as refusal:
-        raise ImageRefused(refusal.reason, f"{name}: {refusal.detail}" if name else refusal.detail) from refusal
-
-
-def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     if not data:
         raise ImageRefused("empty_file", "0 bytes")
     kind = "text" if _looks_like_text(data[:256]) else "unknown content"
@@ -263,9 +255,8 @@ def _one_channel(image: Image.Image) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(image).astype(np.uint16), {"unit": "count"}
     if image.mode == "LA":
         return np.asarray(image)[..., 0], {}
-    if image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
-        image = image.convert("RGBA").convert("RGB")
-    elif image.mode == "P" and "transparency" in image.info:
+    transparent = image.mode == "P" and "transparency" in image.info
+    if transparent or image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
         image = image.convert("RGBA").convert("RGB")
     elif image.mode not in ("1", "L", "RGB", "P", "CMYK"):
         image = image.convert("RGB")
@@ -346,7 +337,4 @@ def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None)
         raise InputError(
             f"{os.fspath(path)} is not usable ({refusal.reason}: {refusal.detail}); remove it or replace it"
         ) from refusal
-    if intensity is None:
-        return to_uint8(image.pixels)
-    scale, offset = float(image.attributes.get("scale", 1.0)), float(image.attributes.get("offset", 0.0))
-    return to_uint8(image.pixels, intensity.mapping, intensity.low, intensity.high, scale, offset)
+    return (intensity or Intensity()).apply(image.pixels, image.attributes)

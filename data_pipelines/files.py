@@ -46,11 +46,16 @@ def new_folder(given: str | os.PathLike) -> Iterator[Path]:
       InputError: `given` is a URL, something other than an empty folder is there, or it cannot be written.
     """
     output = local_path(given, "output")
-    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
+    if not is_free(output):
         raise InputError(f"output {output} exists already and is not an empty folder: remove it or choose another")
     with writing(output), atomic_write(output) as partial:
         partial.mkdir()
         yield partial
+
+
+def is_free(path: str) -> bool:
+    """Whether nothing but an empty folder is there."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Sample:
     """A training sample and where it comes from.
 
     Attributes:
-      example: what it was cut from. key: its name.
+      example: what it was cut from.
       stored: (H, W) uint8, the whole image.
       box: of the crop.
       crop: uint8, as the model gets it (flipped and augmented).
@@ -55,10 +55,6 @@ class Sample:
     box: Crop
     crop: np.ndarray
     ids_keep: np.ndarray
-
-    @property
-    def key(self) -> str:
-        return self.example.key
 
 
 def describe(folder: str, local: str | os.PathLike) -> list[str]:
@@ -116,7 +112,7 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     samples = []
     for position, index in enumerate(record_indices(config, 0)):
         example = reader.first_whole(int(index))
-        stored = config.intensity.apply(decode_pixels(example), example)
+        stored = config.intensity.apply(decode_pixels(example), example.attributes)
         # The box is what a sample's generator is asked for first.
         box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
         samples.append(Sample(example, stored, box, batch["image"][position, ..., 0], batch["ids_keep"][position]))
@@ -148,7 +144,7 @@ def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Ima
         height, width = sample.stored.shape
         stored = _stored_tile(sample, (config.image_size[0], 2 * config.image_size[1]))
         tokens = [(tile, "") for tile in _token_tiles(sample, config.mask)]
-        rows.append([(stored, f"{sample.key}  {width}x{height}"), *tokens])
+        rows.append([(stored, f"{sample.example.key}  {width}x{height}"), *tokens])
     return draw_sheet(("stored, box of the crop", "crop", config.mask.score, "visible"), rows)
 
 

@@ -110,8 +110,8 @@ class TrainBatches(Batches):
     """
 
     def __init__(self, maker: _TrainMaker, start: int):
-        super().__init__(maker, maker.config, maker.batch_bytes, start)
-        self._config, self._reader = maker.config, maker.reader
+        super().__init__(maker, start)
+        self._reader = maker.reader
         self._named: set[int] = set()
         self.samples = 0
         self.substituted = 0
@@ -151,18 +151,17 @@ class EvalBatches(Batches):
     """Every example once, in file order; finite.
 
     Attributes:
-      count: number of batches, the same on all hosts.
       damaged: number of damaged records met so far, left out as not `valid`.
     """
 
     def __init__(self, maker: _EvalMaker):
-        super().__init__(maker, maker.config, maker.batch_bytes)
-        self._config, self._reader = maker.config, maker.reader
-        self.count, self._examples = len(maker), len(maker.reader)
+        super().__init__(maker)
+        self._reader, self._count = maker.reader, len(maker)
         self.damaged = 0
 
     def __len__(self) -> int:
-        return self.count
+        """Number of batches, the same on all hosts."""
+        return self._count
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch: the arrays of the view's `spec`, `valid` (b,) bool and `index` (b,) int64, -1 for padding.
@@ -175,10 +174,10 @@ class EvalBatches(Batches):
         batch = self._next()
         missing = batch["index"][~batch["valid"] & (batch["index"] >= 0)]
         self.damaged += len(missing)
-        if len(missing) and self.damaged > self._config.max_corrupt * self._examples:
+        if len(missing) and self.damaged > self._config.max_corrupt * len(self._reader):
             raise DamagedShards(
                 f"{self._reader.damage(int(missing[-1]))}; data.max_corrupt={self._config.max_corrupt:g} of "
-                f"{self._examples} examples allows no more than {self.damaged - 1}: prepare the shards again"
+                f"{len(self._reader)} examples allows no more than {self.damaged - 1}: prepare the shards again"
             )
         return batch
 

@@ -7,9 +7,9 @@ their digests. What a manifest says is checked before anything is done with it: 
 from __future__ import annotations
 
 import bisect
-import collections
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -18,7 +18,6 @@ import operator
 import os
 import re
 import resource
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -38,7 +37,6 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # What ArrayRecord says, as a RuntimeError, of a full or failing disk.
 WRITE_FAILED = "write() failed"
 
-_HASH_BLOCK = 1 << 20
 _READER_BUFFER = 1 << 15
 _MOST_OPEN = 512
 # TensorFlow Datasets writes NAME-SPLIT.array_record-00000-of-00001.
@@ -117,13 +115,9 @@ def fingerprint_splits(splits: Mapping[str, Split]) -> str:
 def describe_shard(path: str | os.PathLike, count: int) -> Shard:
     """Returns the manifest entry of the finished shard file `path` that holds `count` records."""
     path = epath.Path(path)
-    digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return Shard(name=path.name, count=count, bytes=size, sha256=digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256")
+        return Shard(name=path.name, count=count, bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
@@ -324,10 +318,10 @@ class ShardReader:
         self._starts = [0, *itertools.accumulate(shard.count for _, shard in self._shards)]
         # Half of what the process may open; the rest is for all else that it does.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_open = _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        most_open = _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
+        # What drops out of it is closed when the last thread has read from it.
+        self._reader = functools.lru_cache(most_open)(self._open_shard)
         self._damaged: set[int] = set()
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_shards": self._shards}
@@ -359,17 +353,6 @@ class ShardReader:
             self._check_damage(number, error)
             message = f"record {place} of {self._shards[number][0]} is damaged: {error}"
             raise CorruptExample(" ".join(message.split())) from error
-
-    def _reader(self, number: int) -> Any:
-        with self._lock:
-            reader = self._readers.get(number)
-            if reader is None:
-                reader = self._readers[number] = self._open_shard(number)
-                if len(self._readers) > self._most_open:
-                    self._readers.popitem(last=False)  # closed when the last thread has read from it
-            else:
-                self._readers.move_to_end(number)
-            return reader
 
     def _open_shard(self, number: int) -> Any:
         path, shard = self._shards[number]

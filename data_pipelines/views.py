@@ -63,7 +63,7 @@ class View:
         Raises:
           CorruptExample: the example is damaged.
         """
-        pixels = self.intensity.apply(decode_pixels(example), example)
+        pixels = self.intensity.apply(decode_pixels(example), example.attributes)
         return {"image": infrared_augment(geometry.image(pixels), rng, self.augment)[..., None]}
 
     def finish(self, batch: dict[str, np.ndarray], generators: Sequence[np.random.Generator]) -> None:

@@ -52,6 +52,11 @@ class Candidate:
     pixel_square_sum: float
     entropy: float
 
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.height * self.width
+
 
 def rows_path(folder: str, number: int) -> str:
     """Path of the rows of part `number`; the part is done when it exists."""

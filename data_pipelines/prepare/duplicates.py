@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -35,9 +35,9 @@ FEATURE_SIZE = FEATURE_SIDE * FEATURE_SIDE
 
 _THUMBNAIL_SIDE = 32
 _FEATURE_SIGMA = 1.0  # cells of the 16 x 16 thumbnail
-# Sizes at which the comparison's buffers stay in a core's cache.
+# Sizes at which the comparison of hashes stays in a core's cache, and the features of close pairs in memory.
 _IMAGE_BLOCK = 64
-_ANCHOR_BLOCK = 8192
+_ANCHOR_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,78 +122,34 @@ def find_near_duplicates(
     Returns:
       The removed images in order. Of several anchors that claim an image, the most similar one is named.
     """
-    anchors = np.empty(len(codes), np.intp)
-    anchor_codes = np.empty(len(codes), np.uint64)
-    count = 0
+    # The anchors so far, and behind them the images of a block.
+    known, known_codes, count = np.empty(len(codes), np.intp), np.empty(len(codes), np.uint64), 0
     found: list[Duplicate] = []
     for start in range(0, len(codes), _IMAGE_BLOCK):
         block = np.arange(start, min(start + _IMAGE_BLOCK, len(codes)))
-        earlier = _close_codes(codes[block], anchor_codes[:count], rule.radius)
-        # Inside the block every pair is a candidate pair; which of them are anchors is decided in order below.
-        rows, columns = _close_pairs(codes[block], codes[block], rule.radius)
-        inside = columns < rows
-        images = np.concatenate([block[earlier[0]], block[rows[inside]]])
-        others = np.concatenate([anchors[earlier[1]], block[columns[inside]]])
-        images, others, similarity = _similar_pairs(images, others, features, rule.threshold)
+        end = count + len(block)
+        known[count:end], known_codes[count:end] = block, codes[block]
         claims: dict[int, list[tuple[float, int]]] = {}
-        for image, other, value in zip(images.tolist(), others.tolist(), similarity.tolist(), strict=True):
-            claims.setdefault(image, []).append((value, -other))
-        removed: set[int] = set()
-        for image in block.tolist():
-            valid = [claim for claim in claims.get(image, ()) if -claim[1] not in removed]
+        for first in range(0, end, _ANCHOR_BLOCK):
+            some = slice(first, min(first + _ANCHOR_BLOCK, end))
+            rows, columns = np.nonzero(np.bitwise_count(codes[block][:, None] ^ known_codes[some]) <= rule.radius)
+            pairs = (features[of].astype(np.float32) for of in (block[rows], known[some][columns]))
+            # Half-precision vectors are not quite of unit length.
+            similarity = np.minimum(np.einsum("nd,nd->n", *pairs), 1)
+            for row, column, value in zip(rows.tolist(), (first + columns).tolist(), similarity.tolist(), strict=True):
+                if value > rule.threshold and column < count + row:
+                    claims.setdefault(row, []).append((value, -column))
+        # Inside the block every pair is a candidate pair; which of them are anchors is decided in order.
+        kept: list[int] = []
+        for row in range(len(block)):
+            valid = [claim for claim in claims.get(row, ()) if -claim[1] < count or -claim[1] - count in kept]
             if valid:
-                value, other = max(valid)
-                found.append(Duplicate(image, -other, value))
-                removed.add(image)
+                value, column = max(valid)
+                found.append(Duplicate(int(block[row]), int(known[-column]), value))
             else:
-                anchors[count], anchor_codes[count] = image, codes[image]
-                count += 1
+                kept.append(row)
+        known[count : count + len(kept)], known_codes[count : count + len(kept)] = block[kept], codes[block[kept]]
+        count += len(kept)
         if on_progress is not None:
             on_progress(len(block))
     return found
-
-
-def _close_codes(codes: np.ndarray, anchor_codes: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (image, anchor) of all pairs of hashes within `radius`, searched in blocks of anchors."""
-    rows, columns = [np.empty(0, np.intp)], [np.empty(0, np.intp)]
-    for start in range(0, len(anchor_codes), _ANCHOR_BLOCK):
-        row, column = _close_pairs(codes, anchor_codes[start : start + _ANCHOR_BLOCK], radius)
-        rows.append(row)
-        columns.append(column + start)
-    return np.concatenate(rows), np.concatenate(columns)
-
-
-def _close_pairs(codes: np.ndarray, others: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    difference, bits, close = _buffers()
-    size = len(codes) * len(others)
-    difference, bits, close = (buffer[:size].reshape(len(codes), len(others)) for buffer in (difference, bits, close))
-    np.bitwise_xor(codes[:, None], others[None, :], out=difference)
-    np.bitwise_count(difference, out=bits)
-    np.less_equal(bits, radius, out=close)
-    return np.nonzero(close)
-
-
-@functools.cache
-def _buffers() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Made once: allocating them for every block costs more than the comparison.
-    size = _IMAGE_BLOCK * _ANCHOR_BLOCK
-    return np.empty(size, np.uint64), np.empty(size, np.uint8), np.empty(size, bool)
-
-
-def _similar_pairs(
-    images: np.ndarray, others: np.ndarray, features: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs whose features are similar enough, with their similarities."""
-    similarity = np.empty(len(images), np.float32)
-    for pairs in _slices(len(images)):
-        similarity[pairs] = np.einsum(
-            "nd,nd->n", features[images[pairs]].astype(np.float32), features[others[pairs]].astype(np.float32)
-        )
-    np.minimum(similarity, 1.0, out=similarity)  # half-precision vectors are not quite of unit length
-    passed = similarity > threshold
-    return images[passed], others[passed], similarity[passed]
-
-
-def _slices(size: int, step: int = 1 << 15) -> Iterator[slice]:
-    """Slices that bound the memory for gathered features."""
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))

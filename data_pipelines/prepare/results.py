@@ -42,7 +42,6 @@ def write_results(
     split: Split,
     settings: Mapping[str, Any],
     pictures: bool,
-    seconds: float,
 ) -> Manifest:
     """Writes everything but the shards into `folder`, the manifest last, and returns the manifest.
 
@@ -55,7 +54,6 @@ def write_results(
       split: the written shards, the split "train".
       settings: stored in the manifest; the counts of rejected files are added.
       pictures: draw contact sheets and histograms.
-      seconds: duration of this run so far.
     """
     rejections = sorted(rejections, key=lambda rejection: rejection.key)
     rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
@@ -75,7 +73,6 @@ def write_results(
         "mean": manifest.mean,
         "std": manifest.std,
         "entropy": manifest.entropy,
-        "seconds_of_last_run": round(seconds, 2),
         "settings": dict(settings),
     }
     with atomic_write(os.path.join(folder, REPORT_NAME)) as path:
@@ -99,7 +96,7 @@ def describe_set(
     settings: Mapping[str, Any],
 ) -> Manifest:
     """Returns the manifest of a set: counts, sizes, statistics of its images under the default intensity mapping."""
-    pixels = max(sum(image.height * image.width for image in images), 1)
+    pixels = max(sum(image.pixels for image in images), 1)
     mean = sum(image.pixel_sum for image in images) / pixels
     variance = sum(image.pixel_square_sum for image in images) / pixels - mean**2
     return Manifest(
@@ -184,8 +181,8 @@ def _write_histograms(path: str, kept: Sequence[Candidate], removed: Sequence[Ca
     from matplotlib.figure import Figure
 
     measures: list[tuple[str, Callable[[Candidate], float]]] = [
-        ("image side: square root of the pixels, px", lambda image: (image.height * image.width) ** 0.5),
-        ("mean intensity, 0 black to 1 white", lambda image: image.pixel_sum / (image.height * image.width)),
+        ("image side: square root of the pixels, px", lambda image: image.pixels**0.5),
+        ("mean intensity, 0 black to 1 white", lambda image: image.pixel_sum / image.pixels),
         ("entropy of the gray levels, bit", lambda image: image.entropy),
     ]
     labels = [f"kept, {len(kept)}", f"removed duplicates, {len(removed)}"]

@@ -14,15 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, writing
+from data_pipelines.files import atomic_write, is_free, local_path, writing
 from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
@@ -103,12 +101,9 @@ def prepare(
     if finished is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
-    with writing(output):
-        os.makedirs(work, exist_ok=True)
-        with _lock(work):
-            _start_or_resume(work, plan)
-            manifest = _fill(work, listing, plan, config, workers, progress)
-            os.rename(os.path.join(work, "result"), output)
+    with writing(output), _work_folder(work, plan):
+        manifest = _fill(work, listing, plan, config, workers, progress)
+        os.rename(os.path.join(work, "result"), output)
     shutil.rmtree(work, ignore_errors=True)
     return _report(output, manifest)
 
@@ -117,10 +112,9 @@ def _fill(
     work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
     """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
-    started = time.monotonic()
-    parts = split_into_parts(listing.sources, PART_SIZE)
-    _examine_all(work, parts, config, workers, progress)
-    collection = collect(os.path.join(work, "parts"), len(parts))
+    parts, folder = split_into_parts(listing.sources, PART_SIZE), os.path.join(work, "parts")
+    _examine_all(folder, parts, config, workers, progress)
+    collection = collect(folder, len(parts))
     rejections = [*listing.rejections, *collection.rejections]
     if not collection.candidates:
         shutil.rmtree(work)
@@ -137,17 +131,9 @@ def _fill(
 
     with progress_bar("writing", len(kept), "image", active=progress) as bar:
         split = write_split(result, "train", stored(), config.shard_bytes)
-    return write_results(
-        result,
-        listing,
-        collection,
-        kept,
-        [*rejections, *duplicates],
-        split,
-        settings={"plan": plan, "config": dataclasses.asdict(config)},
-        pictures=config.pictures,
-        seconds=time.monotonic() - started,
-    )
+    settings = {"plan": plan, "config": dataclasses.asdict(config)}
+    left_out = [*rejections, *duplicates]
+    return write_results(result, listing, collection, kept, left_out, split, settings, config.pictures)
 
 
 def _report(output: str, manifest: Manifest) -> Report:
@@ -165,10 +151,7 @@ def _plan_digest(listing: Listing, config: PrepareConfig) -> str:
 
 def _finished_report(output: str, plan: str) -> Report | None:
     """The report of a finished `output`, if it is the result of this very request; None if there is no output."""
-    if not os.path.lexists(output):
-        return None
-    if os.path.isdir(output) and not os.listdir(output):
-        os.rmdir(output)
+    if is_free(output):
         return None
     with contextlib.suppress(InputError):
         manifest = read_manifest(output)
@@ -180,44 +163,39 @@ def _finished_report(output: str, plan: str) -> Report | None:
 
 
 @contextlib.contextmanager
-def _lock(work: str) -> Iterator[None]:
-    """Keeps a second run out of the same work folder; the lock goes with the process, however it ends."""
+def _work_folder(work: str, plan: str) -> Iterator[None]:
+    """Keeps a second run out of the folder, and in it what an interrupted run of the same request finished.
+
+    The lock goes with the process, however it ends.
+    """
+    parts, plan_file = os.path.join(work, "parts"), Path(work, PLAN_NAME)
+    os.makedirs(parts, exist_ok=True)
     with open(os.path.join(work, "lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another run is writing {work}: wait for it or choose another --output") from None
+        if not plan_file.exists() or plan_file.read_text() != plan:
+            shutil.rmtree(parts)
+            os.makedirs(parts)
+            with atomic_write(plan_file) as path:
+                path.write_text(plan)
         yield
 
 
-def _start_or_resume(work: str, plan: str) -> None:
-    """Keeps the finished parts of an interrupted run of the same request, and throws away those of any other."""
-    plan_file, parts = os.path.join(work, PLAN_NAME), os.path.join(work, "parts")
-    known = None
-    with contextlib.suppress(FileNotFoundError), open(plan_file) as file:
-        known = file.read()
-    if known != plan:
-        shutil.rmtree(parts, ignore_errors=True)
-        with atomic_write(plan_file) as path:
-            path.write_text(plan)
-    os.makedirs(parts, exist_ok=True)
-
-
 def _examine_all(
-    work: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, workers: int | None, progress: bool
+    folder: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, workers: int | None, progress: bool
 ) -> None:
     """Examines the parts that are not done yet."""
-    folder = os.path.join(work, "parts")
-    done = {number for number in range(len(parts)) if os.path.exists(rows_path(folder, number))}
     tasks = [
         (folder, number, part, config.filters, config.encoding)
         for number, part in enumerate(parts)
-        if number not in done
+        if not os.path.exists(rows_path(folder, number))
     ]
-    finished_files = sum(len(parts[number]) for number in done)
+    total, left = sum(map(len, parts)), sum(len(part) for _, _, part, _, _ in tasks)
     with (
         worker_pool(workers, len(tasks)) as run_all,
-        progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar,
+        progress_bar("examining", total, "file", total - left, progress) as bar,
     ):
         for examined in run_all(examine_part, tasks):
             bar.update(examined)
@@ -237,38 +215,25 @@ def _remove_duplicates(
     """Returns the indices of the kept candidates, and a row for each removed one."""
     candidates = collection.candidates
     rows: dict[int, Rejection] = {}
+
+    def remove(index: int, anchor: int, reason: str, detail: str) -> None:
+        rows[index] = Rejection(candidates[index].key, reason, detail, candidates[anchor].key)
+
     if rule.exact:
         for found in find_exact_duplicates([candidate.content for candidate in candidates]):
-            anchor = candidates[found.anchor].key
-            rows[found.index] = Rejection(candidates[found.index].key, "exact_duplicate", "equal pixels", anchor)
+            remove(found.index, found.anchor, "exact_duplicate", "equal pixels")
     if rule.near:
-        distinct = _by_quality(collection, rows)
+        distinct = [index for index in range(len(candidates)) if index not in rows]
+        # Best first: of a scene, the deepest and largest image is to be the anchor.
+        distinct.sort(key=lambda place: (-candidates[place].bit_depth, -candidates[place].pixels))
         with progress_bar("comparing", len(distinct), "image", active=progress) as bar:
             near = find_near_duplicates(collection.codes[distinct], collection.features[distinct], rule, bar.update)
         for found in near:
-            index, anchor = int(distinct[found.index]), candidates[distinct[found.anchor]].key
             detail = f"similarity {found.similarity:.3f}"
-            rows[index] = Rejection(candidates[index].key, "near_duplicate", detail, anchor)
-    rows = _with_kept_anchors(rows)
-    return [index for index in range(len(candidates)) if index not in rows], [rows[index] for index in sorted(rows)]
-
-
-def _by_quality(collection: Collection, removed: Container[int]) -> np.ndarray:
-    """The candidates that are left, best first: of a scene, the deepest and largest image is to be the anchor."""
-    candidates = collection.candidates
-    left = [index for index in range(len(candidates)) if index not in removed]
-    left.sort(key=lambda index: (-candidates[index].bit_depth, -candidates[index].height * candidates[index].width))
-    return np.array(left, np.intp)
-
-
-def _with_kept_anchors(rows: dict[int, Rejection]) -> dict[int, Rejection]:
-    """Names the kept anchor where an exact duplicate's first image was itself removed as a near-duplicate."""
+            remove(distinct[found.index], distinct[found.anchor], "near_duplicate", detail)
     anchors = {row.key: row.anchor for row in rows.values()}
-    return {
-        index: dataclasses.replace(
-            row, anchor=anchors[row.anchor], detail=f"equal pixels to {row.anchor}, a near-duplicate"
-        )
-        if row.anchor in anchors
-        else row
-        for index, row in rows.items()
-    }
+    for index, row in rows.items():
+        if row.anchor in anchors:  # the first of equal images was itself removed as a near-duplicate
+            detail = f"equal pixels to {row.anchor}, a near-duplicate"
+            rows[index] = dataclasses.replace(row, anchor=anchors[row.anchor], detail=detail)
+    return [index for index in range(len(candidates)) if index not in rows], [rows[index] for index in sorted(rows)]
