@@ -183,7 +183,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], ma
     scans = data.count(b"\xff\xda")
     if scans > _MAX_JPEG_SCANS:
         raise ImageRefused("decompression_bomb", f"a JPEG of {scans} scans (over {_MAX_JPEG_SCANS})")
-    raw = read_raw_array(data, image.size, max_pixels)
+    raw = read_raw_array(image, max_pixels)
     if raw is not None:
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})

@@ -53,10 +53,9 @@ class MaskConfig:
     bias: float = 0.0
 
     def __post_init__(self):
-        if self.score not in SCORES:
-            raise InputError(f"mask.score={self.score!r} is unknown; choose one of {', '.join(SCORES)}")
-        if self.selection not in SELECTIONS:
-            raise InputError(f"mask.selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}")
+        for name, known in (("score", SCORES), ("selection", SELECTIONS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"mask.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.score == "none" and self.selection != "random":
             raise InputError(f"mask.score='none' gives {self.selection!r} nothing to sort; use mask.selection='random'")
         if self.stride < 1 or self.keep < 0 or not math.isfinite(self.bias):

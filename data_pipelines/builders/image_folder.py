@@ -13,7 +13,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.prepare.collect import read_images
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.inputs import Listing, Rejection, list_sources, split_into_parts
-from data_pipelines.prepare.results import REJECTED_NAME, write_rejected
+from data_pipelines.prepare.results import write_rejected
 
 _PART_SIZE = 256
 
@@ -59,7 +59,7 @@ class ImageFolder(InfraredBuilder):
             missing = [source for source in listing.sources if source.key not in kept]
             for example, _ in read_images(missing, self.filters, rejections):
                 rejections.append(Rejection(example.key, "changed", "usable now, was not when the set was built"))
-        write_rejected(self.data_path / REJECTED_NAME, sorted(rejections, key=lambda row: row.key))
+        write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
         return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:

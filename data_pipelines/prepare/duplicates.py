@@ -10,10 +10,9 @@ then size, then listing order); the first of a scene is its anchor, and a later 
 Images are compared with anchors only, never with removed images, so a slow pan is not swallowed step by step.
 
 The small-image feature is the Laplacian of Gaussian (sigma one cell) of a 16 x 16 thumbnail: gain and offset cancel,
-smooth skies do not make two scenes alike, and a crop of 2 % moves it by a third of a cell. It is kept in the basis of
-the discrete cosine transform, where the filter is a weight for each coefficient. The threshold of 0.95 was chosen on
-pictures of animals in one stall, where the time stamps tell which pairs are one scene: 99 % of copies cropped by 2 %
-are above it, and 5 % of the pairs above it are more than a minute apart.
+smooth skies do not make two scenes alike, and a crop of 2 % moves it by a third of a cell. The threshold of 0.95 was
+chosen on pictures of animals in one stall, where the time stamps tell which pairs are one scene: 99 % of copies cropped
+by 2 % are above it, and 5 % of the pairs above it are more than a minute apart.
 
 Cost: the hash test is N * A / 2 comparisons for N images and A anchors, quadratic but 3e8 per second and core; the
 memory is 8 + 512 bytes per image.
@@ -22,12 +21,11 @@ memory is 8 + 512 bytes per image.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
-from scipy import fft
+from scipy import fft, ndimage
 
 HASH_SIDE = 8
 FEATURE_SIDE = 16
@@ -59,7 +57,7 @@ class DuplicateRule:
 
 @dataclasses.dataclass(frozen=True)
 class Duplicate:
-    """Image `index` is removed for `anchor` (an earlier index); `similarity` is the cosine, 1.0 for equal pixels."""
+    """Image `index` is removed for `anchor` (an earlier index); `similarity` is the cosine of their features."""
 
     index: int
     anchor: int
@@ -80,29 +78,9 @@ def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     code = np.packbits(bits, bitorder="little").view("<u8")[0]
 
     cells = small.reshape(FEATURE_SIDE, 2, FEATURE_SIDE, 2).mean((1, 3))
-    feature = (fft.dctn(cells - cells.mean(), norm="ortho") * _laplacian_of_gaussian()).ravel()
+    feature = ndimage.laplace(ndimage.gaussian_filter(cells - cells.mean(), _FEATURE_SIGMA)).ravel()
     length = float(np.linalg.norm(feature))
     return code, (feature / length if length > 0 else feature).astype(np.float16)
-
-
-@functools.cache
-def _laplacian_of_gaussian() -> np.ndarray:
-    """The filter's gain at each DCT frequency: eigenvalue of the grid's Laplacian times a Gaussian's transform."""
-    frequency = np.pi * np.arange(FEATURE_SIDE) / FEATURE_SIDE
-    laplacian = 2 - 2 * np.cos(frequency)
-    gaussian = np.exp(-0.5 * (_FEATURE_SIGMA * frequency) ** 2)
-    return ((laplacian[:, None] + laplacian[None, :]) * gaussian[:, None] * gaussian[None, :]).astype(np.float32)
-
-
-def find_exact_duplicates(contents: Sequence[str]) -> list[Duplicate]:
-    """Returns the later ones of equal content digests, each with the first of its kind as anchor."""
-    first: dict[str, int] = {}
-    found = []
-    for index, content in enumerate(contents):
-        anchor = first.setdefault(content, index)
-        if anchor != index:
-            found.append(Duplicate(index, anchor, 1.0))
-    return found
 
 
 def find_near_duplicates(

@@ -21,7 +21,7 @@ from data_pipelines.prepare.inputs import Rejection, Source
 from data_pipelines.prepare.results import describe_set
 from data_pipelines.shards import Manifest, write_manifest, write_split
 
-FILE_COLUMN = "file"
+FILE_COLUMN, SPLIT_COLUMN = "file", "split"
 # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
 KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 
@@ -84,29 +84,23 @@ def prepare_table(
     table: str | os.PathLike,
     columns: Sequence[str],
     output: str | os.PathLike,
-    split_column: str = "split",
     encoding: str = "source",
     progress: bool = True,
 ) -> Manifest:
     """Writes the images that a CSV table lists, with their class labels, into the new shard set `output`.
 
     Args:
-      table: CSV (UTF-8, comma) with a header. Column `file` is a path relative to the table's folder.
+      table: CSV (UTF-8, comma) with a header. Column `file` is a path relative to the table's folder, `split` a name.
       columns: the label columns; their values are class names, numbered in order (in numerical order where all are
         numbers). A single column is stored as the label "label", several under their own names.
       output: new folder.
-      split_column: names the split of each image.
       encoding: see `prepare.PrepareConfig`.
       progress: show a progress bar.
 
     Raises:
       InputError: the table or an image is unusable, or one image is in two splits: the same file, or the same pixels.
     """
-    table = Path(local_path(table, "table"))
-    if not columns:
-        raise InputError(f"{table}: name at least one label column")
-    rows = _read_rows(table, columns, split_column)
-    _check_files(table, rows)
+    table, rows = _read_table(table, columns)
     names = [LABEL] if len(columns) == 1 else list(columns)
     classes = {name: sorted_classes(row.labels[place] for row in rows) for place, name in enumerate(names)}
     numbers = {name: {text: number for number, text in enumerate(classes[name])} for name in names}
@@ -134,15 +128,13 @@ def prepare_table(
         return write_examples(output, splits, classes, settings)
 
 
-def table_digest(table: str | os.PathLike, columns: Sequence[str], split_column: str = "split") -> str:
+def table_digest(table: str | os.PathLike, columns: Sequence[str]) -> str:
     """Tells tables apart: 16 hexadecimal digits of their rows and of the sizes and times of the files that they name.
 
     Raises:
       InputError: as `prepare_table`, of the table and of missing files.
     """
-    table = Path(local_path(table, "table"))
-    rows = _read_rows(table, columns, split_column)
-    _check_files(table, rows)
+    table, rows = _read_table(table, columns)
     stats = [(table.parent / row.file).stat() for row in rows]
     known = [(row.file, row.split, row.labels, s.st_size, s.st_mtime_ns) for row, s in zip(rows, stats, strict=True)]
     return hashlib.sha256(json.dumps([list(columns), known]).encode()).hexdigest()[:16]
@@ -157,7 +149,11 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(distinct))
 
 
-def _read_rows(table: Path, columns: Sequence[str], split_column: str) -> list[_Row]:
+def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path, list[_Row]]:
+    """The path and rows of a table, each of which names a file of its own."""
+    table = Path(local_path(given, "table"))
+    if not columns:
+        raise InputError(f"{table}: name at least one label column")
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -166,38 +162,30 @@ def _read_rows(table: Path, columns: Sequence[str], split_column: str) -> list[_
         raise InputError(
             f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
         ) from error
-    header = lines[0][1] if lines else []
-    for name in (FILE_COLUMN, split_column, *columns):
+    header, needed = lines[0][1] if lines else [], (FILE_COLUMN, SPLIT_COLUMN, *columns)
+    for name in needed:
         if header.count(name) != 1:
             raise InputError(
                 f"{table}: {header.count(name)} columns {name!r}; they are {', '.join(header) or '(none)'}"
             )
-    rows = []
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise InputError(
-                f"{table}, line {line} has {len(cells)} fields, the header {len(header)}: quote fields with commas"
-            )
-        row = dict(zip(header, cells, strict=True))
-        for name in (FILE_COLUMN, split_column, *columns):
-            if not row[name]:
-                raise InputError(f"{table}, line {line}: column {name!r} is empty; fill it or remove the row")
-        rows.append(_Row(line, row[FILE_COLUMN], row[split_column], tuple(row[name] for name in columns)))
-    if not rows:
+    if not lines[1:]:
         raise InputError(f"{table} has a header but no rows")
-    return rows
-
-
-def _check_files(table: Path, rows: Sequence[_Row]) -> None:
-    """Each row names a file of its own, by its real path: links and `..` lead to the same one."""
-    seen: dict[str, _Row] = {}
-    for row in rows:
-        path = table.parent / row.file
-        if not path.is_file() or PurePosixPath(row.file).is_absolute():
-            raise InputError(f"{table}, line {row.line}: no image {path}; give paths from the table's folder")
-        other = seen.setdefault(os.path.realpath(path), row)
-        if other is not row:
-            where = "the same split" if other.split == row.split else f"split {other.split}"
-            raise InputError(
-                f"{table}, line {row.line}: {row.file} is in line {other.line} ({where}) too; keep one row"
-            )
+    rows, seen = [], {}
+    for line, cells in lines[1:]:
+        where = f"{table}, line {line}"
+        if len(cells) != len(header):
+            raise InputError(f"{where} has {len(cells)} fields, the header {len(header)}: quote fields with commas")
+        file, split, *labels = (cells[header.index(name)] for name in needed)
+        for name, cell in zip(needed, (file, split, *labels), strict=True):
+            if not cell:
+                raise InputError(f"{where}: column {name!r} is empty; fill it or remove the row")
+        path = table.parent / file
+        if not path.is_file() or PurePosixPath(file).is_absolute():
+            raise InputError(f"{where}: no image {path}; give paths from the table's folder")
+        rows.append(_Row(line, file, split, tuple(labels)))
+        # By its real path: links and `..` lead to the same file.
+        other = seen.setdefault(os.path.realpath(path), rows[-1])
+        if other is not rows[-1]:
+            there = "the same split" if other.split == split else f"split {other.split}"
+            raise InputError(f"{where}: {file} is in line {other.line} ({there}) too; keep one row")
+    return table, rows

@@ -19,7 +19,7 @@ from data_pipelines.files import atomic_write
 from data_pipelines.intensity import to_uint8
 from data_pipelines.prepare.collect import Candidate, Collection
 from data_pipelines.prepare.inputs import Listing, Rejection, Source, SourceReader
-from data_pipelines.shards import Manifest, Split, fingerprint_splits, write_manifest
+from data_pipelines.shards import Manifest, Split, fingerprint_splits
 from data_pipelines.sheets import Tile, draw_sheet, spread
 
 REJECTED_NAME = "rejected.csv"
@@ -33,56 +33,26 @@ _CAPTION_CHARACTERS = 25
 _COLUMNS, _MAX_TILES = 8, 48
 
 
-def write_results(
-    folder: str,
-    listing: Listing,
-    collection: Collection,
-    kept: Sequence[int],
-    rejections: Sequence[Rejection],
-    split: Split,
-    settings: Mapping[str, Any],
-    pictures: bool,
-) -> Manifest:
-    """Writes everything but the shards into `folder`, the manifest last, and returns the manifest.
-
-    Args:
-      folder: where the shards are.
-      listing: the found files.
-      collection: the examined files.
-      kept: indices of the kept candidates.
-      rejections: every file that is not kept.
-      split: the written shards, the split "train".
-      settings: stored in the manifest; the counts of rejected files are added.
-      pictures: draw contact sheets and histograms.
-    """
-    rejections = sorted(rejections, key=lambda rejection: rejection.key)
-    rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
-    images = [collection.candidates[index] for index in kept]
-    manifest = describe_set(images, {"train": split}, {}, {**settings, "rejected": rejected})
-    write_rejected(os.path.join(folder, REJECTED_NAME), rejections)
-    if pictures:
-        _draw_pictures(os.path.join(folder, PICTURES_NAME), listing, collection, kept, rejections)
+def write_report(
+    folder: str, collection: Collection, kept: int, rejections: Sequence[Rejection], settings: Mapping[str, Any]
+) -> None:
+    """Writes how many files were kept and left out, why, of what kinds, and how large the groups of duplicates are."""
+    scenes = Counter(rejection.anchor for rejection in rejections if rejection.anchor)
+    largest = max(scenes.values(), default=0)
     report = {
-        "found": len(images) + len(rejections),
-        "kept": len(images),
-        "rejected": rejected,
+        "found": kept + len(rejections),
+        "kept": kept,
         "kinds_before_duplicates": dict(sorted(collection.kinds.items())),
-        "duplicates": _duplicate_figures(rejections),
-        "sizes": dict(manifest.sizes),
-        "bit_depths": dict(manifest.bit_depths),
-        "mean": manifest.mean,
-        "std": manifest.std,
-        "entropy": manifest.entropy,
-        "settings": dict(settings),
+        "duplicates": {"removed": scenes.total(), "scenes": len(scenes), "largest_scene": largest},
+        **settings,
     }
     with atomic_write(os.path.join(folder, REPORT_NAME)) as path:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    write_manifest(folder, manifest)
-    return manifest
 
 
-def write_rejected(path: str | os.PathLike, rejections: Iterable[Rejection]) -> None:
+def write_rejected(folder: str | os.PathLike, rejections: Iterable[Rejection]) -> None:
     """Writes the list of files left out: path, reason, detail, anchor."""
+    path = os.path.join(folder, REJECTED_NAME)
     with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("path", "reason", "detail", "anchor"))
@@ -112,11 +82,12 @@ def describe_set(
     )
 
 
-def _draw_pictures(
+def draw_pictures(
     folder: str, listing: Listing, collection: Collection, kept: Sequence[int], rejections: Sequence[Rejection]
 ) -> None:
     """Draws a sheet of kept images, one for each reason of rejection, and the histograms."""
-    os.makedirs(folder, exist_ok=True)
+    folder = os.path.join(folder, PICTURES_NAME)
+    os.makedirs(folder)
     images = [collection.candidates[index] for index in kept]
     tiles = []
     for index in spread(kept, _MAX_TILES):
@@ -157,12 +128,6 @@ def _read_again(reader: SourceReader, source: Source | None) -> np.ndarray | Non
         return decode_image(reader.read(source, _MAX_SHEET_FILE_BYTES)).pixels
     except ImageRefused:
         return None
-
-
-def _duplicate_figures(rejections: Sequence[Rejection]) -> dict[str, int]:
-    """How many images were removed as duplicates, of how many scenes, and the most of one scene."""
-    scenes = Counter(rejection.anchor for rejection in rejections if rejection.anchor)
-    return {"removed": scenes.total(), "scenes": len(scenes), "largest_scene": max(scenes.values(), default=0)}
 
 
 def _tile(image: np.ndarray | None, path: str, note: str) -> Tile:

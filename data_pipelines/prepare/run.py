@@ -23,10 +23,10 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, is_free, local_path, writing
 from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
+from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
 from data_pipelines.prepare.inputs import PLAN_NAME, Listing, Rejection, Source, list_sources, split_into_parts
-from data_pipelines.prepare.results import write_results
-from data_pipelines.shards import Manifest, read_manifest, write_split
+from data_pipelines.prepare.results import describe_set, draw_pictures, write_rejected, write_report
+from data_pipelines.shards import Manifest, read_manifest, write_manifest, write_split
 from data_pipelines.workers import worker_pool
 
 PART_SIZE = 256
@@ -120,6 +120,7 @@ def _fill(
         shutil.rmtree(work)
         raise InputError(_nothing_kept(listing, rejections))
     kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
+    rejections = sorted([*rejections, *duplicates], key=lambda rejection: rejection.key)
     result = os.path.join(work, "result")
     shutil.rmtree(result, ignore_errors=True)
     os.makedirs(result)
@@ -130,10 +131,16 @@ def _fill(
             bar.update(1)
 
     with progress_bar("writing", len(kept), "image", active=progress) as bar:
-        split = write_split(result, "train", stored(), config.shard_bytes)
-    settings = {"plan": plan, "config": dataclasses.asdict(config)}
-    left_out = [*rejections, *duplicates]
-    return write_results(result, listing, collection, kept, left_out, split, settings, config.pictures)
+        splits = {"train": write_split(result, "train", stored(), config.shard_bytes)}
+    rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
+    settings = {"plan": plan, "config": dataclasses.asdict(config), "rejected": rejected}
+    manifest = describe_set([collection.candidates[index] for index in kept], splits, {}, settings)
+    write_rejected(result, rejections)
+    write_report(result, collection, len(kept), rejections, settings)
+    if config.pictures:
+        draw_pictures(result, listing, collection, kept, rejections)
+    write_manifest(result, manifest)
+    return manifest
 
 
 def _report(output: str, manifest: Manifest) -> Report:
@@ -220,8 +227,10 @@ def _remove_duplicates(
         rows[index] = Rejection(candidates[index].key, reason, detail, candidates[anchor].key)
 
     if rule.exact:
-        for found in find_exact_duplicates([candidate.content for candidate in candidates]):
-            remove(found.index, found.anchor, "exact_duplicate", "equal pixels")
+        first: dict[str, int] = {}
+        for index, candidate in enumerate(candidates):
+            if (anchor := first.setdefault(candidate.content, index)) != index:
+                remove(index, anchor, "exact_duplicate", "equal pixels")
     if rule.near:
         distinct = [index for index in range(len(candidates)) if index not in rows]
         # Best first: of a scene, the deepest and largest image is to be the anchor.

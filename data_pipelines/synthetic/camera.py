@@ -25,20 +25,13 @@ def photograph(temperature: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def gain_control(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Maps (H, W) float32 to uint8 as thermal cameras do: a clipped linear range blended with plateau equalisation.
+    """Maps (H, W) float32 to uint8 as thermal cameras do: a clipped range, then a gamma.
 
     The brightness setting (mean level) is drawn apart from the scene, so that it says nothing about what is seen.
     """
     low, high = np.percentile(image, (rng.uniform(0.02, 0.8), rng.uniform(99.2, 99.98)))
     linear = np.clip((image - low) / max(float(high - low), 1e-3), 0, 1)
-    levels = 512
-    index = (linear * (levels - 1)).astype(np.int32)
-    histogram = np.bincount(index.ravel(), minlength=levels).astype(np.float64)
-    # The plateau keeps large even areas (sky, water) from taking the whole range, which plain equalisation lets them.
-    plateau = np.minimum(histogram, rng.uniform(2, 8) * image.size / levels)
-    equalised = (np.cumsum(plateau) / plateau.sum()).astype(np.float32)[index]
-    share = np.float32(rng.uniform(0.0, 0.5))
-    level = np.clip((1 - share) * linear + share * equalised, 1e-4, 1)
+    level = np.clip(linear, 1e-4, 1)
     brightness = rng.uniform(0.3, 0.6)
     for _ in range(2):
         level = level ** np.float32(np.clip(np.log(brightness) / np.log(float(level.mean())), 0.4, 2.5))

@@ -117,10 +117,6 @@ class Canvas:
         inside = inside if fray is None else inside + fray[rows, columns]
         return Patch(rows, columns, np.clip(inside + np.float32(0.5), 0, 1))
 
-    def rectangle(self, left: float, top: float, right: float, bottom: float) -> Patch | None:
-        """An upright rectangle."""
-        return self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
-
     def ellipse(self, x: float, y: float, half_x: float, half_y: float, fray: np.ndarray | None = None) -> Patch | None:
         """An axis-parallel ellipse, its edge moved by `fray` as that of a polygon."""
         turns = np.linspace(0, 2 * np.pi, 20, endpoint=False)

@@ -57,20 +57,26 @@ def write_dataset(
     Raises:
       InputError: `output` holds something already or is a file, `count` or `val_fraction` is out of range.
     """
-    _check(count, val_fraction)
     with new_folder(output) as folder:
         for kind, split in itertools.product(("images", "class_masks", "target_masks"), SPLITS):
             (folder / kind / split).mkdir(parents=True)
         (folder / "annotations").mkdir()
-        _write_scenes(folder, count, seed, size, val_fraction)
+        _write_scenes(folder, seed, _scenes(count, seed, size, val_fraction))
     return Path(local_path(output, "output"))
 
 
-def _check(count: int, val_fraction: float) -> None:
+def _scenes(
+    count: int, seed: int, size: tuple[int, int], val_fraction: float, splits: tuple[str, ...] = SPLITS
+) -> Iterator[tuple[str, str, Scene]]:
+    """Split, name and content of the scenes of some splits."""
     if count < 1:
         raise InputError(f"count {count}: at least 1 scene is needed")
     if not 0 <= val_fraction <= 1:
         raise InputError(f"val_fraction {val_fraction}: must lie between 0 and 1")
+    for index in range(count):
+        split = SPLITS[is_val(index, val_fraction)]
+        if split in splits:
+            yield split, f"{index:06d}.png", generate_scene(seed, index, size)
 
 
 def write_shards(
@@ -90,18 +96,17 @@ def write_shards(
     Raises:
       InputError: see `write_dataset`; or another `mask`.
     """
-    _check(count, val_fraction)
     if mask not in ("surfaces", "targets"):
         raise InputError(f"mask {mask!r}: choose surfaces or targets")
 
     def examples(split: str) -> Iterator[Example]:
-        for index in range(count):
-            if split == _split(index, val_fraction):
-                yield _example(generate_scene(seed, index, size), f"synthetic/{seed}/{index:06d}.png", mask)
+        for _, name, scene in _scenes(count, seed, size, val_fraction, (split,)):
+            yield _example(scene, f"synthetic/{seed}/{name}", mask)
 
     classes = {LABEL: SCENE_CLASSES, "objects": CATEGORIES}
     classes[MASK] = SURFACES if mask == "surfaces" else ("background", "target")
-    splits = {split: examples(split) for split in SPLITS if split in {_split(i, val_fraction) for i in range(count)}}
+    used = sorted({is_val(index, val_fraction) for index in range(count)}) or [False]
+    splits = {SPLITS[val]: examples(SPLITS[val]) for val in used}
     return write_examples(output, splits, classes, {"synthetic": seed, "count": count})
 
 
@@ -119,14 +124,12 @@ def _example(scene: Scene, key: str, mask: str) -> Example:
     return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), objects, labels)
 
 
-def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], val_fraction: float) -> None:
+def _write_scenes(folder: Path, seed: int, scenes: Iterator[tuple[str, str, Scene]]) -> None:
     categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
     info = {"description": f"synthetic thermal scenes, seed {seed}"}
     coco = {split: {"info": info, "images": [], "annotations": [], "categories": categories} for split in SPLITS}
     rows = [("file", "split", "label")]
-    for index in range(count):
-        scene = generate_scene(seed, index, size)
-        split, name = _split(index, val_fraction), f"{index:06d}.png"
+    for split, name, scene in scenes:
         pictures = {"images": scene.image, "class_masks": scene.class_mask}
         pictures["target_masks"] = scene.target_mask.astype(np.uint8) * 255
         for kind, pixels in pictures.items():
@@ -142,7 +145,7 @@ def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], va
         "scene_classes": list(SCENE_CLASSES),
         "box_categories": list(CATEGORIES),
         "seed": seed,
-        "count": count,
+        "count": len(rows) - 1,
     }
     files = {f"annotations/{split}.json": coco[split] for split in SPLITS} | {"classes.json": described}
     for name, content in files.items():
@@ -153,10 +156,6 @@ def is_val(index: int, fraction: float) -> bool:
     """Whether scene `index` goes to the split `val`: a share of every class, spread evenly from its second scene on."""
     place = index // len(SCENE_CLASSES)
     return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
-
-
-def _split(index: int, val_fraction: float) -> str:
-    return "val" if is_val(index, val_fraction) else "train"
 
 
 def _annotate(coco: dict, scene: Scene, name: str) -> None:

@@ -46,11 +46,11 @@ LANDSCAPES = {
     "field": Landscape((0.15, 0.55), (2, 12), (0.01, 0.1), ("grass", "soil"), road=0.5,
                        things={"tree": 0.6, "person": 0.25, "car": 0.15}, count=(1, 9), distances=(0.3, 3.2)),
     "industrial": Landscape((0.4, 0.75), (1.5, 5), (-1, -1), ("concrete",), things={
-                                "hall": 0.15, "tank": 0.25, "pipes": 0.2, "chimney": 0.2, "person": 0.1, "car": 0.1},
+                                "tank": 0.35, "pipes": 0.25, "chimney": 0.2, "person": 0.1, "car": 0.1},
                             count=(5, 11), distances=(0.4, 1.7)),
     "sky": Landscape((0.72, 1.25), (3, 20), (-0.04, 0.15), ("grass", "concrete"), flying=(1, 5)),
     "street": Landscape((0.3, 0.6), (1.5, 5), (-1, -1), ("concrete",), road=1.0, facades=1.0, things={
-                            "person": 0.45, "car": 0.15, "oncoming car": 0.32, "mast": 0.08},
+                            "person": 0.5, "car": 0.15, "oncoming car": 0.35},
                         count=(2, 9), distances=(0.1, 2.2)),
 }  # fmt: skip
 
