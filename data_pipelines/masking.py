@@ -220,9 +220,8 @@ def _count_log_count(count: int) -> np.ndarray:
 
 
 def _no_scores(images: np.ndarray, config: MaskConfig) -> np.ndarray:
-    *lead, height, width = images.shape
-    rows, columns = token_grid(height, width)
-    return np.zeros((*lead, rows * columns), np.float32)
+    rows, columns = token_grid(*images.shape[-2:])
+    return np.zeros((*images.shape[:-2], rows * columns), np.float32)
 
 
 _SCORE_FUNCTIONS = {

@@ -51,7 +51,7 @@ def resize(
     top, left, height, width = box or (0.0, 0.0, *image.shape)
     rows = _Axis(image.shape[0], float(top), float(height), size[0])
     columns = _Axis(image.shape[1], float(left), float(width), size[1])
-    passes = [(columns, _resize_columns), (rows, _resize_rows)]
+    passes = [(columns, 1), (rows, 0)]
     # Pillow's rule, which spares work when the height shrinks by far more.
     if image.shape[0] > size[0] and image.shape[0] - size[0] > 2 * (image.shape[1] - size[1]):
         passes.reverse()
@@ -59,15 +59,13 @@ def resize(
     if not passes:
         return np.ascontiguousarray(image)
     values = image.astype(np.float32)
-    if len(passes) == 2:
-        axis, apply = passes.pop(0)
-        values = apply(values, axis.out, _blocks(axis, FIRST_WEIGHT_BITS, BETWEEN_BITS))
-        np.clip(np.rint(values, out=values), 0, 255 << BETWEEN_BITS, out=values)
-        axis, apply = passes[0]
-        values = apply(values, axis.out, _blocks(axis, SECOND_WEIGHT_BITS, -BETWEEN_BITS))
-    else:
-        axis, apply = passes[0]
-        values = apply(values, axis.out, _blocks(axis, FIRST_WEIGHT_BITS, 0))
+    bits = [(FIRST_WEIGHT_BITS, BETWEEN_BITS), (SECOND_WEIGHT_BITS, -BETWEEN_BITS)]
+    if len(passes) == 1:
+        bits = [(FIRST_WEIGHT_BITS, 0)]
+    for (axis, along), (weight_bits, gain_bits) in zip(passes, bits, strict=True):
+        values = _resize_axis(values, along, _blocks(axis, weight_bits, gain_bits))
+        if gain_bits > 0:
+            np.clip(np.rint(values, out=values), 0, 255 << BETWEEN_BITS, out=values)
     values += np.float32(0.5)
     return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
@@ -103,23 +101,18 @@ class _Block:
     chunk: int
 
 
-def _resize_columns(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarray:
-    """(H, W) float32 -> (H, out) float32."""
-    sums = np.empty((len(values), out), np.float32)
+def _resize_axis(values: np.ndarray, along: int, blocks: list[_Block]) -> np.ndarray:
+    """(H, W) float32, resized along axis 0 (rows) or 1 (columns)."""
+    shape = list(values.shape)
+    shape[along] = blocks[-1].outputs.stop
+    sums = np.empty(shape, np.float32)
     for block in blocks:
-        for first in range(0, len(values), block.chunk):
-            rows = slice(first, first + block.chunk)
-            np.matmul(values[rows, block.inputs], block.weights, out=sums[rows, block.outputs])
-    return sums
-
-
-def _resize_rows(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarray:
-    """(H, W) float32 -> (out, W) float32."""
-    sums = np.empty((out, values.shape[1]), np.float32)
-    for block in blocks:
-        for first in range(0, values.shape[1], block.chunk):
-            columns = slice(first, first + block.chunk)
-            np.matmul(block.weights.T, values[block.inputs, columns], out=sums[block.outputs, columns])
+        for first in range(0, shape[1 - along], block.chunk):
+            some = slice(first, first + block.chunk)
+            if along:
+                np.matmul(values[some, block.inputs], block.weights, out=sums[some, block.outputs])
+            else:
+                np.matmul(block.weights.T, values[block.inputs, some], out=sums[block.outputs, some])
     return sums
 
 

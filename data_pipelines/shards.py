@@ -7,6 +7,7 @@ their digests. What a manifest says is checked before anything is done with it: 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -130,12 +131,10 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     with atomic_write(path) as partial:
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), WRITER_OPTIONS)
         try:
-            try:
+            with contextlib.closing(writer):
                 for example in examples:
                     writer.write(example)
                     count += 1
-            finally:
-                writer.close()
         except RuntimeError as error:
             if WRITE_FAILED not in str(error):
                 raise

@@ -63,9 +63,9 @@ class InfraredAugment:
     blur: float = 0.0
 
     def __post_init__(self):
-        for name in ("gain", "offset", "invert", "column_noise", "blur"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"augment.{name}={getattr(self, name)} must be 0 (off) or a positive number")
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"augment.{name}={value} must be 0 (off) or a positive number")
         if self.invert > 1:
             raise InputError(f"augment.invert={self.invert} is a probability; use a value from 0 to 1")
 

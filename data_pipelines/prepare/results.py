@@ -145,14 +145,14 @@ def _write_histograms(path: str, kept: Sequence[Candidate], removed: Sequence[Ca
     """Draws the distributions of resolution, mean intensity and entropy, kept images and removed duplicates."""
     from matplotlib.figure import Figure
 
-    measures: list[tuple[str, Callable[[Candidate], float]]] = [
-        ("image side: square root of the pixels, px", lambda image: image.pixels**0.5),
-        ("mean intensity, 0 black to 1 white", lambda image: image.pixel_sum / image.pixels),
-        ("entropy of the gray levels, bit", lambda image: image.entropy),
-    ]
+    measures: dict[str, Callable[[Candidate], float]] = {
+        "image side: square root of the pixels, px": lambda image: image.pixels**0.5,
+        "mean intensity, 0 black to 1 white": lambda image: image.pixel_sum / image.pixels,
+        "entropy of the gray levels, bit": lambda image: image.entropy,
+    }
     labels = [f"kept, {len(kept)}", f"removed duplicates, {len(removed)}"]
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    for axes, (name, measure) in zip(figure.subplots(1, 3), measures, strict=True):
+    for axes, (name, measure) in zip(figure.subplots(1, 3), measures.items(), strict=True):
         groups = [[measure(image) for image in group] for group in (kept, removed)]
         axes.hist(groups, 40, label=labels, histtype="step", log=True)
         axes.set(xlabel=name, ylabel="images")
