@@ -14,17 +14,12 @@
 
 from __future__ import annotations
 
-REFUSALS = (
-    "empty_file", "not_an_image", "truncated", "corrupt_data", "decompression_bomb", "unsupported_depth",
-    "unsupported_layout", "not_finite", "mostly_nodata", "radiometric_unreadable",
-)  # fmt: skip
-
 
 class ImageRefused(ValueError):
     """A file that is not usable as an image.
 
     Attributes:
-      reason: slug from `REFUSALS`.
+      reason: one of those at the top of this module, or of `prepare.curate`.
       detail: what exactly, for a person; one line.
     """
 

@@ -45,7 +45,6 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Args (beside those of `tfds.core.DatasetBuilder`):
       beam: generate with Apache Beam; the runner is chosen by `tfds.download.DownloadConfig`.
-      file_format: ArrayRecord by default; TFRecord needs TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -55,18 +54,18 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         "Give the folder of your files as manual_dir; its layout is in the class description."
     )
 
-    def __init__(self, *, beam: bool = False, file_format: str = "array_record", **options: Any):
+    def __init__(self, *, beam: bool = False, **options: Any):
         self._beam = beam
         # Names in the order of their numbers, of "mask" and "objects": known when the annotations were read.
         self.class_names: dict[str, list[str]] = {}
-        super().__init__(file_format=file_format, **options)
+        super().__init__(file_format="array_record", **options)
 
     def _download_and_prepare(
         self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
     ) -> None:
         """Generates the splits, then the manifest: TFDS shows the folder only when this method has ended."""
         super()._download_and_prepare(dl_manager, download_config)
-        if self.info.splits and self.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+        if self.info.splits:
             self._write_manifest(Path(dl_manager.manual_dir))
 
     def _write_manifest(self, root: Path) -> None:
@@ -77,7 +76,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             shards = zip(info.filenames, info.shard_lengths, strict=True)
             splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
             for example in self.examples(name):
-                images.append(describe_image(example, decode_pixels(example), 0))
+                images.append(describe_image(example, decode_pixels(example)))
                 notes.update(example.attributes.get(NOTES, {}))
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes)}
         settings["rejected"] = self._account_for_files(root)

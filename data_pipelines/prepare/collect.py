@@ -36,7 +36,6 @@ class Candidate:
     Attributes:
       key: see `Source.key`.
       height, width, bit_depth: of the stored image.
-      bytes: size of the encoded example.
       content: BLAKE2b digest (hexadecimal) of shape, type and pixels; equal pixels, equal digest.
       pixel_sum, pixel_square_sum: sums over the pixels in [0, 1] under the default intensity mapping.
       entropy: Shannon entropy of the 256-level histogram, bit.
@@ -46,7 +45,6 @@ class Candidate:
     height: int
     width: int
     bit_depth: int
-    bytes: int
     content: str
     pixel_sum: float
     pixel_square_sum: float
@@ -100,12 +98,11 @@ def examine_part(
 
     def accepted() -> Iterator[bytes]:
         for example, image in read_images(sources, filters, rejections, encoding):
-            stored = encode_example(example)
-            candidates.append(dataclasses.asdict(describe_image(example, image.pixels, len(stored))))
+            candidates.append(dataclasses.asdict(describe_image(example, image.pixels)))
             kinds.update(_kinds(image))
             code, feature = fingerprint_image(image.pixels)
             fingerprints.append((int(code), feature.tobytes().hex()))
-            yield stored
+            yield encode_example(example)
 
     write_shard(_records_path(folder, number), accepted())
     rows = {
@@ -128,8 +125,8 @@ def _kinds(image: DecodedImage) -> Iterator[str]:
             yield f"with {name}"
 
 
-def describe_image(example: Example, pixels: np.ndarray, size: int) -> Candidate:
-    """Returns the row of an image (H, W) whose encoded example has `size` bytes."""
+def describe_image(example: Example, pixels: np.ndarray) -> Candidate:
+    """Returns the row of an example whose stored pixels are (H, W) uint8 or uint16."""
     histogram = count_values(to_uint8(pixels))
     levels = np.arange(256) / 255
     share = histogram[histogram > 0] / pixels.size
@@ -140,7 +137,6 @@ def describe_image(example: Example, pixels: np.ndarray, size: int) -> Candidate
         height=example.height,
         width=example.width,
         bit_depth=example.bit_depth,
-        bytes=size,
         content=content.hexdigest(),
         pixel_sum=float(histogram @ levels),
         pixel_square_sum=float(histogram @ levels**2),

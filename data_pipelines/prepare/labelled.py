@@ -47,9 +47,8 @@ def write_examples(
 
     def encoded(examples: Iterable[Example]) -> Iterator[bytes]:
         for example in examples:
-            stored = encode_example(example)
-            rows.append(describe_image(example, decode_pixels(example), len(stored)))
-            yield stored
+            rows.append(describe_image(example, decode_pixels(example)))
+            yield encode_example(example)
 
     with new_folder(output) as folder:
         made = {name: write_split(folder, name, encoded(examples)) for name, examples in splits.items()}
@@ -111,7 +110,7 @@ def prepare_table(
             if row.split != split:
                 continue
             example = labelled_image(table.parent / row.file, row.file, encoding)
-            content = describe_image(example, decode_pixels(example), 0).content
+            content = describe_image(example, decode_pixels(example)).content
             other = seen.setdefault(content, row)
             if other.split != row.split:
                 raise InputError(

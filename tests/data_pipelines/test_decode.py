@@ -14,8 +14,7 @@ from data_pipelines.decode import ImageRefused, decode_image, encode_png, make_e
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_pixels, encode_example, source_units
 from data_pipelines.intensity import Intensity, to_uint8
-from data_pipelines.refusals import REFUSALS
-from tests.data_pipelines.damaged import DEEP, GRAY, RAMP, damaged_files, saved
+from tests.data_pipelines.damaged import DEEP, GRAY, RAMP, REFUSALS, damaged_files, saved
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
