@@ -6,11 +6,13 @@ would otherwise cost a tenth of the time that an image takes.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import sys
 import weakref
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -34,7 +36,7 @@ class DamagedShards(InputError):
     """More records are damaged than the config allows."""
 
 
-class Batches:
+class Batches(contextlib.AbstractContextManager, Iterator):
     """Iterator over one host's batches; `close()` it, or use it as a context manager."""
 
     def __init__(self, source: Any, start: int = 0):
@@ -67,9 +69,6 @@ class Batches:
         self._open = [iter(dataset)]
         # A program that ends without closing would otherwise tear workers down after the modules that they need.
         self._closed = weakref.finalize(self, _close, self._open)
-
-    def __iter__(self) -> Self:
-        return self
 
     def _next(self) -> dict[str, np.ndarray]:
         try:
@@ -109,9 +108,6 @@ class Batches:
     def close(self) -> None:
         """Stops threads and worker processes; again is harmless."""
         self._closed()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

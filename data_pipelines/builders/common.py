@@ -17,9 +17,9 @@ from array_record.python import array_record_data_source
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
+from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Rejection, Source
 from data_pipelines.prepare.results import describe_set
 from data_pipelines.shards import describe_shard, make_split, write_manifest
 

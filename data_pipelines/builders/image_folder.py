@@ -10,9 +10,10 @@ import tensorflow_datasets as tfds
 
 from data_pipelines.builders.common import SPLITS, InfraredBuilder, part_features
 from data_pipelines.errors import InputError
+from data_pipelines.prepare.archives import Rejection
 from data_pipelines.prepare.collect import read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Listing, Rejection, list_sources, split_into_parts
+from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
 from data_pipelines.prepare.results import write_rejected
 
 _PART_SIZE = 256

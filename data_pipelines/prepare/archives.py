@@ -1,4 +1,4 @@
-"""Members of zip and tar files, listed and read in place; nothing is unpacked to disk.
+"""Files, and members of zip and tar files: listed and read in place; nothing is unpacked to disk.
 
 An archive from a stranger costs bounded time and memory, whatever it says about itself:
 
@@ -13,7 +13,9 @@ An archive over a limit is refused as `decompression_bomb`, one that cannot be l
 from __future__ import annotations
 
 import bz2
+import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import io
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.commands import printable
+from data_pipelines.errors import InputError
 from data_pipelines.refusals import ImageRefused
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -95,7 +98,7 @@ def list_archive(archive: Source) -> list[Source | Rejection]:
     found: list[Source | Rejection] = []
     unpacked = 0
     try:
-        for item in _zip_members(archive) if is_zip(archive.path) else _tar_members(archive):
+        for item in _zip_members(archive) if _is_zip(archive.path) else _tar_members(archive):
             found.append(item)
             unpacked += item.size if isinstance(item, Source) else 0
             _check_unpacked(archive.size, unpacked)
@@ -104,19 +107,17 @@ def list_archive(archive: Source) -> list[Source | Rejection]:
     except _OverLimit as error:
         return [Rejection(archive.key, "decompression_bomb", f"the archive of {archive.size} bytes holds {error}")]
     except Exception as error:  # Damaged archives raise nearly anything; all of it is a refusal of this one archive.
-        return [Rejection(archive.key, "archive_unreadable", one_line(error))]
+        return [Rejection(archive.key, "archive_unreadable", _one_line(error))]
     if not any(isinstance(item, Source) and item.sequential for item in found):
         found.sort(key=lambda item: item.key)
     return found
 
 
-def is_zip(path: str) -> bool:
-    """Whether a supported archive is a zip file, by its name."""
+def _is_zip(path: str) -> bool:
     return path.lower().endswith(".zip")
 
 
-def one_line(error: BaseException) -> str:
-    """What an exception says, or else its name."""
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -134,7 +135,7 @@ def _zip_members(archive: Source) -> Iterator[Source | Rejection]:
 
 
 def _tar_members(archive: Source) -> Iterator[Source | Rejection]:
-    unpacked, sequential = open_unpacked(archive.path)
+    unpacked, sequential = _open_unpacked(archive.path)
     with unpacked, tarfile.open(fileobj=_BoundedFile(unpacked, archive.size), mode="r:") as opened:
         last = -1
         while (info := opened.next()) is not None:
@@ -169,7 +170,7 @@ def _opened_zip(path: str, modified: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def open_unpacked(path: str) -> tuple[BinaryIO, bool]:
+def _open_unpacked(path: str) -> tuple[BinaryIO, bool]:
     """A tar file without its compression, by its first bytes; and whether it had one."""
     with open(path, "rb") as file:
         start = file.read(8)
@@ -206,7 +207,7 @@ class _BoundedFile(io.RawIOBase):
         return data
 
 
-def read_zip_member(source: Source) -> bytes:
+def _read_zip_member(source: Source) -> bytes:
     """Returns the bytes of a member of a zip file, at most one more than it declares."""
     opened = _opened_zip(source.path, source.modified)
     info = opened.infolist()[source.position]
@@ -219,3 +220,42 @@ def read_zip_member(source: Source) -> bytes:
             blocks.append(block)
             size += len(block)
     return b"".join(blocks)
+
+
+class SourceReader(contextlib.ExitStack):
+    """Reads listed files one after the other; keeps the tar file that it is in open. Close it, or use `with`."""
+
+    _tar: tuple[str, BinaryIO | None] = "", None
+
+    def read(self, source: Source, max_bytes: int) -> bytes:
+        """Returns the bytes of a listed file.
+
+        Raises:
+          SourceUnreadable: it is over `max_bytes`, vanished, cannot be read, or its archive is damaged there.
+          InputError: this process may open no more files, which is no fault of this one.
+        """
+        if source.size > max_bytes:
+            raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
+        try:
+            data = self._read(source, max_bytes)
+        except Exception if source.member else OSError as error:  # As many kinds as there are decompressors.
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
+            archive = f"{os.path.basename(source.path)}: " if source.member else ""
+            detail = archive + (getattr(error, "strerror", None) or _one_line(error))
+            raise SourceUnreadable("unreadable", printable(detail)) from error
+        if source.member and len(data) != source.size:
+            raise SourceUnreadable("unreadable", f"{len(data)} bytes where the archive declares {source.size}")
+        return data
+
+    def _read(self, source: Source, max_bytes: int) -> bytes:
+        if not source.member:
+            with open(source.path, "rb") as file:
+                return file.read(max_bytes)
+        if _is_zip(source.path):
+            return _read_zip_member(source)
+        if self._tar[0] != source.path:
+            self.close()
+            self._tar = source.path, self.enter_context(_open_unpacked(source.path)[0])
+        self._tar[1].seek(source.position)
+        return self._tar[1].read(source.size)

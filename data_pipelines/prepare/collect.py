@@ -23,9 +23,9 @@ from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make
 from data_pipelines.examples import Example, decode_example, decode_pixels, encode_example
 from data_pipelines.files import atomic_write
 from data_pipelines.intensity import count_values, to_uint8
+from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
-from data_pipelines.prepare.inputs import Rejection, Source, SourceReader
 from data_pipelines.shards import write_shard
 
 

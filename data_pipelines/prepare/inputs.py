@@ -8,30 +8,17 @@ work of an unfinished run) are not taken for images.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import glob
 import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
 
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.files import local_path
-from data_pipelines.prepare.archives import (
-    Rejection,
-    Source,
-    SourceUnreadable,
-    is_archive,
-    is_zip,
-    list_archive,
-    one_line,
-    open_unpacked,
-    read_zip_member,
-)
+from data_pipelines.prepare.archives import Rejection, Source, is_archive, list_archive
 from data_pipelines.shards import MANIFEST_NAME, SHARD_SUFFIX
 
 PLAN_NAME = "prepare_plan"  # in the work folder of a run
@@ -170,42 +157,3 @@ def split_into_parts(sources: Sequence[Source], size: int) -> list[list[Source]]
         step = len(together) if compressed_tar else size
         parts += [together[start : start + step] for start in range(0, len(together), step)]
     return parts
-
-
-class SourceReader(contextlib.ExitStack):
-    """Reads listed files one after the other; keeps the tar file that it is in open. Close it, or use `with`."""
-
-    _tar: tuple[str, BinaryIO | None] = "", None
-
-    def read(self, source: Source, max_bytes: int) -> bytes:
-        """Returns the bytes of a listed file.
-
-        Raises:
-          SourceUnreadable: it is over `max_bytes`, vanished, cannot be read, or its archive is damaged there.
-          InputError: this process may open no more files, which is no fault of this one.
-        """
-        if source.size > max_bytes:
-            raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
-        try:
-            data = self._read(source, max_bytes)
-        except Exception if source.member else OSError as error:  # As many kinds as there are decompressors.
-            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
-            archive = f"{os.path.basename(source.path)}: " if source.member else ""
-            detail = archive + (getattr(error, "strerror", None) or one_line(error))
-            raise SourceUnreadable("unreadable", printable(detail)) from error
-        if source.member and len(data) != source.size:
-            raise SourceUnreadable("unreadable", f"{len(data)} bytes where the archive declares {source.size}")
-        return data
-
-    def _read(self, source: Source, max_bytes: int) -> bytes:
-        if not source.member:
-            with open(source.path, "rb") as file:
-                return file.read(max_bytes)
-        if is_zip(source.path):
-            return read_zip_member(source)
-        if self._tar[0] != source.path:
-            self.close()
-            self._tar = source.path, self.enter_context(open_unpacked(source.path)[0])
-        self._tar[1].seek(source.position)
-        return self._tar[1].read(source.size)

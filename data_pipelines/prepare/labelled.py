@@ -15,9 +15,9 @@ from data_pipelines.commands import printable, progress_bar
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
 from data_pipelines.files import local_path, new_folder
+from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Rejection, Source
 from data_pipelines.prepare.results import describe_set
 from data_pipelines.shards import Manifest, write_manifest, write_split
 

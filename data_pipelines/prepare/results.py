@@ -17,8 +17,9 @@ from data_pipelines.commands import csv_cell
 from data_pipelines.decode import ImageRefused, decode_image
 from data_pipelines.files import atomic_write
 from data_pipelines.intensity import to_uint8
+from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.collect import Candidate, Collection
-from data_pipelines.prepare.inputs import Listing, Rejection, Source, SourceReader
+from data_pipelines.prepare.inputs import Listing
 from data_pipelines.shards import Manifest, Split, fingerprint_splits
 from data_pipelines.sheets import Tile, draw_sheet, spread
 
