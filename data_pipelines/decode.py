@@ -215,7 +215,8 @@ def _decode_gray_jpeg(data: bytes, pixel_count: int) -> tuple[np.ndarray, bool]:
             left -= 1
             pixels, new_message = _try_jpeg(repaired)
             # Bytes removed in a wrong place cause other warnings, which are no progress.
-            if pixels is not None or new_message != message and _names_unused_field(message + new_message):
+            known = any(text in message + new_message for text, _, _ in _UNUSED_JPEG_FIELDS)
+            if pixels is not None or (known and new_message != message):
                 data, message = repaired, new_message
                 break
         else:
@@ -229,10 +230,6 @@ def _try_jpeg(data: bytes) -> tuple[np.ndarray | None, str]:
         return simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[..., 0], ""
     except ValueError as error:
         return None, str(error)
-
-
-def _names_unused_field(warning: str) -> bool:
-    return any(text in warning for text, _, _ in _UNUSED_JPEG_FIELDS)
 
 
 def _repairs(data: bytes, warning: str) -> Iterator[bytes]:

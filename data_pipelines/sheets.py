@@ -20,8 +20,9 @@ def draw_sheet(headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image
     lefts = [GAP + sum(widths[:column]) + column * GAP for column in columns]
     heights = [max(picture.height for picture, _ in row) for row in rows]
     below = GAP + LINE * max(caption.count("\n") + 1 for row in rows for _, caption in row)
-    size = lefts[-1] + widths[-1] + GAP, HEADING + sum(heights) + len(rows) * below
-    page = Image.new("RGB", size, "white")
+    ends = [left + 7 * len(heading) for left, heading in zip(lefts, headings, strict=False)]
+    width = max(lefts[-1] + widths[-1] + GAP, *ends)
+    page = Image.new("RGB", (width, HEADING + sum(heights) + len(rows) * below), "white")
     draw, top = ImageDraw.Draw(page), HEADING
     for left, heading in zip(lefts, headings, strict=False):
         draw.text((left, 2), heading, "black")
