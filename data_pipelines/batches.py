@@ -6,11 +6,13 @@ would otherwise cost a tenth of the time that an image takes.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 import sys
 import weakref
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -34,22 +36,21 @@ class DamagedShards(InputError):
     """More records are damaged than the config allows."""
 
 
-class Batches:
+class Batches(contextlib.AbstractContextManager, Iterator):
     """Iterator over one host's batches; `close()` it, or use it as a context manager."""
 
-    def __init__(self, source: Any, settings: Any, batch_bytes: int, start: int = 0):
+    def __init__(self, source: Any, start: int = 0):
         """Starts threads or workers.
 
         Args:
-          source: picklable; `len(source)`, `source[step]` -> dict of arrays with a leading dimension b.
-          settings: has `workers`, `threads` and `prefetch` of `pipeline.PipelineConfig`.
-          batch_bytes: size of a batch.
+          source: picklable; `len(source)`, `source[step]` -> dict of arrays with a leading dimension b; `batch_bytes`;
+            `config` with `workers`, `threads` and `prefetch` of `pipeline.PipelineConfig`.
           start: first step.
 
         Raises:
           InputError: there is too little shared memory for the workers.
         """
-        self._settings, self._batch_bytes = settings, batch_bytes
+        self._config, self._batch_bytes = settings, batch_bytes = source.config, source.batch_bytes
         # A thread makes a whole batch, so a buffer below the number of threads would idle some.
         buffered = max(settings.prefetch, settings.threads)
         dataset = grain.MapDataset.source(source)[start:].to_iter_dataset(
@@ -69,9 +70,6 @@ class Batches:
         # A program that ends without closing would otherwise tear workers down after the modules that they need.
         self._closed = weakref.finalize(self, _close, self._open)
 
-    def __iter__(self) -> Self:
-        return self
-
     def _next(self) -> dict[str, np.ndarray]:
         try:
             batch = next(self._open[0])
@@ -80,10 +78,10 @@ class Batches:
         except CorruptExample as error:
             raise DamagedShards(f"{error}; prepare the shards again") from error
         except (RuntimeError, OSError) as error:
-            if self._settings.workers:
+            if self._config.workers:
                 self._explain(error)
             raise
-        if self._settings.workers:
+        if self._config.workers:
             # Arrays of workers live in shared memory that goes with the iterator; a batch must outlive it.
             batch = {name: np.array(value) for name, value in batch.items()}
         return batch
@@ -95,7 +93,7 @@ class Batches:
             raise self._no_shared_memory("is full") from error
         if died:
             raise WorkerDied(
-                f"one of the {self._settings.workers} data workers died ({error}); if memory ran out, lower "
+                f"one of the {self._config.workers} data workers died ({error}); if memory ran out, lower "
                 "data.workers, data.prefetch or data.batch_size"
             ) from error
 
@@ -103,16 +101,13 @@ class Batches:
         free = _megabytes(_free_shared_memory())
         return InputError(
             f"{_SHARED_MEMORY}, through which data workers hand batches over, {what} ({free} free, "
-            f"{_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._settings.prefetch} or "
-            f"data.workers={self._settings.workers}, or enlarge it"
+            f"{_megabytes(self._batch_bytes)} per batch): lower data.prefetch={self._config.prefetch} or "
+            f"data.workers={self._config.workers}, or enlarge it"
         )
 
     def close(self) -> None:
         """Stops threads and worker processes; again is harmless."""
         self._closed()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -85,9 +85,6 @@ def run_command(
             print(f"error: {printable(lines[-1]) if lines else type(error).__name__}", file=sys.stderr)
             raise SystemExit(InputError.exit_code) from None
 
-    def parse(arguments: list[str]) -> list[str]:
-        return told(lambda: flags.FLAGS(arguments))
-
     def guarded(args: Sequence[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries report their routine at INFO
@@ -102,4 +99,5 @@ def run_command(
 
     if define_flags is not None:
         told(define_flags)
-    app.run(guarded, argv=list(argv) if argv is not None else None, flags_parser=parse)
+    argv = list(argv) if argv is not None else None
+    app.run(guarded, argv=argv, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))

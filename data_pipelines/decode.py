@@ -38,21 +38,9 @@ from PIL import Image, UnidentifiedImageError
 from data_pipelines import tiff
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
-from data_pipelines.intensity import MAPPINGS, Intensity, to_uint8
+from data_pipelines.intensity import Intensity
 from data_pipelines.radiometric import read_raw_array
-from data_pipelines.refusals import REFUSALS, ImageRefused
-
-__all__ = [
-    "MAPPINGS",
-    "MAX_PIXELS",
-    "REFUSALS",
-    "DecodedImage",
-    "ImageRefused",
-    "decode_image",
-    "make_example",
-    "read_image_file",
-    "to_uint8",
-]
+from data_pipelines.refusals import ImageRefused
 
 MAX_PIXELS = 1 << 26  # 67 million: nine times the largest image of Inf30 (6912 x 1024)
 
@@ -100,24 +88,16 @@ class DecodedImage:
     verbatim: bool = False
 
 
-def decode_image(data: bytes, name: str = "", max_pixels: int = MAX_PIXELS) -> DecodedImage:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """Decodes the bytes of an image file by the rules at the top of this module.
 
     Args:
       data: the whole file.
-      name: put before the detail of a refusal, when given.
       max_pixels: refuse pictures with more pixels (H * W); checked before anything is unpacked.
 
     Raises:
       ImageRefused: the one exception for any content; `reason` says which kind.
     """
-    try:
-        return _decode(data, max_pixels)
-    except ImageRefused as refusal:
-        raise ImageRefused(refusal.reason, f"{name}: {refusal.detail}" if name else refusal.detail) from refusal
-
-
-def _decode(data: bytes, max_pixels: int) -> DecodedImage:
     if not data:
         raise ImageRefused("empty_file", "0 bytes")
     kind = "text" if _looks_like_text(data[:256]) else "unknown content"
@@ -203,7 +183,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], ma
     scans = data.count(b"\xff\xda")
     if scans > _MAX_JPEG_SCANS:
         raise ImageRefused("decompression_bomb", f"a JPEG of {scans} scans (over {_MAX_JPEG_SCANS})")
-    raw = read_raw_array(data, image.size, max_pixels)
+    raw = read_raw_array(image, max_pixels)
     if raw is not None:
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})
@@ -235,7 +215,8 @@ def _decode_gray_jpeg(data: bytes, pixel_count: int) -> tuple[np.ndarray, bool]:
             left -= 1
             pixels, new_message = _try_jpeg(repaired)
             # Bytes removed in a wrong place cause other warnings, which are no progress.
-            if pixels is not None or new_message != message and _names_unused_field(message + new_message):
+            known = any(text in message + new_message for text, _, _ in _UNUSED_JPEG_FIELDS)
+            if pixels is not None or (known and new_message != message):
                 data, message = repaired, new_message
                 break
         else:
@@ -249,10 +230,6 @@ def _try_jpeg(data: bytes) -> tuple[np.ndarray | None, str]:
         return simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[..., 0], ""
     except ValueError as error:
         return None, str(error)
-
-
-def _names_unused_field(warning: str) -> bool:
-    return any(text in warning for text, _, _ in _UNUSED_JPEG_FIELDS)
 
 
 def _repairs(data: bytes, warning: str) -> Iterator[bytes]:
@@ -275,9 +252,8 @@ def _one_channel(image: Image.Image) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(image).astype(np.uint16), {"unit": "count"}
     if image.mode == "LA":
         return np.asarray(image)[..., 0], {}
-    if image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
-        image = image.convert("RGBA").convert("RGB")
-    elif image.mode == "P" and "transparency" in image.info:
+    transparent = image.mode == "P" and "transparency" in image.info
+    if transparent or image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
         image = image.convert("RGBA").convert("RGB")
     elif image.mode not in ("1", "L", "RGB", "P", "CMYK"):
         image = image.convert("RGB")
@@ -322,18 +298,19 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def make_example(key: str, data: bytes, image: DecodedImage) -> Example:
-    """Returns the record that stores `image`, decoded from `data`: the source's own bytes if they can be kept."""
-    height, width = image.pixels.shape
-    return Example(
-        key=key,
-        image=data if image.verbatim else encode_png(image.pixels),
-        encoding="jpeg" if image.verbatim else "png",
-        height=height,
-        width=width,
-        bit_depth=image.pixels.dtype.itemsize * 8,
-        attributes=image.attributes,
-    )
+def make_example(key: str, data: bytes, image: DecodedImage, encoding: str = "source") -> Example:
+    """Returns the example that stores `image`, decoded from `data`.
+
+    `encoding` "source" keeps the source's own bytes where they can be kept and makes PNG of others, "raw" stores the
+    pixels uncompressed.
+    """
+    if encoding == "raw":
+        stored = image.pixels.astype(image.pixels.dtype.newbyteorder("<"), copy=False).tobytes()
+    elif image.verbatim:
+        stored, encoding = data, "jpeg"
+    else:
+        stored, encoding = encode_png(image.pixels), "png"
+    return Example(key, stored, encoding, *image.pixels.shape, 8 * image.pixels.dtype.itemsize, image.attributes)
 
 
 def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None) -> np.ndarray:
@@ -357,7 +334,4 @@ def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None)
         raise InputError(
             f"{os.fspath(path)} is not usable ({refusal.reason}: {refusal.detail}); remove it or replace it"
         ) from refusal
-    if intensity is None:
-        return to_uint8(image.pixels)
-    scale, offset = float(image.attributes.get("scale", 1.0)), float(image.attributes.get("offset", 0.0))
-    return to_uint8(image.pixels, intensity.mapping, intensity.low, intensity.high, scale, offset)
+    return (intensity or Intensity()).apply(image.pixels, image.attributes)

@@ -20,7 +20,7 @@ import dataclasses
 import io
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -244,21 +244,15 @@ def decode_pixels(example: Example) -> np.ndarray:
       CorruptExample: the image does not decode, or not to the size and depth that the example states.
     """
     dtype = np.dtype("u1" if example.bit_depth == 8 else "<u2")
-    try:
+
+    def decode() -> np.ndarray:
         if example.encoding == "jpeg":
-            pixels = simplejpeg.decode_jpeg(example.image, colorspace="GRAY", strict=True)[..., 0]
-        elif example.encoding == "raw":
-            pixels = np.frombuffer(example.image, dtype).reshape(example.height, example.width)
-        else:
-            pixels = _decode_png(example.image)
-    except _DECODER_ERRORS as error:
-        raise CorruptExample(f"{example.key}: the stored image does not decode ({error})") from error
-    if pixels.shape != (example.height, example.width) or pixels.dtype != dtype:
-        raise CorruptExample(
-            f"{example.key}: stored as {example.width}x{example.height} of {example.bit_depth} bit, "
-            f"decodes to shape {pixels.shape} of {pixels.dtype}"
-        )
-    return pixels
+            return simplejpeg.decode_jpeg(example.image, colorspace="GRAY", strict=True)[..., 0]
+        if example.encoding == "raw":
+            return np.frombuffer(example.image, dtype).reshape(example.height, example.width)
+        return _decode_png(example.image)
+
+    return _decoded(example, "image", decode, dtype)
 
 
 def decode_mask(example: Example) -> np.ndarray:
@@ -267,15 +261,18 @@ def decode_mask(example: Example) -> np.ndarray:
     Raises:
       CorruptExample: it does not decode, or not to the image's size.
     """
+    return _decoded(example, "mask", lambda: _decode_png(example.mask), np.uint8)
+
+
+def _decoded(example: Example, what: str, decode: Callable[[], np.ndarray], dtype: Any) -> np.ndarray:
     try:
-        mask = _decode_png(example.mask)
+        pixels = decode()
     except _DECODER_ERRORS as error:
-        raise CorruptExample(f"{example.key}: the stored mask does not decode ({error})") from error
-    if mask.shape != (example.height, example.width) or mask.dtype != np.uint8:
-        raise CorruptExample(
-            f"{example.key}: a mask of shape {mask.shape} of {mask.dtype} for {example.width}x{example.height} pixels"
-        )
-    return mask
+        raise CorruptExample(f"{example.key}: the stored {what} does not decode ({error})") from error
+    if pixels.shape != (example.height, example.width) or pixels.dtype != dtype:
+        stated = f"{example.width}x{example.height} of {example.bit_depth} bit"
+        raise CorruptExample(f"{example.key}: stored as {stated}, a {what} of shape {pixels.shape} of {pixels.dtype}")
+    return pixels
 
 
 def _decode_png(data: bytes) -> np.ndarray:

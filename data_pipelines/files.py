@@ -38,6 +38,35 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_folder(given: str | os.PathLike) -> Iterator[Path]:
+    """A folder to fill that appears at `given`, complete, when the block ends well, or not at all.
+
+    Raises:
+      InputError: `given` is a URL, something other than an empty folder is there, or it cannot be written.
+    """
+    output = local_path(given, "output")
+    if not is_free(output):
+        raise InputError(f"output {output} exists already and is not an empty folder: remove it or choose another")
+    with writing(output), atomic_write(output) as partial:
+        partial.mkdir()
+        yield partial
+
+
+def is_free(path: str) -> bool:
+    """Whether nothing but an empty folder is there."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not os.listdir(path))
+
+
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Names the output when the block meets a disk that is full, failing or not the user's: an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+
+
 def local_path(given: str | os.PathLike, what: str) -> str:
     """The absolute path of a local file or folder, `~` expanded; `what` names it in the message.
 

@@ -21,19 +21,19 @@ from PIL import Image, ImageDraw
 from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, CorruptExample, Example, decode_mask, decode_pixels
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
 from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import Manifest, read_manifest, verify_shards
+from data_pipelines.sheets import draw_sheet, spread
 from data_pipelines.transforms import MEAN, STD, Crop, draw_crop
 
 COLOURS = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180), (70, 240, 240), (240, 50, 230),
            (210, 245, 60), (0, 128, 128), (170, 110, 40), (128, 128, 0))  # fmt: skip
 FRAME = (255, 140, 0)
 MASKED_GRAY = 60
-GAP, CAPTION = 6, 16
 STATISTICS_SAMPLES = 64
 LABEL_SAMPLES = 500  # read of each split for the shares of classes
 
@@ -43,7 +43,7 @@ class Sample:
     """A training sample and where it comes from.
 
     Attributes:
-      example: what it was cut from. key: its name.
+      example: what it was cut from.
       stored: (H, W) uint8, the whole image.
       box: of the crop.
       crop: uint8, as the model gets it (flipped and augmented).
@@ -55,10 +55,6 @@ class Sample:
     box: Crop
     crop: np.ndarray
     ids_keep: np.ndarray
-
-    @property
-    def key(self) -> str:
-        return self.example.key
 
 
 def describe(folder: str, local: str | os.PathLike) -> list[str]:
@@ -85,8 +81,8 @@ def _describe_labels(manifest: Manifest, local: str | os.PathLike, split: str) -
     """Lines about the share of each class in a split, of at most `LABEL_SAMPLES` examples evenly over it."""
     counts = {name: Counter() for name in manifest.classes}
     reader = ExampleReader([local], split)
-    chosen = np.unique(np.linspace(0, len(reader) - 1, min(LABEL_SAMPLES, len(reader))).round().astype(int))
-    for index in chosen.tolist():
+    chosen = spread(range(len(reader)), LABEL_SAMPLES)
+    for index in chosen:
         try:
             example = reader[index]
         except CorruptExample:
@@ -116,7 +112,7 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     samples = []
     for position, index in enumerate(record_indices(config, 0)):
         example = reader.first_whole(int(index))
-        stored = config.intensity.apply(decode_pixels(example), example)
+        stored = config.intensity.apply(decode_pixels(example), example.attributes)
         # The box is what a sample's generator is asked for first.
         box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
         samples.append(Sample(example, stored, box, batch["image"][position, ..., 0], batch["ids_keep"][position]))
@@ -143,22 +139,13 @@ def describe_samples(samples: Sequence[Sample], config: PipelineConfig) -> list[
 
 def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Image:
     """One row per sample: stored image with labels and box, crop, token scores with the kept framed, visible tokens."""
-    height, width = config.image_size
-    stored_width = max(round(sample.stored.shape[1] * height / sample.stored.shape[0]) for sample in samples)
-    stored_width = min(stored_width, 2 * width)
-    left = [GAP, *(stored_width + 2 * GAP + place * (width + GAP) for place in range(3))]
-    picture = Image.new("RGB", (left[3] + width + GAP, CAPTION + len(samples) * (height + CAPTION + GAP)), "white")
-    draw = ImageDraw.Draw(picture)
-    for place, title in zip(left, ("stored, box of the crop", "crop", config.mask.score, "visible"), strict=True):
-        draw.text((place, 2), title, fill="black")
-    for row, sample in enumerate(samples):
-        top = CAPTION + row * (height + CAPTION + GAP)
-        tiles = [_stored_tile(sample, (height, stored_width)), *_token_tiles(sample, config.mask)]
-        for place, tile in zip(left, tiles, strict=True):
-            picture.paste(tile, (place, top))
-        caption = f"{sample.key}  {sample.stored.shape[1]}x{sample.stored.shape[0]}"
-        draw.text((GAP, top + height + 1), caption, fill="black")
-    return picture
+    rows = []
+    for sample in samples:
+        height, width = sample.stored.shape
+        stored = _stored_tile(sample, (config.image_size[0], 2 * config.image_size[1]))
+        tokens = [(tile, "") for tile in _token_tiles(sample, config.mask)]
+        rows.append([(stored, f"{sample.example.key}  {width}x{height}"), *tokens])
+    return draw_sheet(("stored, box of the crop", "crop", config.mask.score, "visible"), rows)
 
 
 def _stored_tile(sample: Sample, size: tuple[int, int]) -> Image.Image:
@@ -230,12 +217,10 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
         config = dataclasses.replace(config, batch_size=max(samples, STATISTICS_SAMPLES), workers=0)
         drawn = training_samples(config)
         lines += describe_samples(drawn, config)
-        with atomic_write(output) as partial:
+        with writing(output), atomic_write(output) as partial:
             draw_samples(drawn[:samples], config).save(partial, "PNG")
     except CorruptExample as error:
         raise InputError(f"{error}: prepare the shards again") from error
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror or error}): choose another") from error
     return [*map(printable, lines), f"picture of {samples} samples: {printable(output)}"]
 
 

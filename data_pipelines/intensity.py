@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Example, source_units
+from data_pipelines.examples import source_units
 
 MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed")
 
@@ -44,11 +46,9 @@ class Intensity:
         # Unusable arguments must end a run before its first batch.
         to_uint8(np.zeros((1, 1), np.uint8), self.mapping, self.low, self.high)
 
-    def apply(self, pixels: np.ndarray, example: Example) -> np.ndarray:
-        """(H, W) stored integers of `example` -> (H, W) uint8."""
-        if self.mapping != "fixed":
-            return to_uint8(pixels, self.mapping, self.low, self.high)
-        scale, offset, _ = source_units(example.attributes)
+    def apply(self, pixels: np.ndarray, attributes: Mapping[str, Any]) -> np.ndarray:
+        """(H, W) stored integers of an example with these attributes -> (H, W) uint8."""
+        scale, offset, _ = source_units(attributes)
         return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
 
 

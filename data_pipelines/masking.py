@@ -53,10 +53,9 @@ class MaskConfig:
     bias: float = 0.0
 
     def __post_init__(self):
-        if self.score not in SCORES:
-            raise InputError(f"mask.score={self.score!r} is unknown; choose one of {', '.join(SCORES)}")
-        if self.selection not in SELECTIONS:
-            raise InputError(f"mask.selection={self.selection!r} is unknown; choose one of {', '.join(SELECTIONS)}")
+        for name, known in (("score", SCORES), ("selection", SELECTIONS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"mask.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.score == "none" and self.selection != "random":
             raise InputError(f"mask.score='none' gives {self.selection!r} nothing to sort; use mask.selection='random'")
         if self.stride < 1 or self.keep < 0 or not math.isfinite(self.bias):
@@ -221,9 +220,8 @@ def _count_log_count(count: int) -> np.ndarray:
 
 
 def _no_scores(images: np.ndarray, config: MaskConfig) -> np.ndarray:
-    *lead, height, width = images.shape
-    rows, columns = token_grid(height, width)
-    return np.zeros((*lead, rows * columns), np.float32)
+    rows, columns = token_grid(*images.shape[-2:])
+    return np.zeros((*images.shape[:-2], rows * columns), np.float32)
 
 
 _SCORE_FUNCTIONS = {

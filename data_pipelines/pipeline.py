@@ -13,8 +13,10 @@ Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K vi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -110,8 +112,8 @@ class TrainBatches(Batches):
     """
 
     def __init__(self, maker: _TrainMaker, start: int):
-        super().__init__(maker, maker.config, maker.batch_bytes, start)
-        self._config, self._reader = maker.config, maker.reader
+        super().__init__(maker, start)
+        self._reader = maker.reader
         self._named: set[int] = set()
         self.samples = 0
         self.substituted = 0
@@ -151,18 +153,17 @@ class EvalBatches(Batches):
     """Every example once, in file order; finite.
 
     Attributes:
-      count: number of batches, the same on all hosts.
       damaged: number of damaged records met so far, left out as not `valid`.
     """
 
     def __init__(self, maker: _EvalMaker):
-        super().__init__(maker, maker.config, maker.batch_bytes)
-        self._config, self._reader = maker.config, maker.reader
-        self.count, self._examples = len(maker), len(maker.reader)
+        super().__init__(maker)
+        self._reader, self._count = maker.reader, len(maker)
         self.damaged = 0
 
     def __len__(self) -> int:
-        return self.count
+        """Number of batches, the same on all hosts."""
+        return self._count
 
     def __next__(self) -> dict[str, np.ndarray]:
         """The next batch: the arrays of the view's `spec`, `valid` (b,) bool and `index` (b,) int64, -1 for padding.
@@ -175,10 +176,10 @@ class EvalBatches(Batches):
         batch = self._next()
         missing = batch["index"][~batch["valid"] & (batch["index"] >= 0)]
         self.damaged += len(missing)
-        if len(missing) and self.damaged > self._config.max_corrupt * self._examples:
+        if len(missing) and self.damaged > self._config.max_corrupt * len(self._reader):
             raise DamagedShards(
                 f"{self._reader.damage(int(missing[-1]))}; data.max_corrupt={self._config.max_corrupt:g} of "
-                f"{self._examples} examples allows no more than {self.damaged - 1}: prepare the shards again"
+                f"{len(self._reader)} examples allows no more than {self.damaged - 1}: prepare the shards again"
             )
         return batch
 
@@ -230,8 +231,9 @@ def eval_batches(
 
 def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainView:
     """The view that the config describes: random crops, or the evaluation view of whole images."""
-    drawn = config.scale, config.ratio, config.flip, config.augment
-    return PretrainView(config.image_size, *drawn, config.mask, config.intensity, centered)
+    whole, augment = ("center", InfraredAugment()) if centered else ("", config.augment)
+    crop = config.image_size, whole, config.scale, config.ratio, config.flip
+    return PretrainView(*crop, augment, config.intensity, config.mask)
 
 
 def num_examples(config: PipelineConfig) -> int:
@@ -269,15 +271,9 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
     Returns:
       `image` (count, H, W, 1) uint8 and `ids_keep` (count, K) int32.
     """
-    reader, view = _reader(config), pretrain_view(config, centered=True)
-    indices = np.linspace(0, len(reader) - 1, count).astype(int).tolist()
-    generators = [np.random.default_rng([config.seed, index]) for index in indices]
-    batch = _empty(view, count)
-    for place, (index, rng) in enumerate(zip(indices, generators, strict=True)):
-        example = reader.first_whole(index)
-        _store(batch, place, view.sample(example, view.geometry(example.height, example.width, rng), rng))
-    view.finish(batch, generators)
-    return batch
+    maker = _Maker(dataclasses.replace(config, batch_size=count), pretrain_view(config, centered=True), 0, 1)
+    indices = np.linspace(0, len(maker.reader) - 1, count).astype(int).tolist()
+    return maker.make(indices, indices, substitute=True)[0]
 
 
 def _reader(config: PipelineConfig) -> ExampleReader:
@@ -295,17 +291,8 @@ def _order(config: PipelineConfig) -> RecordOrder:
     return RecordOrder(_counts(config), config.weights, config.seed)
 
 
-def _empty(view: View, count: int) -> dict[str, np.ndarray]:
-    return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in view.spec.items()}
-
-
-def _store(batch: dict[str, np.ndarray], place: int, sample: dict[str, np.ndarray]) -> None:
-    for name, value in sample.items():
-        batch[name][place] = value
-
-
 class _Maker:
-    """Random access to one host's batches by step, as a Grain source. Holds files, not pixels: cheap to pickle."""
+    """Makes the batches of one host. Holds files, not pixels: cheap to pickle."""
 
     def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
         if config.batch_size % process_count:
@@ -314,44 +301,48 @@ class _Maker:
             )
         self.config, self.view, self.reader = config, view, _reader(config)
         self.size = config.batch_size // process_count
+        self._process_index, self._process_count = process_index, process_count
 
     @property
     def batch_bytes(self) -> int:
         return self.size * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.view.spec.values())
 
+    def make(
+        self, indices: Sequence[int], positions: Sequence[int], substitute: bool
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns the view's arrays of some examples, zeros behind them, and of which example each sample was made.
 
-class _TrainMaker(_Maker):
-    def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
-        super().__init__(config, view, process_index, process_count)
-        self._order = _order(config)
-        self._offset = process_index * self.size
+        Args:
+          indices: of the examples, at most `size`.
+          positions: of the samples, `size` of them: give their generators.
+          substitute: the next whole example takes the place of a damaged one; else that stays zeros.
 
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
-        first = int(step) * self.config.batch_size + self._offset
-        batch = _empty(self.view, self.size) | {"corrupt": np.full(self.size, -1, np.int64)}
-        generators = []
-        indices = self._order.indices(first, self.size).tolist()
+        Returns:
+          The batch, and (size,) int64 indices of examples, -1 where there is none.
+        """
+        batch = {name: np.zeros((self.size, *shape), dtype) for name, (shape, dtype) in self.view.spec.items()}
+        used = np.full(self.size, -1, np.int64)
+        generators: list[np.random.Generator | None] = [None] * self.size
         # Several at once cost a third of what they cost between images, whose pixels drive all else out of the caches.
-        ahead = [self._draw_ahead(index, first + place) for place, index in enumerate(indices)]
+        ahead = [self._draw_ahead(index, position) for index, position in zip(indices, positions, strict=False)]
         for place, index in enumerate(indices):
-            for candidate in self.reader.candidates(index):
+            for candidate in self.reader.candidates(index) if substitute else [index]:
                 try:
                     drawn = ahead[place] if candidate == index else None
-                    example, geometry, rng = drawn or self._draw(candidate, first + place)
-                    _store(batch, place, self.view.sample(example, geometry, rng))
+                    example, geometry, rng = drawn or self._draw(candidate, positions[place])
+                    for name, value in self.view.sample(example, geometry, rng).items():
+                        batch[name][place] = value
+                    used[place], generators[place] = candidate, rng
                     break
                 except CorruptExample:
-                    batch["corrupt"][place] = index
+                    continue
             else:
-                raise self.reader.all_damaged(index)
-            generators.append(rng)
-        self.view.finish(batch, generators)
-        return batch
-
+                if substitute:
+                    raise self.reader.all_damaged(index)
+        # Of padding and of damaged examples, too: what is made for a whole batch is made of them as well.
+        pairs = zip(generators, positions, strict=True)
+        self.view.finish(batch, [rng or sample_generator(self.config, position) for rng, position in pairs])
+        return batch, used
 
     def _draw(self, index: int, position: int) -> tuple[Example, Geometry, np.random.Generator]:
         """An example, where its sample lies, and the generator after that.
@@ -368,30 +359,35 @@ class _TrainMaker(_Maker):
             return None  # met again, and dealt with, in its turn
 
 
-class _EvalMaker(_Maker):
-    def __init__(self, config: PipelineConfig, view: View, process_index: int, process_count: int):
-        super().__init__(config, view, process_index, process_count)
-        count = len(self.reader)
-        self._share = range(process_index * count // process_count, (process_index + 1) * count // process_count)
-        self._largest_share = -(-count // process_count)
+class _TrainMaker(_Maker):
+    """Random access to endless batches by step, as a Grain source."""
 
     def __len__(self) -> int:
-        return -(-self._largest_share // self.size)
+        return sys.maxsize
+
+    @functools.cached_property
+    def _order(self) -> RecordOrder:
+        return _order(self.config)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
+        first = int(step) * self.config.batch_size + self._process_index * self.size
+        indices = self._order.indices(first, self.size)
+        batch, used = self.make(indices.tolist(), range(first, first + self.size), substitute=True)
+        return batch | {"corrupt": np.where(used == indices, -1, indices)}
+
+
+class _EvalMaker(_Maker):
+    """Random access to the batches of a host's share of the examples, as a Grain source."""
+
+    def __len__(self) -> int:
+        return -(-len(self.reader) // self._process_count // self.size)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The view's arrays, `valid` (b,) bool and `index` (b,) int64, -1 for padding."""
-        indices = self._share[step * self.size : (step + 1) * self.size]
-        batch = _empty(self.view, self.size)
-        batch |= {"valid": np.zeros(self.size, np.bool_), "index": np.full(self.size, -1, np.int64)}
-        batch["index"][: len(indices)] = indices
-        generators = [np.random.default_rng([self.config.seed, max(index, 0)]) for index in batch["index"].tolist()]
-        for place, index in enumerate(indices):
-            try:
-                example, rng = self.reader[index], generators[place]
-                geometry = self.view.geometry(example.height, example.width, rng)
-                _store(batch, place, self.view.sample(example, geometry, rng))
-                batch["valid"][place] = True
-            except CorruptExample:
-                continue  # stays zeros and not valid; `EvalBatches` counts it
-        self.view.finish(batch, generators)
-        return batch
+        starts = (np.arange(2) + self._process_index) * len(self.reader) // self._process_count
+        indices = range(*starts.tolist())[step * self.size : (step + 1) * self.size]
+        index = np.full(self.size, -1, np.int64)
+        index[: len(indices)] = indices
+        batch, used = self.make(indices, np.maximum(index, 0).tolist(), substitute=False)
+        return batch | {"valid": used >= 0, "index": index}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from data_pipelines.refusals import ImageRefused
 
@@ -34,27 +35,26 @@ _CAMERA_FACTS = {
 }
 # Application segments without a common use. An array of half the picture's height and width is seen, debug data of a
 # telephone beside its large picture are not.
-_OTHER_ARRAY_MARKERS = range(0xE3, 0xEB)
+_OTHER_ARRAY_MARKERS = [f"APP{number}" for number in range(3, 11)]
 _SMALLEST_ARRAY = 1 << 13
 
 
-def read_raw_array(data: bytes, size: tuple[int, int], max_pixels: int) -> tuple[np.ndarray, dict[str, Any]] | None:
+def read_raw_array(image: JpegImageFile, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]] | None:
     """Returns the raw sensor counts, (H, W) uint16, and the camera's constants, of a radiometric JPEG; else None.
 
     The Planck constants and emissivity in the attributes turn counts into temperatures; the counts themselves are
     stored, as they are exact and the temperature depends on assumptions about the scene.
 
     Args:
-      data: a JPEG file.
-      size: width and height of its picture.
+      image: a JPEG file.
       max_pixels: refuse larger arrays before anything is unpacked.
 
     Raises:
       ImageRefused: there is a raw array, but of a kind that is not read (DJI and others), damaged or too large.
     """
     flir, others = [], dict.fromkeys(_OTHER_ARRAY_MARKERS, 0)
-    for marker, content in _segments(data):
-        if marker == 0xE1 and content.startswith(_FLIR_SEGMENT):
+    for marker, content in image.applist:
+        if marker == "APP1" and content.startswith(_FLIR_SEGMENT):
             flir.append(content)
         elif marker in others:
             others[marker] += len(content)
@@ -66,31 +66,14 @@ def read_raw_array(data: bytes, size: tuple[int, int], max_pixels: int) -> tuple
                 raise
             raise _unreadable(" ".join(str(error).split()) or type(error).__name__) from error
     largest = max(others, key=others.__getitem__)
-    if others[largest] >= max(_SMALLEST_ARRAY, size[0] * size[1] // 2):
-        place = f"{others[largest]} bytes in APP{largest - 0xE0}, as DJI writes"
+    if others[largest] >= max(_SMALLEST_ARRAY, image.width * image.height // 2):
+        place = f"{others[largest]} bytes in {largest}, as DJI writes"
         raise _unreadable(f"the picture renders a raw array ({place}) that is not read; export it as TIFF")
     return None
 
 
 def _unreadable(detail: str) -> ImageRefused:
     return ImageRefused("radiometric_unreadable", detail)
-
-
-def _segments(data: bytes) -> list[tuple[int, bytes]]:
-    """Marker and content of the segments before the picture data; bytes between them are passed over."""
-    found = []
-    place = data.find(b"\xff", 2)
-    while 0 <= place < len(data) - 3:
-        marker = data[place + 1]
-        if marker == 0xDA:
-            break
-        if marker in (0x00, 0xFF):
-            place = data.find(b"\xff", place + 1)
-            continue
-        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        found.append((marker, data[place + 4 : end]))
-        place = data.find(b"\xff", end)
-    return found
 
 
 def _in_order(segments: list[bytes]) -> list[bytes]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_mask, decode_pixels
 from data_pipelines.shards import ShardReader
@@ -12,15 +11,8 @@ from data_pipelines.shards import ShardReader
 MAX_SUBSTITUTES = 100
 
 
-class ExampleReader:
-    """The examples of a split of one or more shard sets, in manifest order. Safe to pickle and to read from threads."""
-
-    def __init__(self, folders: Sequence[str | os.PathLike], split: str = "train"):
-        """Opens local `folders`; raises as `ShardReader` does."""
-        self._shards = ShardReader(folders, split)
-
-    def __len__(self) -> int:
-        return len(self._shards)
+class ExampleReader(ShardReader):
+    """The examples of a split of one or more shard sets, in manifest order, as `ShardReader` gives their bytes."""
 
     def __getitem__(self, index: int) -> Example:
         """The stored example `index`.
@@ -28,7 +20,7 @@ class ExampleReader:
         Raises:
           CorruptExample: its record is damaged.
         """
-        return decode_example(self._shards[index])
+        return decode_example(super().__getitem__(index))
 
     def candidates(self, index: int) -> Iterator[int]:
         """The index itself, then those whose examples stand in for it when it is damaged: a function of the shards."""

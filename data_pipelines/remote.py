@@ -10,8 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import fsspec
 
 from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write
 from data_pipelines.shards import MANIFEST_NAME, Shard, describe_shard, read_manifest
 
 CACHE_VARIABLE = "INFMAE_CACHE"
@@ -42,41 +41,32 @@ def local_folders(folders: Sequence[str]) -> tuple[str, ...]:
 def _copy_of(url: str) -> str:
     cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="copying-", dir=cache) as arriving:
+    try:
+        store, root = fsspec.core.url_to_fs(url)
+        manifest = store.cat_file(f"{root.rstrip('/')}/{MANIFEST_NAME}")
+    except FileNotFoundError:
+        raise InputError(f"{url} is not a shard set (no {MANIFEST_NAME} in it): check the URL") from None
+    except (ImportError, ValueError, OSError) as error:
+        raise InputError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
+    final = cache / hashlib.sha256(manifest).hexdigest()
+    if not final.exists():
         try:
-            store, root = fsspec.core.url_to_fs(url)
-            store.get_file(f"{root.rstrip('/')}/{MANIFEST_NAME}", f"{arriving}/{MANIFEST_NAME}")
-        except FileNotFoundError:
-            raise InputError(f"{url} is not a shard set (no {MANIFEST_NAME} in it): check the URL") from None
-        except (ImportError, ValueError, OSError) as error:
-            raise InputError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
-        manifest = read_manifest(arriving)  # checked whole before anything that it names is written
-        final = cache / hashlib.sha256(Path(arriving, MANIFEST_NAME).read_bytes()).hexdigest()
-        if not final.exists():
-            for shard in manifest.shards:
-                _fetch(store, root, shard, arriving, url)
-            _publish(Path(arriving), final)
+            with atomic_write(final) as arriving:
+                arriving.mkdir()
+                (arriving / MANIFEST_NAME).write_bytes(manifest)
+                # Checked whole before anything that it names is written.
+                for shard in read_manifest(arriving).shards:
+                    _fetch(store, f"{root.rstrip('/')}/{shard.name}", shard, arriving / shard.name, url)
+        except OSError:
+            if not final.exists():  # else another process was faster, and its copy is as good
+                raise
     return str(final)
 
 
-def _fetch(store: Any, root: str, shard: Shard, folder: str, url: str) -> None:
-    target = os.path.join(folder, shard.name)
+def _fetch(store: Any, source: str, shard: Shard, target: Path, url: str) -> None:
     try:
-        store.get_file(f"{root.rstrip('/')}/{shard.name}", target)
+        store.get_file(source, str(target))
     except OSError as error:
         raise InputError(f"{url}/{shard.name} cannot be read: {error}") from error
     if describe_shard(target, shard.count) != shard:
         raise InputError(f"{url}/{shard.name} differs from the digest in {MANIFEST_NAME}: upload the shard set again")
-
-
-def _publish(arrived: Path, final: Path) -> None:
-    """Makes the whole copy visible at once; when another process was faster, its copy is as good."""
-    whole = Path(tempfile.mkdtemp(prefix="arrived-", dir=final.parent))
-    for path in arrived.iterdir():
-        path.rename(whole / path.name)
-    try:
-        whole.rename(final)
-    except OSError:
-        shutil.rmtree(whole)
-        if not final.exists():
-            raise

@@ -32,62 +32,33 @@ ENLARGING_BLOCK = 32
 SERIAL_PRODUCT = 1 << 19
 
 
-def resize(
-    image: np.ndarray,
-    size: tuple[int, int],
-    box: tuple[float, float, float, float] | None = None,
-) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Antialiased bicubic resize (Keys 1981, a = -0.5; the filter widens when shrinking).
 
     Args:
       image: (H, W) uint8.
       size: rows and columns of the result.
-      box: top, left, height, width of the part that becomes the result, in pixels, fractions allowed; the filter also
-        sees pixels outside of it. None: the whole image.
 
     Returns:
       (size[0], size[1]) uint8, C-contiguous; `image` itself when nothing is to be done.
     """
-    top, left, height, width = box or (0.0, 0.0, *image.shape)
-    rows = _Axis(image.shape[0], float(top), float(height), size[0])
-    columns = _Axis(image.shape[1], float(left), float(width), size[1])
-    passes = [(columns, _resize_columns), (rows, _resize_rows)]
+    passes = [(1, image.shape[1], size[1]), (0, image.shape[0], size[0])]
     # Pillow's rule, which spares work when the height shrinks by far more.
     if image.shape[0] > size[0] and image.shape[0] - size[0] > 2 * (image.shape[1] - size[1]):
         passes.reverse()
-    passes = [step for step in passes if not step[0].is_identity]
+    passes = [(along, length, out) for along, length, out in passes if length != out]
     if not passes:
         return np.ascontiguousarray(image)
     values = image.astype(np.float32)
-    if len(passes) == 2:
-        axis, apply = passes.pop(0)
-        values = apply(values, axis.out, _blocks(axis, FIRST_WEIGHT_BITS, BETWEEN_BITS))
-        np.clip(np.rint(values, out=values), 0, 255 << BETWEEN_BITS, out=values)
-        axis, apply = passes[0]
-        values = apply(values, axis.out, _blocks(axis, SECOND_WEIGHT_BITS, -BETWEEN_BITS))
-    else:
-        axis, apply = passes[0]
-        values = apply(values, axis.out, _blocks(axis, FIRST_WEIGHT_BITS, 0))
+    bits = [(FIRST_WEIGHT_BITS, BETWEEN_BITS), (SECOND_WEIGHT_BITS, -BETWEEN_BITS)]
+    if len(passes) == 1:
+        bits = [(FIRST_WEIGHT_BITS, 0)]
+    for (along, length, out), (weight_bits, gain_bits) in zip(passes, bits, strict=True):
+        values = _resize_axis(values, along, _blocks(length, out, weight_bits, gain_bits))
+        if gain_bits > 0:
+            np.clip(np.rint(values, out=values), 0, 255 << BETWEEN_BITS, out=values)
     values += np.float32(0.5)
     return np.clip(values, 0, 255, out=values).astype(np.uint8)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-    """One pass: pixels [start, start + extent) out of `length` become `out` pixels."""
-
-    length: int
-    start: float
-    extent: float
-    out: int
-
-    @property
-    def is_identity(self) -> bool:
-        return self.start == 0 and self.length == self.extent == self.out
-
-    @property
-    def block(self) -> int:
-        return ENLARGING_BLOCK if self.extent < self.out else BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,40 +74,35 @@ class _Block:
     chunk: int
 
 
-def _resize_columns(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarray:
-    """(H, W) float32 -> (H, out) float32."""
-    sums = np.empty((len(values), out), np.float32)
+def _resize_axis(values: np.ndarray, along: int, blocks: list[_Block]) -> np.ndarray:
+    """(H, W) float32, resized along axis 0 (rows) or 1 (columns)."""
+    shape = list(values.shape)
+    shape[along] = blocks[-1].outputs.stop
+    sums = np.empty(shape, np.float32)
     for block in blocks:
-        for first in range(0, len(values), block.chunk):
-            rows = slice(first, first + block.chunk)
-            np.matmul(values[rows, block.inputs], block.weights, out=sums[rows, block.outputs])
-    return sums
-
-
-def _resize_rows(values: np.ndarray, out: int, blocks: list[_Block]) -> np.ndarray:
-    """(H, W) float32 -> (out, W) float32."""
-    sums = np.empty((out, values.shape[1]), np.float32)
-    for block in blocks:
-        for first in range(0, values.shape[1], block.chunk):
-            columns = slice(first, first + block.chunk)
-            np.matmul(block.weights.T, values[block.inputs, columns], out=sums[block.outputs, columns])
+        for first in range(0, shape[1 - along], block.chunk):
+            some = slice(first, first + block.chunk)
+            if along:
+                np.matmul(values[some, block.inputs], block.weights, out=sums[some, block.outputs])
+            else:
+                np.matmul(block.weights.T, values[block.inputs, some], out=sums[block.outputs, some])
     return sums
 
 
 # Crops have a few hundred heights and widths, of some 40 kB each; making one takes as long as half a resize.
 @functools.lru_cache(maxsize=2048)
-def _blocks(axis: _Axis, bits: int, gain_bits: int) -> list[_Block]:
-    """Weights rounded to `bits` binary digits, times 2**gain_bits."""
-    step = axis.extent / axis.out
+def _blocks(length: int, out: int, bits: int, gain_bits: int) -> list[_Block]:
+    """Weights from `length` to `out` pixels, rounded to `bits` binary digits, times 2**gain_bits."""
+    step = length / out
     widen = max(step, 1.0)
     reach = CUBIC_REACH * widen
-    size = axis.block
-    count = -(-axis.out // size)
+    size = ENLARGING_BLOCK if length < out else BLOCK
+    count = -(-out // size)
     # (blocks, 1, outputs); what the last block has too many repeats the last output.
-    outputs = np.minimum(np.arange(count * size), axis.out - 1).reshape(count, 1, size)
-    centers = axis.start + (outputs + 0.5) * step
+    outputs = np.minimum(np.arange(count * size), out - 1).reshape(count, 1, size)
+    centers = (outputs + 0.5) * step
     first = np.maximum((centers - reach + 0.5).astype(np.int64), 0)
-    last = np.minimum((centers + reach + 0.5).astype(np.int64), axis.length)
+    last = np.minimum((centers + reach + 0.5).astype(np.int64), length)
     lows, highs = first[:, 0, 0], last[:, 0, -1]
     inputs = lows[:, None, None] + np.arange((highs - lows).max())[:, None]
     weights = _cubic((inputs - centers + 0.5) / widen) * ((inputs >= first) & (inputs < last))
@@ -144,7 +110,7 @@ def _blocks(axis: _Axis, bits: int, gain_bits: int) -> list[_Block]:
     weights = np.ldexp(np.rint(np.ldexp(weights, bits)), gain_bits - bits).astype(np.float32)
     blocks = []
     for number, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
-        start, end = number * size, min((number + 1) * size, axis.out)
+        start, end = number * size, min((number + 1) * size, out)
         dense = weights[number, : high - low, : end - start]
         blocks.append(_Block(slice(low, high), slice(start, end), dense, max(1, SERIAL_PRODUCT // dense.size)))
     return blocks

@@ -7,9 +7,10 @@ their digests. What a manifest says is checked before anything is done with it: 
 from __future__ import annotations
 
 import bisect
-import collections
+import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -18,8 +19,7 @@ import operator
 import os
 import re
 import resource
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_module
@@ -38,7 +38,6 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 # What ArrayRecord says, as a RuntimeError, of a full or failing disk.
 WRITE_FAILED = "write() failed"
 
-_HASH_BLOCK = 1 << 20
 _READER_BUFFER = 1 << 15
 _MOST_OPEN = 512
 # TensorFlow Datasets writes NAME-SPLIT.array_record-00000-of-00001.
@@ -117,13 +116,9 @@ def fingerprint_splits(splits: Mapping[str, Split]) -> str:
 def describe_shard(path: str | os.PathLike, count: int) -> Shard:
     """Returns the manifest entry of the finished shard file `path` that holds `count` records."""
     path = epath.Path(path)
-    digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return Shard(name=path.name, count=count, bytes=size, sha256=digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256")
+        return Shard(name=path.name, count=count, bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
@@ -136,12 +131,10 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     with atomic_write(path) as partial:
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), WRITER_OPTIONS)
         try:
-            try:
+            with contextlib.closing(writer):
                 for example in examples:
                     writer.write(example)
                     count += 1
-            finally:
-                writer.close()
         except RuntimeError as error:
             if WRITE_FAILED not in str(error):
                 raise
@@ -149,14 +142,35 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     return describe_shard(path, count)
 
 
+def write_split(
+    folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28
+) -> Split:
+    """Writes encoded examples into the shards of a split; a shard is closed when it holds `shard_bytes` or more.
+
+    Raises:
+      OSError: the disk is full or failing.
+    """
+    left = iter(examples)
+
+    def filled(first: bytes) -> Iterator[bytes]:
+        size = 0
+        for example in itertools.chain([first], left):
+            yield example
+            size += len(example)
+            if size >= shard_bytes:
+                return
+
+    path = os.path.join(folder, name)
+    return make_split(
+        write_shard(f"{path}-{number:05d}{SHARD_SUFFIX}", filled(first)) for number, first in enumerate(left)
+    )
+
+
 def write_manifest(folder: str | os.PathLike, manifest: Manifest) -> None:
     """Writes `manifest.json` into `folder`, whole or not at all."""
-    content = json.dumps({"version": MANIFEST_VERSION, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True) + "\n"
-    if "://" in os.fspath(folder):
-        (epath.Path(folder) / MANIFEST_NAME).write_text(content)  # object stores show whole objects only
-        return
+    content = json.dumps({"version": MANIFEST_VERSION, **dataclasses.asdict(manifest)}, indent=1, sort_keys=True)
     with atomic_write(os.path.join(folder, MANIFEST_NAME)) as partial:
-        partial.write_text(content)
+        partial.write_text(content + "\n")
 
 
 def read_manifest(folder: str | os.PathLike) -> Manifest:
@@ -303,10 +317,10 @@ class ShardReader:
         self._starts = [0, *itertools.accumulate(shard.count for _, shard in self._shards)]
         # Half of what the process may open; the rest is for all else that it does.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_open = _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
-        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        most_open = _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
+        # What drops out of it is closed when the last thread has read from it.
+        self._reader = functools.lru_cache(most_open)(self._open_shard)
         self._damaged: set[int] = set()
-        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_shards": self._shards}
@@ -339,17 +353,6 @@ class ShardReader:
             message = f"record {place} of {self._shards[number][0]} is damaged: {error}"
             raise CorruptExample(" ".join(message.split())) from error
 
-    def _reader(self, number: int) -> Any:
-        with self._lock:
-            reader = self._readers.get(number)
-            if reader is None:
-                reader = self._readers[number] = self._open_shard(number)
-                if len(self._readers) > self._most_open:
-                    self._readers.popitem(last=False)  # closed when the last thread has read from it
-            else:
-                self._readers.move_to_end(number)
-            return reader
-
     def _open_shard(self, number: int) -> Any:
         path, shard = self._shards[number]
         reader = array_record_module.ArrayRecordReader(
@@ -377,9 +380,6 @@ class ShardReader:
             text = " ".join(str(cause).split())
             raise InputError(f"{path} is whole but cannot be read ({text}); {_limit_remedy()}") from cause
         self._damaged.add(number)
-
-    def __repr__(self) -> str:
-        return f"ShardReader({len(self)} records in {len(self._shards)} shards)"
 
 
 def _limit_remedy() -> str:

@@ -14,6 +14,7 @@ of compressed strips are bounded before anything is unpacked, and every codec ge
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -91,11 +92,8 @@ def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
 
 
 def _count_pages(file: tifffile.TiffFile) -> int:
-    try:
+    with contextlib.suppress(IndexError):
         file.pages[MAX_PAGES]
-    except IndexError:
-        pass
-    else:
         raise ImageRefused("decompression_bomb", f"over {MAX_PAGES} pages, or a chain of pages without an end")
     if not len(file.pages):
         raise ImageRefused("truncated", "the file ends before its first page directory")

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
@@ -62,9 +63,9 @@ class InfraredAugment:
     blur: float = 0.0
 
     def __post_init__(self):
-        for name in ("gain", "offset", "invert", "column_noise", "blur"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"augment.{name}={getattr(self, name)} must be 0 (off) or a positive number")
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"augment.{name}={value} must be 0 (off) or a positive number")
         if self.invert > 1:
             raise InputError(f"augment.invert={self.invert} is a probability; use a value from 0 to 1")
 
@@ -260,7 +261,7 @@ def infrared_augment(image: np.ndarray, rng: np.random.Generator, config: Infrar
         return image
     pixels = image.astype(np.float32)
     if config.blur:
-        pixels = _gaussian_blur(pixels, rng.uniform(0, config.blur))
+        pixels = ndimage.gaussian_filter(pixels, rng.uniform(0, config.blur), mode="nearest", truncate=3)
     if config.column_noise:
         deviation = rng.uniform(0, config.column_noise)
         pixels = pixels + rng.normal(0.0, deviation, (1, pixels.shape[1])).astype(np.float32)
@@ -272,18 +273,3 @@ def infrared_augment(image: np.ndarray, rng: np.random.Generator, config: Infrar
     if config.invert and rng.random() < config.invert:
         pixels = 2 * MID_GRAY - pixels
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
-
-
-def _gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
-    """Separable Gaussian on (H, W) float32, edges repeated, cut at three standard deviations."""
-    radius = math.ceil(3 * sigma)
-    if radius == 0:
-        return pixels
-    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)
-    for axis in (0, 1):
-        extent = pixels.shape[axis]
-        padded = np.pad(pixels, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
-        windows = (padded.take(np.arange(k, k + extent), axis) * tap for k, tap in enumerate(taps))
-        pixels = sum(windows)
-    return pixels

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,17 +21,41 @@ Spec = Mapping[str, tuple[tuple[int, ...], Any]]
 WHOLE = ("center", "stretch", "fit")
 
 
-class View(Protocol):
-    """Makes samples. Picklable, as worker processes use it.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Makes samples: what is common to all views. Picklable, as worker processes use it.
 
     Attributes:
       spec: name -> shape and dtype of every array of one sample.
+      size: rows and columns of the canvas.
+      whole: "center", "stretch" or "fit" (see `transforms.Geometry`): the whole image, without randomness; "" for a
+        random crop.
+      scale, ratio, flip: of the random crop.
+      augment: infrared augmentations.
+      intensity: stored integers to 8 bit.
     """
 
-    spec: Spec
+    spec: ClassVar[Spec]
+    size: tuple[int, int]
+    whole: str = ""
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
+    intensity: Intensity = dataclasses.field(default_factory=Intensity)
 
-    def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
-        """How an image of this size comes to lie on the canvas; it asks a sample's generator first."""
+    def __post_init__(self):
+        if self.whole and self.whole not in WHOLE:
+            raise InputError(f"view {self.whole!r} is unknown; choose one of {', '.join(WHOLE)}, or none for crops")
+
+    def geometry(self, height: int, width: int, rng: np.random.Generator | None = None) -> Geometry:
+        """How an image of this size comes to lie on the canvas; it asks a sample's generator first.
+
+        `rng` is needed by random crops alone. For predictions: `Geometry.points_back`.
+        """
+        if self.whole:
+            return getattr(Geometry, self.whole)(height, width, self.size)
+        return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arrays of `spec` for one example; those that are missing are made by `finish`.
@@ -39,43 +63,24 @@ class View(Protocol):
         Raises:
           CorruptExample: the example is damaged.
         """
+        pixels = self.intensity.apply(decode_pixels(example), example.attributes)
+        return {"image": infrared_augment(geometry.image(pixels), rng, self.augment)[..., None]}
 
     def finish(self, batch: dict[str, np.ndarray], generators: Sequence[np.random.Generator]) -> None:
         """Fills in what is made for a whole batch at once; `generators` are those of its samples, after `sample`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainView:
-    """`image` (H, W, 1) uint8 and `ids_keep` (K,) int32: a random crop and its visible tokens.
+class PretrainView(View):
+    """`image` (H, W, 1) uint8 and `ids_keep` (K,) int32: a crop and its visible tokens, chosen as `mask` says."""
 
-    Attributes:
-      size, scale, ratio, flip, augment, mask, intensity: see `pipeline.PipelineConfig`.
-      centered: the evaluation view instead of a random crop, without augmentation.
-    """
-
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    flip: bool
-    augment: InfraredAugment
-    mask: MaskConfig
-    intensity: Intensity
-    centered: bool = False
+    mask: MaskConfig = dataclasses.field(default_factory=MaskConfig)
 
     @property
     def spec(self) -> Spec:
         rows, columns = token_grid(*self.size)
         visible = num_visible(self.mask, rows * columns)
         return {"image": ((*self.size, 1), np.uint8), "ids_keep": ((visible,), np.int32)}
-
-    def geometry(self, height: int, width: int, rng: np.random.Generator) -> Geometry:
-        if self.centered:
-            return Geometry.center(height, width, self.size)
-        return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
-
-    def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pixels = geometry.image(self.intensity.apply(decode_pixels(example), example))
-        return {"image": (pixels if self.centered else infrared_augment(pixels, rng, self.augment))[..., None]}
 
     def finish(self, batch: dict[str, np.ndarray], generators: Sequence[np.random.Generator]) -> None:
         scores = token_scores(batch["image"][..., 0], self.mask)
@@ -87,41 +92,27 @@ class PretrainView:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelledView:
+class LabelledView(View):
     """`image` (H, W, 1) uint8 and the labels that are asked for, moved with it.
 
     Arrays beside `image`: `mask` (H, W) uint8, 255 = ignore or padding; `boxes` (M, 4) float32 x0, y0, x1, y1 on the
     canvas, `classes` (M,) int32, `crowd` (M,) bool and `box_valid` (M,) bool; for every name in `labels` an int32
     scalar, -1 where an example lacks it.
 
-    Attributes:
-      size: rows and columns of the canvas.
-      whole: "center", "stretch" or "fit" (see `transforms.Geometry`): the whole image, without randomness; "" for a
-        random crop.
-      scale, ratio, flip: of the random crop.
-      augment: infrared augmentations.
-      intensity: stored integers to 8 bit.
+    Attributes beside those of `View`:
       mask: give the class mask; an example without one is an error.
       max_objects: M; 0 gives no boxes. More valid boxes are an error that names the image, never cut.
       min_visible: boxes with less than this share of their area on the canvas are left out.
       labels: names of labels of the whole image.
     """
 
-    size: tuple[int, int]
-    whole: str = ""
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
-    intensity: Intensity = dataclasses.field(default_factory=Intensity)
     mask: bool = False
     max_objects: int = 0
     min_visible: float = 0.0
     labels: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.whole and self.whole not in WHOLE:
-            raise InputError(f"view {self.whole!r} is unknown; choose one of {', '.join(WHOLE)}, or none for crops")
+        super().__post_init__()
         if self.max_objects < 0 or not 0 <= self.min_visible <= 1:
             raise InputError(
                 f"max_objects={self.max_objects} must be at least 0, min_visible={self.min_visible} from 0 to 1"
@@ -137,15 +128,8 @@ class LabelledView:
             spec |= {name: ((self.max_objects,), dtype) for name, dtype in _OF_BOXES.items()}
         return spec | {name: ((), np.int32) for name in self.labels}
 
-    def geometry(self, height: int, width: int, rng: np.random.Generator | None = None) -> Geometry:
-        """See `View.geometry`; `rng` is needed by random crops alone. For predictions: `Geometry.points_back`."""
-        if self.whole:
-            return getattr(Geometry, self.whole)(height, width, self.size)
-        return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
-
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pixels = self.intensity.apply(decode_pixels(example), example)
-        arrays: dict[str, Any] = {"image": infrared_augment(geometry.image(pixels), rng, self.augment)[..., None]}
+        arrays: dict[str, Any] = super().sample(example, geometry, rng)
         if self.mask:
             if example.mask is None:
                 raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
@@ -163,20 +147,9 @@ class LabelledView:
         if count > self.max_objects:
             raise InputError(f"{example.key} shows {count} objects, more than max_objects={self.max_objects}: raise it")
 
-        def padded(values: np.ndarray) -> np.ndarray:
-            out = np.zeros((self.max_objects, *values.shape[1:]), values.dtype)
-            out[:count] = values
-            return out
-
-        return {
-            "boxes": padded(boxes[valid]),
-            "classes": padded(objects.classes[valid]),
-            "crowd": padded(objects.crowd[valid]),
-            "box_valid": padded(valid[valid]),
-        }
-
-    def finish(self, batch: dict[str, np.ndarray], generators: Sequence[np.random.Generator]) -> None:
-        """Nothing is made for a whole batch."""
+        kept = {"boxes": boxes, "classes": objects.classes, "crowd": objects.crowd, "box_valid": valid}
+        padding = [(0, self.max_objects - count)]
+        return {name: np.pad(of[valid], padding + [(0, 0)] * (of.ndim - 1)) for name, of in kept.items()}
 
 
 _OF_BOXES = {"classes": np.int32, "crowd": np.bool_, "box_valid": np.bool_}

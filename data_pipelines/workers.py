@@ -17,9 +17,6 @@ from data_pipelines.errors import InputError
 # `run_all(function, argument tuples)` yields the results as they finish, in no fixed order.
 RunAll = Callable[[Callable[..., Any], Sequence[tuple]], Iterator[Any]]
 
-# Waiting tasks a worker: enough that none idles, few enough that half a million files are not all in flight.
-_TASKS_AHEAD = 2
-
 
 @contextlib.contextmanager
 def worker_pool(workers: int | None, tasks: int) -> Iterator[RunAll]:
@@ -40,27 +37,18 @@ def worker_pool(workers: int | None, tasks: int) -> Iterator[RunAll]:
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=follow_parent)
     try:
-        yield lambda function, tasks: _run_all(pool, workers, function, tasks)
+        yield lambda function, tasks: _run_all(pool, function, tasks)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _run_all(
-    pool: concurrent.futures.Executor, workers: int, function: Callable[..., Any], tasks: Sequence[tuple]
+    pool: concurrent.futures.Executor, function: Callable[..., Any], tasks: Sequence[tuple]
 ) -> Iterator[Any]:
-    remaining = iter(tasks)
-    waiting: set[concurrent.futures.Future] = set()
     try:
-        while True:
-            for arguments in remaining:
-                waiting.add(pool.submit(function, *arguments))
-                if len(waiting) >= workers * _TASKS_AHEAD:
-                    break
-            if not waiting:
-                return
-            done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+        futures = [pool.submit(function, *arguments) for arguments in tasks]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
     except BrokenProcessPool:
         raise InputError(
             "a worker process died (killed, or out of memory): run again to continue, with fewer --workers if memory "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib.util
 import os
 import tempfile
 from collections.abc import Sequence
@@ -69,8 +70,8 @@ def build(
         raise InputError(f"{source} is not a folder: give the folder of your files or archives")
     if not any(source.iterdir()):
         raise InputError(f"{source} is empty: put your files there")
-    if beam_options is not None:
-        _require_beam()
+    if beam_options is not None and importlib.util.find_spec("apache_beam") is None:
+        raise InputError("Apache Beam is not installed: pip install 'infmae-jax[beam]'")
     try:
         builder = tfds.builder(name, data_dir=data_dir, beam=beam_options is not None, **builder_options)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -82,16 +83,9 @@ def build(
             raise InputError(f"{folder} was made from {made}: choose another --data_dir")
     else:
         _generate(builder, source, beam_options, shards)
-    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    settings = read_manifest(folder).settings
-    return Built(folder, counts, dict(settings["rejected"]), dict(settings["notes"]))
-
-
-def _require_beam() -> None:
-    try:
-        import apache_beam  # noqa: F401
-    except ImportError as error:
-        raise InputError("Apache Beam is not installed: pip install 'infmae-jax[beam]'") from error
+    manifest = read_manifest(folder)
+    counts = {name: split.count for name, split in manifest.splits.items()}
+    return Built(folder, counts, manifest.settings["rejected"], manifest.settings["notes"])
 
 
 def _generate(builder: InfraredBuilder, source: Path, beam_options: Sequence[str] | None, shards: int | None) -> None:

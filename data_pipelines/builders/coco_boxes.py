@@ -11,9 +11,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import NOTES, InfraredBuilder, annotated_image, image_features, split_folders
+from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features, split_folders
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
+from data_pipelines.prepare.labelled import labelled_image
 
 
 class CocoBoxes(InfraredBuilder):
@@ -25,7 +26,7 @@ class CocoBoxes(InfraredBuilder):
     resized copy, the annotations are rotated and rescaled with the image; any other difference is an error.
     """
 
-    def _info(self) -> tfds.core.DatasetInfo:
+    def label_features(self) -> dict:
         objects = {
             "bbox": tfds.features.BBoxFeature(),
             "label": tfds.features.ClassLabel(names=None),
@@ -33,7 +34,7 @@ class CocoBoxes(InfraredBuilder):
             "is_crowd": np.bool_,
             "segmentation": tfds.features.Text(),
         }
-        return self._dataset_info("Infrared images with boxes.", {"objects": tfds.features.Sequence(objects)})
+        return {"objects": tfds.features.Sequence(objects)}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
@@ -53,7 +54,7 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
     name = image.file_name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"the annotations of {folder} name {name}, which leaves the folder: correct file_name")
-    example = annotated_image(folder / name, f"{folder.name}/{name}", bit_depth)
+    example = labelled_image(folder / name, f"{folder.name}/{name}", bit_depth=bit_depth)
     grid = Grid.of(image, example, folder / name)
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):

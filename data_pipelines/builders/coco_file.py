@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +62,25 @@ def read_coco(path: Path) -> CocoFile:
         if not isinstance(entries, list):
             raise InputError(f"{path} lacks the COCO list {kind!r}: every split needs annotations/SPLIT.json")
     categories = {
-        _id(entry, "id", name): _text(entry, "name", name) for name, entry in _entries(path, "categories", lists)
+        _checked(entry, "id", what): _checked(entry, "name", what)
+        for what, entry in _entries(path, "categories", lists)
     }
-    _refuse_doubles(path, "category name", list(categories.values()))
+    _refuse_doubles(path, "category name", categories.values())
     images: dict[int | str, CocoImage] = {}
     for name, entry in _entries(path, "images", lists):
-        number = _id(entry, "id", name)
+        number = _checked(entry, "id", name)
         if number in images:
             raise InputError(f"{name}: another image has the same id; give every image its own")
-        images[number] = CocoImage(_text(entry, "file_name", name), _size(entry, name), [])
-    _refuse_doubles(path, "file_name", [image.file_name for image in images.values()])
+        size = _checked(entry, "width", name), _checked(entry, "height", name)
+        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [])
+    _refuse_doubles(path, "file_name", (image.file_name for image in images.values()))
     for name, entry in _entries(path, "annotations", lists):
         image = images[_reference(entry, "image_id", name, "image", images)]
         category = categories[_reference(entry, "category_id", name, "category", categories)]
-        image.annotations.append(_annotation(entry, name, category))
+        box, area = _checked(entry, "bbox", name), _checked(entry, "area", name)
+        crowd, shapes = bool(_checked(entry, "iscrowd", name)), _checked(entry, "segmentation", name) or []
+        area = box[2] * box[3] if area is None else area
+        image.annotations.append(Annotation(name, tuple(box), category, area, crowd, shapes))
     ordered = sorted(categories, key=lambda number: (isinstance(number, str), number))
     return CocoFile(list(images.values()), [categories[number] for number in ordered])
 
@@ -101,35 +108,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _required(entry: dict, field: str, name: str, wanted: str, right: bool) -> None:
-    if not right:
-        given = f"has {field} {_short(entry[field])}" if field in entry else f"has no {field}"
+def _checked(entry: dict, field: str, name: str) -> Any:
+    """The value of a field of the entry `name`; None where it may be left out."""
+    wanted, is_right = _FIELDS[field]
+    value = entry.get(field)
+    if not is_right(value):
+        given = f"has {field} {_short(value)}" if field in entry else f"has no {field}"
         raise InputError(f"{name} {given}: it needs {wanted}; correct or remove it")
-
-
-def _id(entry: dict, field: str, name: str) -> int | str:
-    value = entry.get(field)
-    _required(
-        entry, field, name, "a number", type(value) in (int, str) or (type(value) is float and value.is_integer())
-    )
     return value
-
-
-def _text(entry: dict, field: str, name: str) -> str:
-    value = entry.get(field)
-    _required(entry, field, name, "a name", isinstance(value, str) and bool(value.strip()))
-    return value
-
-
-def _size(entry: dict, name: str) -> tuple[float, float] | None:
-    values = [entry.get("width") or 0, entry.get("height") or 0]
-    for field, value in zip(("width", "height"), values, strict=True):
-        _required(entry, field, name, "a number of pixels", _is_number(value) and value >= 0)
-    return (values[0], values[1]) if all(values) else None
 
 
 def _reference(entry: dict, field: str, name: str, what: str, known: dict) -> int | str:
-    number = _id(entry, field, name)
+    number = _checked(entry, field, name)
     if number not in known:
         some = ", ".join(json.dumps(other) for other in list(known)[:3]) or "(none)"
         raise InputError(
@@ -138,36 +128,52 @@ def _reference(entry: dict, field: str, name: str, what: str, known: dict) -> in
     return number
 
 
-def _refuse_doubles(path: Path, what: str, names: list[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
+def _refuse_doubles(path: Path, what: str, names: Iterable[str]) -> None:
+    for name, count in Counter(names).items():
+        if count > 1:
             raise InputError(f"{path}: {what} {_short(name)} is used twice: rename or merge them")
-        seen.add(name)
-
-
-def _annotation(entry: dict, name: str, category: str) -> Annotation:
-    box, area, crowd = entry.get("bbox"), entry.get("area"), entry.get("iscrowd")
-    right = isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
-    _required(entry, "bbox", name, "[x, y, width, height]", right)
-    _required(entry, "area", name, "a number", area is None or _is_number(area))
-    _required(entry, "iscrowd", name, "0 or 1", crowd is None or crowd in (0, 1))
-    found = entry.get("segmentation") or []
-    polygons = isinstance(found, list) and all(
-        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 and all(map(_is_number, polygon))
-        for polygon in found
-    )
-    _required(entry, "segmentation", name, "polygons of at least 3 points, or RLE", polygons or _is_rle(found))
-    return Annotation(name, tuple(box), category, box[2] * box[3] if area is None else area, bool(crowd), found)
 
 
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
 
 
-def _is_rle(found: Any) -> bool:
-    """Whether it is a COCO run-length code: {"size": [height, width], "counts": text or numbers}."""
-    if not isinstance(found, dict) or not isinstance(found.get("size"), list) or len(found["size"]) != 2:
-        return False
-    counts = found.get("counts")
-    return isinstance(counts, str) or (isinstance(counts, list) and all(type(count) is int for count in counts))
+def _is_identity(value: Any) -> bool:
+    return type(value) in (int, str) or (type(value) is float and value.is_integer())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_extent(value: Any) -> bool:
+    return not value or (_is_number(value) and value >= 0)
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+def _is_segmentation(value: Any) -> bool:
+    """Whether it is a list of polygons, or a run-length code: {"size": [height, width], "counts": text or numbers}."""
+    if isinstance(value, dict):
+        size, counts = value.get("size"), value.get("counts")
+        numbers = isinstance(counts, list) and all(type(count) is int for count in counts)
+        return isinstance(size, list) and len(size) == 2 and (isinstance(counts, str) or numbers)
+    return not value or (
+        isinstance(value, list)
+        and all(isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 for each in value)
+        and all(_is_number(number) for each in value for number in each)
+    )
+
+
+# Of each field: what it needs to be, and whether a value (None where it is left out) is that.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("id", "image_id", "category_id"), ("a number", _is_identity)),
+    **dict.fromkeys(("name", "file_name"), ("a name", _is_text)),
+    **dict.fromkeys(("width", "height"), ("a number of pixels", _is_extent)),
+    "bbox": ("[x, y, width, height]", _is_box),
+    "area": ("a number", lambda area: area is None or _is_number(area)),
+    "iscrowd": ("0 or 1", lambda crowd: crowd in (None, 0, 1)),
+    "segmentation": ("polygons of at least 3 points, or RLE", _is_segmentation),
+}

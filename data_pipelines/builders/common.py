@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 from collections import Counter
@@ -14,19 +15,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_data_source
 
-from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
-from data_pipelines.prepare.collect import describe_image, read_image
+from data_pipelines.prepare.archives import Rejection, Source
+from data_pipelines.prepare.collect import describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
-from data_pipelines.prepare.labelled import labelled_image
 from data_pipelines.prepare.results import describe_set
 from data_pipelines.shards import describe_shard, make_split, write_manifest
 
 Features = dict[str, Any]
 SPLITS = ("train", "val", "validation", "test")
-MASK_FEATURE = tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")
 # In `Example.attributes`: what was done to the annotations of an image, and to how many.
 NOTES = "annotations"
 
@@ -47,7 +45,6 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     Args (beside those of `tfds.core.DatasetBuilder`):
       beam: generate with Apache Beam; the runner is chosen by `tfds.download.DownloadConfig`.
-      file_format: ArrayRecord by default; TFRecord needs TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -57,18 +54,18 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         "Give the folder of your files as manual_dir; its layout is in the class description."
     )
 
-    def __init__(self, *, beam: bool = False, file_format: str = "array_record", **options: Any):
+    def __init__(self, *, beam: bool = False, **options: Any):
         self._beam = beam
         # Names in the order of their numbers, of "mask" and "objects": known when the annotations were read.
         self.class_names: dict[str, list[str]] = {}
-        super().__init__(file_format=file_format, **options)
+        super().__init__(file_format="array_record", **options)
 
     def _download_and_prepare(
         self, dl_manager: tfds.download.DownloadManager, download_config: tfds.download.DownloadConfig
     ) -> None:
         """Generates the splits, then the manifest: TFDS shows the folder only when this method has ended."""
         super()._download_and_prepare(dl_manager, download_config)
-        if self.info.splits and self.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+        if self.info.splits:
             self._write_manifest(Path(dl_manager.manual_dir))
 
     def _write_manifest(self, root: Path) -> None:
@@ -79,14 +76,10 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             shards = zip(info.filenames, info.shard_lengths, strict=True)
             splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
             for example in self.examples(name):
-                images.append(describe_image(example, decode_pixels(example), 0))
+                images.append(describe_image(example, decode_pixels(example)))
                 notes.update(example.attributes.get(NOTES, {}))
-        settings = {
-            "builder": self.info.full_name,
-            "source": source_name(root),
-            "rejected": self._account_for_files(root),
-            "notes": dict(notes),
-        }
+        settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes)}
+        settings["rejected"] = self._account_for_files(root)
         write_manifest(self.data_path, describe_set(images, splits, self.class_names, settings))
 
     def examples(self, split: str) -> Iterator[Example]:
@@ -97,22 +90,21 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _account_for_files(self, root: Path) -> dict[str, int]:
         """Lists the files of the source that were left out; reason -> count."""
-        del root
         return {}
 
-    def _dataset_info(self, description: str, features: Features, **options: Any) -> tfds.core.DatasetInfo:
+    def label_features(self) -> Features:
+        """What is stored beside the image."""
+        return {}
+
+    def _info(self) -> tfds.core.DatasetInfo:
         eight_bit = self.builder_config.bit_depth == 8
-        image = tfds.features.Image(
-            shape=(None, None, 1),
-            dtype=np.uint8 if eight_bit else np.uint16,
-            encoding_format=None if eight_bit else "png",
-        )
+        dtype, encoding = (np.uint8, None) if eight_bit else (np.uint16, "png")
+        image = tfds.features.Image(shape=(None, None, 1), dtype=dtype, encoding_format=encoding)
         text = tfds.features.Text()
+        features = {IMAGE: image, KEY: text, SOURCE: text, **self.label_features()}
+        description = inspect.cleandoc(type(self).__doc__)
         return tfds.core.DatasetInfo(
-            builder=self,
-            description=description,
-            features=tfds.features.FeaturesDict({IMAGE: image, KEY: text, SOURCE: text, **features}),
-            **options,
+            builder=self, description=description, features=tfds.features.FeaturesDict(features)
         )
 
     def _generate(self, items: Iterable[Any], make: Callable[[Any], Iterator[tuple[str, Features]]]) -> Any:
@@ -134,43 +126,13 @@ def image_features(example: Example) -> Features:
     return {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example)}
 
 
-def read_of_depth(reader: SourceReader, source: Source, filters: Filters, bit_depth: int) -> Example:
-    """The example of a listed file.
-
-    Raises:
-      SourceUnreadable, ImageRefused: it is left out; `reason` and `detail` say why.
-    """
-    example, _ = read_image(reader, source, filters)
-    if example.bit_depth != bit_depth:
-        raise ImageRefused("bit_depth", f"{example.bit_depth} bit per pixel, the set is of {bit_depth}")
-    return example
-
-
-def part_features(part: Sequence[Source], filters: Filters, bit_depth: int) -> Iterator[tuple[str, Features]]:
+def part_features(part: Sequence[Source], filters: Filters) -> Iterator[tuple[str, Features]]:
     """Key and features of each usable file of a part of a listing; the others are logged and left out."""
-    with SourceReader() as reader:
-        for source in part:
-            try:
-                example = read_of_depth(reader, source, filters, bit_depth)
-            except (SourceUnreadable, ImageRefused) as refusal:
-                logging.warning("left out %s: %s (%s)", source.key, refusal.reason, refusal.detail)
-                continue
-            yield example.key, image_features(example)
-
-
-def annotated_image(path: Path, key: str, bit_depth: int) -> Example:
-    """The example of an annotated image file, uncropped.
-
-    Raises:
-      InputError: it cannot be used; leaving it out would silently drop its annotations.
-    """
-    with SourceReader() as reader:
-        example = labelled_image(reader, path, key)
-    if example.bit_depth != bit_depth:
-        raise InputError(
-            f"{path} has {example.bit_depth} bit per pixel, the set is of {bit_depth}: build the other one"
-        )
-    return example
+    refused: list[Rejection] = []
+    for example, _ in read_images(part, filters, refused):
+        yield example.key, image_features(example)
+    for row in refused:
+        logging.warning("left out %s: %s (%s)", row.key, row.reason, row.detail)
 
 
 def split_folders(root: Path, *kinds: str) -> dict[str, Path]:

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from data_pipelines.builders.common import SPLITS, InfraredBuilder, part_features, read_of_depth
-from data_pipelines.decode import ImageRefused
+from data_pipelines.builders.common import SPLITS, InfraredBuilder, part_features
 from data_pipelines.errors import InputError
+from data_pipelines.prepare.archives import Rejection
+from data_pipelines.prepare.collect import read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import (
-    Listing,
-    Rejection,
-    Source,
-    SourceReader,
-    SourceUnreadable,
-    list_sources,
-    split_into_parts,
-)
-from data_pipelines.prepare.results import REJECTED_NAME, write_rejected
+from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
+from data_pipelines.prepare.results import write_rejected
 
 _PART_SIZE = 256
 
@@ -35,10 +27,15 @@ class ImageFolder(InfraredBuilder):
     the shards.
     """
 
-    filters = Filters()
+    @property
+    def filters(self) -> Filters:
+        """Those of `prepare`, and the depth of this config."""
+        return Filters(bit_depth=self.builder_config.bit_depth)
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info("Infrared images of a folder or of archives.", {})
+    def folders(self, root: Path) -> dict[str, Path]:
+        """The folder of each split."""
+        root = root / "images" if (root / "images").is_dir() else root
+        return {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
 
     def listings(self, root: Path) -> dict[str, Listing]:
         """Every file of every split.
@@ -46,12 +43,11 @@ class ImageFolder(InfraredBuilder):
         Raises:
           InputError: there is none.
         """
-        root = root / "images" if (root / "images").is_dir() else root
-        folders = {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
-        listings = {split: list_sources([folder]) for split, folder in folders.items()}
-        for split, listing in listings.items():
-            if not listing.sources:
-                raise InputError(f"no files below {folders[split]}: put images or archives there")
+        listings = {}
+        for split, folder in self.folders(root).items():
+            listings[split] = list_sources([folder])
+            if not listings[split].sources:
+                raise InputError(f"no files below {folder}: put images or archives there")
         return listings
 
     def _account_for_files(self, root: Path) -> dict[str, int]:
@@ -60,24 +56,20 @@ class ImageFolder(InfraredBuilder):
         for split, listing in self.listings(root).items():
             kept = {example.key for example in self.examples(split)}
             rejections += listing.rejections
-            rejections += self._refusals([source for source in listing.sources if source.key not in kept])
-        write_rejected(self.data_path / REJECTED_NAME, sorted(rejections, key=lambda row: row.key))
+            # Found again, not passed on: with Beam the examples were made in other processes, on other machines.
+            missing = [source for source in listing.sources if source.key not in kept]
+            for example, _ in read_images(missing, self.filters, rejections):
+                rejections.append(Rejection(example.key, "changed", "usable now, was not when the set was built"))
+        write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
         return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
-    def _refusals(self, sources: list[Source]) -> Iterator[Rejection]:
-        # Found again, not passed on: with Beam the examples were made in other processes, on other machines.
-        with SourceReader() as reader:
-            for source in sources:
-                try:
-                    read_of_depth(reader, source, self.filters, self.builder_config.bit_depth)
-                    yield Rejection(source.key, "changed", "usable now, was not when the set was built")
-                except (SourceUnreadable, ImageRefused) as refusal:
-                    yield Rejection(source.key, refusal.reason, refusal.detail)
-
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+        make = functools.partial(part_features, filters=self.filters)
         listings = self.listings(Path(dl_manager.manual_dir))
-        return {split: self._generate_examples(listing) for split, listing in listings.items()}
+        return {
+            split: self._generate(split_into_parts(listing.sources, _PART_SIZE), make)
+            for split, listing in listings.items()
+        }
 
-    def _generate_examples(self, listing: Listing):
-        make = functools.partial(part_features, filters=self.filters, bit_depth=self.builder_config.bit_depth)
-        return self._generate(split_into_parts(listing.sources, _PART_SIZE), make)
+    def _generate_examples(self):
+        """Examples are made by `_generate`."""

@@ -11,16 +11,11 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import (
-    MASK_FEATURE,
-    InfraredBuilder,
-    annotated_image,
-    image_features,
-    split_folders,
-)
+from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, MASK
+from data_pipelines.prepare.labelled import labelled_image
 
 _UNKNOWN = 254  # in a table from values to class numbers
 
@@ -36,8 +31,8 @@ class ClassMasks(InfraredBuilder):
 
     _folders = ("class_masks", "masks")
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        return self._dataset_info("Infrared images with a class per pixel.", {MASK: MASK_FEATURE})
+    def label_features(self) -> dict:
+        return {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
@@ -94,7 +89,7 @@ def _example(pair: tuple[Path, Path | None], numbers: np.ndarray, doubtful: bool
     path, mask_path = pair
     if mask_path is None:
         raise InputError(f"{path} has no mask of the same stem: add it or remove the image")
-    example = annotated_image(path, f"{path.parent.name}/{path.name}", bit_depth)
+    example = labelled_image(path, f"{path.parent.name}/{path.name}", bit_depth=bit_depth)
     values = read_mask(mask_path)
     if values.shape != (example.height, example.width):
         stated = f"{values.shape[1]}x{values.shape[0]}, its image {example.width}x{example.height}"

@@ -41,8 +41,9 @@ def _define_flags() -> None:
 
 
 def _config_from_flags(values: dict[str, Any]) -> PrepareConfig:
+    names = {field.name for field in dataclasses.fields(Filters)} & values.keys()
     return PrepareConfig(
-        filters=Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)}),
+        filters=Filters(**{name: values[name] for name in names}),
         duplicates=DuplicateRule(
             exact=values["exact_duplicates"],
             near=values["near_duplicates"],

@@ -1,4 +1,4 @@
-"""Members of zip and tar files, listed and read in place; nothing is unpacked to disk.
+"""Files, and members of zip and tar files: listed and read in place; nothing is unpacked to disk.
 
 An archive from a stranger costs bounded time and memory, whatever it says about itself:
 
@@ -13,7 +13,9 @@ An archive over a limit is refused as `decompression_bomb`, one that cannot be l
 from __future__ import annotations
 
 import bz2
+import contextlib
 import dataclasses
+import errno
 import functools
 import gzip
 import io
@@ -25,6 +27,8 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipelines.commands import printable
+from data_pipelines.errors import InputError
+from data_pipelines.refusals import ImageRefused
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open, b"\x5d\0\0\x80": lzma.open}
@@ -71,13 +75,8 @@ class Rejection:
     anchor: str = ""
 
 
-class SourceUnreadable(Exception):
+class SourceUnreadable(ImageRefused):
     """A listed file cannot be read; `reason` and `detail` as in `Rejection`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
 
 
 class _OverLimit(Exception):
@@ -208,47 +207,55 @@ class _BoundedFile(io.RawIOBase):
         return data
 
 
-class ArchiveReader:
-    """Reads members of one archive; those of a compressed tar file best in the archive's order."""
+def _read_zip_member(source: Source) -> bytes:
+    """Returns the bytes of a member of a zip file, at most one more than it declares."""
+    opened = _opened_zip(source.path, source.modified)
+    info = opened.infolist()[source.position]
+    # Other methods than these unpack all that they are given at once: a little at a time.
+    step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
+    blocks, size = [], 0
+    with opened.open(info) as member:
+        # One byte more than declared shows a member that lies about its size without unpacking all of it.
+        while size <= source.size and (block := member.read(min(step, source.size + 1 - size))):
+            blocks.append(block)
+            size += len(block)
+    return b"".join(blocks)
 
-    def __init__(self, path: str):
-        self.path = path
-        self._tar: BinaryIO | None = None
 
-    def close(self) -> None:
-        if self._tar is not None:
-            self._tar.close()
+class SourceReader(contextlib.ExitStack):
+    """Reads listed files one after the other; keeps the tar file that it is in open. Close it, or use `with`."""
 
-    def read(self, source: Source) -> bytes:
-        """Returns the bytes of a member.
+    _tar: tuple[str, BinaryIO | None] = "", None
+
+    def read(self, source: Source, max_bytes: int) -> bytes:
+        """Returns the bytes of a listed file.
 
         Raises:
-          SourceUnreadable: the archive is damaged at this member.
+          SourceUnreadable: it is over `max_bytes`, vanished, cannot be read, or its archive is damaged there.
+          InputError: this process may open no more files, which is no fault of this one.
         """
+        if source.size > max_bytes:
+            raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
         try:
-            data = self._read_from_zip(source) if _is_zip(self.path) else self._read_from_tar(source)
-        except Exception as error:  # As many kinds as there are decompressors.
-            detail = f"{os.path.basename(self.path)}: {_one_line(error)}"
+            data = self._read(source, max_bytes)
+        except Exception if source.member else OSError as error:  # As many kinds as there are decompressors.
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
+            archive = f"{os.path.basename(source.path)}: " if source.member else ""
+            detail = archive + (getattr(error, "strerror", None) or _one_line(error))
             raise SourceUnreadable("unreadable", printable(detail)) from error
-        if len(data) != source.size:
+        if source.member and len(data) != source.size:
             raise SourceUnreadable("unreadable", f"{len(data)} bytes where the archive declares {source.size}")
         return data
 
-    def _read_from_zip(self, source: Source) -> bytes:
-        opened = _opened_zip(self.path, source.modified)
-        info = opened.infolist()[source.position]
-        # Other methods than these unpack all that they are given at once: a little at a time.
-        step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
-        blocks, size = [], 0
-        with opened.open(info) as member:
-            # One byte more than declared shows a member that lies about its size without unpacking all of it.
-            while size <= source.size and (block := member.read(min(step, source.size + 1 - size))):
-                blocks.append(block)
-                size += len(block)
-        return b"".join(blocks)
-
-    def _read_from_tar(self, source: Source) -> bytes:
-        if self._tar is None:
-            self._tar, _ = _open_unpacked(self.path)
-        self._tar.seek(source.position)
-        return self._tar.read(source.size)
+    def _read(self, source: Source, max_bytes: int) -> bytes:
+        if not source.member:
+            with open(source.path, "rb") as file:
+                return file.read(max_bytes)
+        if _is_zip(source.path):
+            return _read_zip_member(source)
+        if self._tar[0] != source.path:
+            self.close()
+            self._tar = source.path, self.enter_context(_open_unpacked(source.path)[0])
+        self._tar[1].seek(source.position)
+        return self._tar[1].read(source.size)

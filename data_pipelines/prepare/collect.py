@@ -1,18 +1,20 @@
 """The files of a collection, examined in parts, and all parts together.
 
 A part is a fixed run of listed files: the unit of parallel work and of resuming. Examining it decodes and filters each
-file and leaves three files: the encoded examples that passed, their fingerprints for the duplicate search, and, written
-last, a JSON file with a row for every file. A part whose JSON file exists is done.
+file and leaves two files: the encoded examples that passed and, written last, a JSON file with a row for every file and
+the fingerprints for the duplicate search. A part whose JSON file exists is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from array_record.python import array_record_data_source
@@ -21,9 +23,9 @@ from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make
 from data_pipelines.examples import Example, decode_example, decode_pixels, encode_example
 from data_pipelines.files import atomic_write
 from data_pipelines.intensity import count_values, to_uint8
+from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
-from data_pipelines.prepare.inputs import Rejection, Source, SourceReader, SourceUnreadable
 from data_pipelines.shards import write_shard
 
 
@@ -34,7 +36,6 @@ class Candidate:
     Attributes:
       key: see `Source.key`.
       height, width, bit_depth: of the stored image.
-      bytes: size of the encoded example.
       content: BLAKE2b digest (hexadecimal) of shape, type and pixels; equal pixels, equal digest.
       pixel_sum, pixel_square_sum: sums over the pixels in [0, 1] under the default intensity mapping.
       entropy: Shannon entropy of the 256-level histogram, bit.
@@ -44,11 +45,15 @@ class Candidate:
     height: int
     width: int
     bit_depth: int
-    bytes: int
     content: str
     pixel_sum: float
     pixel_square_sum: float
     entropy: float
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.height * self.width
 
 
 def rows_path(folder: str, number: int) -> str:
@@ -60,67 +65,51 @@ def _records_path(folder: str, number: int) -> str:
     return os.path.join(folder, f"part-{number:06d}.array_record")
 
 
-def _fingerprints_path(folder: str, number: int) -> str:
-    return os.path.join(folder, f"part-{number:06d}.npz")
-
-
-def read_image(
-    reader: SourceReader, source: Source, filters: Filters, encoding: str = "source"
-) -> tuple[Example, DecodedImage]:
-    """Reads, decodes and filters one listed file.
+def read_images(
+    sources: Iterable[Source], filters: Filters, refused: list[Rejection], encoding: str = "source"
+) -> Iterator[tuple[Example, DecodedImage]]:
+    """Reads, decodes and filters listed files one after the other.
 
     Args:
-      reader: reads it.
-      source: which file.
-      filters: what it must satisfy.
-      encoding: "raw" stores the pixels uncompressed; else the source's own bytes where they can be kept, or PNG.
-
-    Raises:
-      SourceUnreadable, ImageRefused: it is left out; `reason` and `detail` say why.
+      sources: which files.
+      filters: what they must satisfy.
+      refused: gets a row for each file that is left out.
+      encoding: see `decode.make_example`.
     """
-    data = reader.read(source, filters.max_file_bytes)
-    image = apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters)
-    example = make_example(source.key, data, image)
-    if encoding == "raw":
-        little_endian = image.pixels.astype(image.pixels.dtype.newbyteorder("<"), copy=False)
-        example = dataclasses.replace(example, image=little_endian.tobytes(), encoding="raw")
-    return example, image
+    with SourceReader() as reader:
+        for source in sources:
+            try:
+                data = reader.read(source, filters.max_file_bytes)
+                image = apply_filters(decode_image(data, max_pixels=filters.max_pixels), filters)
+            except ImageRefused as refusal:
+                refused.append(Rejection(source.key, refusal.reason, refusal.detail))
+            else:
+                yield make_example(source.key, data, image, encoding), image
 
 
 def examine_part(
     folder: str, number: int, sources: Sequence[Source], filters: Filters, encoding: str = "source"
 ) -> int:
     """Examines `sources` and writes part `number` into `folder`. Returns the number of files examined."""
-    candidates: list[Candidate] = []
+    candidates: list[dict] = []
     rejections: list[Rejection] = []
     kinds: Counter[str] = Counter()
-    fingerprints: list[tuple[np.uint64, np.ndarray]] = []
+    fingerprints: list[tuple[int, str]] = []
 
     def accepted() -> Iterator[bytes]:
-        with SourceReader() as reader:
-            for source in sources:
-                try:
-                    example, image = read_image(reader, source, filters, encoding)
-                except (SourceUnreadable, ImageRefused) as refusal:
-                    rejections.append(Rejection(source.key, refusal.reason, refusal.detail))
-                    continue
-                stored = encode_example(example)
-                candidates.append(describe_image(example, image.pixels, len(stored)))
-                kinds.update(_kinds(image))
-                fingerprints.append(fingerprint_image(image.pixels))
-                yield stored
+        for example, image in read_images(sources, filters, rejections, encoding):
+            candidates.append(dataclasses.asdict(describe_image(example, image.pixels)))
+            kinds.update(_kinds(image))
+            code, feature = fingerprint_image(image.pixels)
+            fingerprints.append((int(code), feature.tobytes().hex()))
+            yield encode_example(example)
 
     write_shard(_records_path(folder, number), accepted())
-    with atomic_write(_fingerprints_path(folder, number)) as path, open(path, "wb") as file:
-        np.savez(
-            file,
-            codes=np.array([code for code, _ in fingerprints], np.uint64),
-            features=np.array([feature for _, feature in fingerprints], np.float16).reshape(-1, FEATURE_SIZE),
-        )
     rows = {
-        "candidates": [dataclasses.asdict(candidate) for candidate in candidates],
+        "candidates": candidates,
         "rejections": [dataclasses.asdict(rejection) for rejection in rejections],
         "kinds": kinds,
+        "fingerprints": fingerprints,
     }
     with atomic_write(rows_path(folder, number)) as path:
         path.write_text(json.dumps(rows), encoding="utf-8")
@@ -136,8 +125,8 @@ def _kinds(image: DecodedImage) -> Iterator[str]:
             yield f"with {name}"
 
 
-def describe_image(example: Example, pixels: np.ndarray, size: int) -> Candidate:
-    """Returns the row of an image (H, W) whose encoded example has `size` bytes."""
+def describe_image(example: Example, pixels: np.ndarray) -> Candidate:
+    """Returns the row of an example whose stored pixels are (H, W) uint8 or uint16."""
     histogram = count_values(to_uint8(pixels))
     levels = np.arange(256) / 255
     share = histogram[histogram > 0] / pixels.size
@@ -148,30 +137,11 @@ def describe_image(example: Example, pixels: np.ndarray, size: int) -> Candidate
         height=example.height,
         width=example.width,
         bit_depth=example.bit_depth,
-        bytes=size,
         content=content.hexdigest(),
         pixel_sum=float(histogram @ levels),
         pixel_square_sum=float(histogram @ levels**2),
         entropy=float(-(share * np.log2(share)).sum()),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class PickedRecords:
-    """The stored examples at some (part, position) places that are sorted by part, read one part after the other."""
-
-    folder: str
-    places: tuple[tuple[int, int], ...]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __iter__(self) -> Iterator[bytes]:
-        opened, source = None, None
-        for part, position in self.places:
-            if part != opened:
-                opened, source = part, array_record_data_source.ArrayRecordDataSource(_records_path(self.folder, part))
-            yield source[position]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,32 +166,35 @@ class Collection:
     features: np.ndarray
     places: tuple[tuple[int, int], ...]
 
-    def picked(self, indices: Sequence[int]) -> PickedRecords:
-        """The stored examples of some candidates, given in increasing order."""
-        return PickedRecords(self.folder, tuple(self.places[index] for index in indices))
+    def stored(self, indices: Iterable[int]) -> Iterator[bytes]:
+        """The encoded examples of some candidates, given in increasing order."""
+        places = (self.places[index] for index in indices)
+        for part, of_part in itertools.groupby(places, key=operator.itemgetter(0)):
+            source = array_record_data_source.ArrayRecordDataSource(_records_path(self.folder, part))
+            yield from (source[position] for _, position in of_part)
 
     def pixels(self, index: int) -> np.ndarray:
         """The stored pixels of one candidate, (H, W) uint8 or uint16."""
-        (stored,) = self.picked([index])
+        (stored,) = self.stored([index])
         return decode_pixels(decode_example(stored))
 
 
 def collect(folder: str, part_count: int) -> Collection:
-    """Reads the rows and fingerprints of all parts, in order."""
+    """Reads the rows of all parts, in order."""
     candidates, rejections, places = [], [], []
     kinds: Counter[str] = Counter()
-    codes, features = [], []
+    codes, features = [], bytearray()
     for number in range(part_count):
         with open(rows_path(folder, number), encoding="utf-8") as file:
             rows = json.load(file)
-        with np.load(_fingerprints_path(folder, number)) as arrays:
-            codes.append(arrays["codes"])
-            features.append(arrays["features"])
         candidates += [Candidate(**row) for row in rows["candidates"]]
         rejections += [Rejection(**row) for row in rows["rejections"]]
         places += [(number, position) for position in range(len(rows["candidates"]))]
         kinds.update(rows["kinds"])
+        for code, feature in rows["fingerprints"]:
+            codes.append(code)
+            features += bytes.fromhex(feature)
     return Collection(
-        folder, tuple(candidates), tuple(rejections), kinds, np.concatenate(codes), np.concatenate(features),
-        tuple(places),
+        folder, tuple(candidates), tuple(rejections), kinds, np.array(codes, np.uint64),
+        np.frombuffer(features, np.float16).reshape(-1, FEATURE_SIZE), tuple(places),
     )  # fmt: skip

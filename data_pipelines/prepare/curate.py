@@ -9,12 +9,6 @@ import numpy as np
 from data_pipelines.decode import MAX_PIXELS, DecodedImage, ImageRefused
 from data_pipelines.intensity import count_values
 
-FILTER_REASONS = {
-    "too_small": "both sides are under the smallest size (InfMAE, Inf30 construction)",
-    "constant": "every pixel has the same value",
-    "too_few_levels": "so few gray levels that it is a mask or a drawing",
-}
-
 # A recorder's black frame is flat, up to the black level of video (16) and ripples of compression, and ends in a step;
 # a night sky or a dark wall does not.
 _BORDER_LEVEL = 20.0
@@ -34,6 +28,7 @@ class Filters:
       min_levels: an image is dropped when it has fewer distinct values, as class masks do (the poorest of 6,000 real
         8-bit images has 105); 0 turns the filter off.
       crop_borders: cut off black borders.
+      bit_depth: 8 or 16: an image of another depth is dropped; 0 turns the filter off.
       max_pixels: larger pictures are not unpacked.
       max_file_bytes: larger files are not read.
     """
@@ -41,6 +36,7 @@ class Filters:
     min_side: int = 20
     min_levels: int = 16
     crop_borders: bool = True
+    bit_depth: int = 0
     max_pixels: int = MAX_PIXELS
     max_file_bytes: int = 1 << 29
 
@@ -49,8 +45,11 @@ def apply_filters(image: DecodedImage, filters: Filters) -> DecodedImage:
     """Returns the image, its black borders cropped if asked for.
 
     Raises:
-      ImageRefused: with a reason of `FILTER_REASONS`.
+      ImageRefused: `too_small`, `constant`, `too_few_levels` (a mask or a drawing) or `bit_depth`.
     """
+    depth = 8 * image.pixels.dtype.itemsize
+    if filters.bit_depth not in (0, depth):
+        raise ImageRefused("bit_depth", f"{depth} bit per pixel, not {filters.bit_depth}; make a set of its own")
     _check_size(image.pixels, filters.min_side)
     levels = count_levels(image.pixels)
     if filters.min_levels > 0 and levels == 1:

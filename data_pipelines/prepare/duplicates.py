@@ -10,10 +10,9 @@ then size, then listing order); the first of a scene is its anchor, and a later 
 Images are compared with anchors only, never with removed images, so a slow pan is not swallowed step by step.
 
 The small-image feature is the Laplacian of Gaussian (sigma one cell) of a 16 x 16 thumbnail: gain and offset cancel,
-smooth skies do not make two scenes alike, and a crop of 2 % moves it by a third of a cell. It is kept in the basis of
-the discrete cosine transform, where the filter is a weight for each coefficient. The threshold of 0.95 was chosen on
-pictures of animals in one stall, where the time stamps tell which pairs are one scene: 99 % of copies cropped by 2 %
-are above it, and 5 % of the pairs above it are more than a minute apart.
+smooth skies do not make two scenes alike, and a crop of 2 % moves it by a third of a cell. The threshold of 0.95 was
+chosen on pictures of animals in one stall, where the time stamps tell which pairs are one scene: 99 % of copies cropped
+by 2 % are above it, and 5 % of the pairs above it are more than a minute apart.
 
 Cost: the hash test is N * A / 2 comparisons for N images and A anchors, quadratic but 3e8 per second and core; the
 memory is 8 + 512 bytes per image.
@@ -22,11 +21,11 @@ memory is 8 + 512 bytes per image.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+from scipy import fft, ndimage
 
 HASH_SIDE = 8
 FEATURE_SIDE = 16
@@ -34,9 +33,9 @@ FEATURE_SIZE = FEATURE_SIDE * FEATURE_SIDE
 
 _THUMBNAIL_SIDE = 32
 _FEATURE_SIGMA = 1.0  # cells of the 16 x 16 thumbnail
-# Sizes at which the comparison's buffers stay in a core's cache.
+# Sizes at which the comparison of hashes stays in a core's cache, and the features of close pairs in memory.
 _IMAGE_BLOCK = 64
-_ANCHOR_BLOCK = 8192
+_ANCHOR_BLOCK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +57,7 @@ class DuplicateRule:
 
 @dataclasses.dataclass(frozen=True)
 class Duplicate:
-    """Image `index` is removed for `anchor` (an earlier index); `similarity` is the cosine, 1.0 for equal pixels."""
+    """Image `index` is removed for `anchor` (an earlier index); `similarity` is the cosine of their features."""
 
     index: int
     anchor: int
@@ -74,45 +73,14 @@ def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     """
     image = Image.fromarray(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32))
     small = np.asarray(image.resize((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE), Image.Resampling.BOX), np.float32)
-    transform = _cosine_basis(_THUMBNAIL_SIDE)[:HASH_SIDE]
-    low = (transform @ (small - small.mean()) @ transform.T).ravel()
+    low = fft.dctn(small - small.mean(), norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
     bits = low > np.median(low[1:])
     code = np.packbits(bits, bitorder="little").view("<u8")[0]
 
     cells = small.reshape(FEATURE_SIDE, 2, FEATURE_SIDE, 2).mean((1, 3))
-    basis = _cosine_basis(FEATURE_SIDE)
-    feature = (basis @ (cells - cells.mean()) @ basis.T * _laplacian_of_gaussian()).ravel()
+    feature = ndimage.laplace(ndimage.gaussian_filter(cells - cells.mean(), _FEATURE_SIGMA)).ravel()
     length = float(np.linalg.norm(feature))
     return code, (feature / length if length > 0 else feature).astype(np.float16)
-
-
-@functools.cache
-def _cosine_basis(size: int) -> np.ndarray:
-    """Orthonormal DCT-II, (size, size): frequency, position."""
-    frequency, position = np.mgrid[:size, :size]
-    basis = np.cos(np.pi * frequency * (2 * position + 1) / (2 * size)) * np.sqrt(2 / size)
-    basis[0] /= np.sqrt(2)
-    return basis.astype(np.float32)
-
-
-@functools.cache
-def _laplacian_of_gaussian() -> np.ndarray:
-    """The filter's gain at each DCT frequency: eigenvalue of the grid's Laplacian times a Gaussian's transform."""
-    frequency = np.pi * np.arange(FEATURE_SIDE) / FEATURE_SIDE
-    laplacian = 2 - 2 * np.cos(frequency)
-    gaussian = np.exp(-0.5 * (_FEATURE_SIGMA * frequency) ** 2)
-    return ((laplacian[:, None] + laplacian[None, :]) * gaussian[:, None] * gaussian[None, :]).astype(np.float32)
-
-
-def find_exact_duplicates(contents: Sequence[str]) -> list[Duplicate]:
-    """Returns the later ones of equal content digests, each with the first of its kind as anchor."""
-    first: dict[str, int] = {}
-    found = []
-    for index, content in enumerate(contents):
-        anchor = first.setdefault(content, index)
-        if anchor != index:
-            found.append(Duplicate(index, anchor, 1.0))
-    return found
 
 
 def find_near_duplicates(
@@ -132,78 +100,34 @@ def find_near_duplicates(
     Returns:
       The removed images in order. Of several anchors that claim an image, the most similar one is named.
     """
-    anchors = np.empty(len(codes), np.intp)
-    anchor_codes = np.empty(len(codes), np.uint64)
-    count = 0
+    # The anchors so far, and behind them the images of a block.
+    known, known_codes, count = np.empty(len(codes), np.intp), np.empty(len(codes), np.uint64), 0
     found: list[Duplicate] = []
     for start in range(0, len(codes), _IMAGE_BLOCK):
         block = np.arange(start, min(start + _IMAGE_BLOCK, len(codes)))
-        earlier = _close_codes(codes[block], anchor_codes[:count], rule.radius)
-        # Inside the block every pair is a candidate pair; which of them are anchors is decided in order below.
-        rows, columns = _close_pairs(codes[block], codes[block], rule.radius)
-        inside = columns < rows
-        images = np.concatenate([block[earlier[0]], block[rows[inside]]])
-        others = np.concatenate([anchors[earlier[1]], block[columns[inside]]])
-        images, others, similarity = _similar_pairs(images, others, features, rule.threshold)
+        end = count + len(block)
+        known[count:end], known_codes[count:end] = block, codes[block]
         claims: dict[int, list[tuple[float, int]]] = {}
-        for image, other, value in zip(images.tolist(), others.tolist(), similarity.tolist(), strict=True):
-            claims.setdefault(image, []).append((value, -other))
-        removed: set[int] = set()
-        for image in block.tolist():
-            valid = [claim for claim in claims.get(image, ()) if -claim[1] not in removed]
+        for first in range(0, end, _ANCHOR_BLOCK):
+            some = slice(first, min(first + _ANCHOR_BLOCK, end))
+            rows, columns = np.nonzero(np.bitwise_count(codes[block][:, None] ^ known_codes[some]) <= rule.radius)
+            pairs = (features[of].astype(np.float32) for of in (block[rows], known[some][columns]))
+            # Half-precision vectors are not quite of unit length.
+            similarity = np.minimum(np.einsum("nd,nd->n", *pairs), 1)
+            for row, column, value in zip(rows.tolist(), (first + columns).tolist(), similarity.tolist(), strict=True):
+                if value > rule.threshold and column < count + row:
+                    claims.setdefault(row, []).append((value, -column))
+        # Inside the block every pair is a candidate pair; which of them are anchors is decided in order.
+        kept: list[int] = []
+        for row in range(len(block)):
+            valid = [claim for claim in claims.get(row, ()) if -claim[1] < count or -claim[1] - count in kept]
             if valid:
-                value, other = max(valid)
-                found.append(Duplicate(image, -other, value))
-                removed.add(image)
+                value, column = max(valid)
+                found.append(Duplicate(int(block[row]), int(known[-column]), value))
             else:
-                anchors[count], anchor_codes[count] = image, codes[image]
-                count += 1
+                kept.append(row)
+        known[count : count + len(kept)], known_codes[count : count + len(kept)] = block[kept], codes[block[kept]]
+        count += len(kept)
         if on_progress is not None:
             on_progress(len(block))
     return found
-
-
-def _close_codes(codes: np.ndarray, anchor_codes: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (image, anchor) of all pairs of hashes within `radius`, searched in blocks of anchors."""
-    rows, columns = [np.empty(0, np.intp)], [np.empty(0, np.intp)]
-    for start in range(0, len(anchor_codes), _ANCHOR_BLOCK):
-        row, column = _close_pairs(codes, anchor_codes[start : start + _ANCHOR_BLOCK], radius)
-        rows.append(row)
-        columns.append(column + start)
-    return np.concatenate(rows), np.concatenate(columns)
-
-
-def _close_pairs(codes: np.ndarray, others: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    difference, bits, close = _buffers()
-    size = len(codes) * len(others)
-    difference, bits, close = (buffer[:size].reshape(len(codes), len(others)) for buffer in (difference, bits, close))
-    np.bitwise_xor(codes[:, None], others[None, :], out=difference)
-    np.bitwise_count(difference, out=bits)
-    np.less_equal(bits, radius, out=close)
-    return np.nonzero(close)
-
-
-@functools.cache
-def _buffers() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    # Made once: allocating them for every block costs more than the comparison.
-    size = _IMAGE_BLOCK * _ANCHOR_BLOCK
-    return np.empty(size, np.uint64), np.empty(size, np.uint8), np.empty(size, bool)
-
-
-def _similar_pairs(
-    images: np.ndarray, others: np.ndarray, features: np.ndarray, threshold: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs whose features are similar enough, with their similarities."""
-    similarity = np.empty(len(images), np.float32)
-    for pairs in _slices(len(images)):
-        similarity[pairs] = np.einsum(
-            "nd,nd->n", features[images[pairs]].astype(np.float32), features[others[pairs]].astype(np.float32)
-        )
-    np.minimum(similarity, 1.0, out=similarity)  # half-precision vectors are not quite of unit length
-    passed = similarity > threshold
-    return images[passed], others[passed], similarity[passed]
-
-
-def _slices(size: int, step: int = 1 << 15) -> Iterator[slice]:
-    """Slices that bound the memory for gathered features."""
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))

@@ -9,8 +9,8 @@ work of an unfinished run) are not taken for images.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import glob
+import itertools
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,18 +18,8 @@ from collections.abc import Iterator, Sequence
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.files import local_path
-from data_pipelines.prepare.archives import (
-    ArchiveReader,
-    Rejection,
-    Source,
-    SourceUnreadable,
-    is_archive,
-    list_archive,
-)
+from data_pipelines.prepare.archives import Rejection, Source, is_archive, list_archive
 from data_pipelines.shards import MANIFEST_NAME, SHARD_SUFFIX
-
-__all__ = ["PLAN_NAME", "Listing", "Rejection", "Source", "SourceReader", "SourceUnreadable", "list_sources",
-           "split_into_parts"]  # fmt: skip
 
 PLAN_NAME = "prepare_plan"  # in the work folder of a run
 
@@ -68,7 +58,7 @@ def list_sources(inputs: Sequence[str | os.PathLike], without: Sequence[str] = (
         roots_seen[name] = roots_seen.get(name, 0) + 1
         root_key = name if roots_seen[name] == 1 else f"{name}~{roots_seen[name]}"
         # Inputs inside the output are a mistake that `prepare` names, once it finds the output in its way.
-        passed_over = [folder for folder in hidden if not _is_any_inside(root, [folder])]
+        passed_over = [folder for folder in hidden if not _is_inside(root, [folder])]
         for path in paths:
             key = root_key if path == root else f"{root_key}/{printable(os.path.relpath(path, root))}"
             if not _is_made(os.path.dirname(path), root, made):
@@ -97,13 +87,9 @@ def _expand(given: str) -> tuple[str, list[str]]:
     return root, matches
 
 
-def _is_inside(path: str, folder: str) -> bool:
-    return f"{path}/".startswith(f"{folder}/")
-
-
-def _is_any_inside(path: str, folders: Sequence[str]) -> bool:
+def _is_inside(path: str, folders: Sequence[str]) -> bool:
     real = os.path.realpath(path)
-    return any(_is_inside(real, folder) for folder in folders)
+    return any(f"{real}/".startswith(f"{folder}/") for folder in folders)
 
 
 def _is_made(folder: str, root: str, known: dict[str, bool]) -> bool:
@@ -132,7 +118,7 @@ def _walk(
         try:
             status = os.stat(path)
             is_folder = stat.S_ISDIR(status.st_mode)
-            if (is_folder or path == start) and _is_any_inside(path, passed_over):
+            if (is_folder or path == start) and _is_inside(path, passed_over):
                 continue
             if is_folder:
                 identity = (status.st_dev, status.st_ino)
@@ -166,54 +152,8 @@ def _with_unique_keys(sources: Iterator[Source]) -> Iterator[Source]:
 def split_into_parts(sources: Sequence[Source], size: int) -> list[list[Source]]:
     """Splits a listing into runs of at most `size` files; the members of a compressed tar file stay together."""
     parts: list[list[Source]] = []
-    for source in sources:
-        last = parts[-1] if parts else []
-        if source.sequential:
-            joins = bool(last) and last[-1].sequential and last[-1].path == source.path
-        else:
-            joins = bool(last) and not last[-1].sequential and len(last) < size
-        if joins:
-            last.append(source)
-        else:
-            parts.append([source])
+    for compressed_tar, group in itertools.groupby(sources, lambda source: source.sequential and source.path):
+        together = list(group)
+        step = len(together) if compressed_tar else size
+        parts += [together[start : start + step] for start in range(0, len(together), step)]
     return parts
-
-
-class SourceReader:
-    """Reads listed files one after the other; keeps the archive that it is in open. Close it, or use `with`."""
-
-    def __init__(self) -> None:
-        self._archive: ArchiveReader | None = None
-
-    def __enter__(self) -> SourceReader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._archive is not None:
-            self._archive.close()
-            self._archive = None
-
-    def read(self, source: Source, max_bytes: int) -> bytes:
-        """Returns the bytes of a listed file.
-
-        Raises:
-          SourceUnreadable: it is over `max_bytes`, vanished, or cannot be read.
-          InputError: this process may open no more files, which is no fault of this one.
-        """
-        if source.size > max_bytes:
-            raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
-        if source.member:
-            if self._archive is None or self._archive.path != source.path:
-                self.close()
-                self._archive = ArchiveReader(source.path)
-            return self._archive.read(source)
-        try:
-            with open(source.path, "rb") as file:
-                return file.read(max_bytes)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
-            raise SourceUnreadable("unreadable", error.strerror or str(error)) from error

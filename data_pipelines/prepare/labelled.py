@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,17 +12,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines.commands import printable, progress_bar
-from data_pipelines.decode import ImageRefused
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
-from data_pipelines.files import atomic_write, local_path
-from data_pipelines.prepare.collect import Candidate, describe_image, read_image
+from data_pipelines.files import local_path, new_folder
+from data_pipelines.prepare.archives import Rejection, Source
+from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.inputs import Source, SourceReader, SourceUnreadable
 from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import SHARD_SUFFIX, Manifest, Shard, make_split, write_manifest, write_shard
+from data_pipelines.shards import Manifest, write_manifest, write_split
 
-FILE_COLUMN = "file"
+FILE_COLUMN, SPLIT_COLUMN = "file", "split"
 # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
 KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 
@@ -33,7 +31,6 @@ def write_examples(
     splits: Mapping[str, Iterable[Example]],
     classes: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
-    shard_bytes: int = 1 << 28,
 ) -> Manifest:
     """Writes examples into a new shard set, whole or not at all.
 
@@ -42,58 +39,36 @@ def write_examples(
       splits: the examples of each split, in order.
       classes: names in the order of their numbers, of "mask", "objects" and each label.
       settings: what they were made from; stored in the manifest.
-      shard_bytes: a shard is closed when it holds at least this many bytes.
 
     Raises:
       InputError: the output is in the way or cannot be written.
     """
-    output = local_path(output, "output")
-    if os.path.lexists(output) and not (os.path.isdir(output) and not os.listdir(output)):
-        raise InputError(f"output {output} exists already: remove it or choose another")
     rows: list[Candidate] = []
-    try:
-        with atomic_write(output) as folder:
-            folder.mkdir()
-            made = {
-                name: make_split(_write_shards(folder, name, iter(examples), rows, shard_bytes))
-                for name, examples in splits.items()
-            }
-            manifest = describe_set(rows, made, classes, settings)
-            write_manifest(folder, manifest)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+
+    def encoded(examples: Iterable[Example]) -> Iterator[bytes]:
+        for example in examples:
+            rows.append(describe_image(example, decode_pixels(example)))
+            yield encode_example(example)
+
+    with new_folder(output) as folder:
+        made = {name: write_split(folder, name, encoded(examples)) for name, examples in splits.items()}
+        manifest = describe_set(rows, made, classes, settings)
+        write_manifest(folder, manifest)
     return manifest
 
 
-def _write_shards(
-    folder: Path, split: str, examples: Iterator[Example], rows: list[Candidate], shard_bytes: int
-) -> Iterator[Shard]:
-    def encoded(first: Example) -> Iterator[bytes]:
-        size = 0
-        for example in itertools.chain([first], examples):
-            stored = encode_example(example)
-            rows.append(describe_image(example, decode_pixels(example), len(stored)))
-            yield stored
-            size += len(stored)
-            if size >= shard_bytes:
-                return
-
-    for number, first in enumerate(examples):
-        yield write_shard(folder / f"{split}-{number:05d}{SHARD_SUFFIX}", encoded(first))
-
-
-def labelled_image(reader: SourceReader, path: str | os.PathLike, key: str, encoding: str = "source") -> Example:
-    """Returns the example of an image that has labels, uncropped.
+def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", bit_depth: int = 0) -> Example:
+    """Returns the example of an image that has labels, uncropped; `bit_depth` as in `Filters`.
 
     Raises:
       InputError: it cannot be used; leaving it out would silently drop its labels.
     """
-    try:
-        return read_image(reader, Source(printable(key), str(path), size=0, modified=0), KEEP_ALL, encoding)[0]
-    except (SourceUnreadable, ImageRefused) as refusal:
-        raise InputError(
-            f"labelled image {path} is not usable ({refusal.reason}: {refusal.detail}); fix it or remove its entry"
-        ) from refusal
+    refused: list[Rejection] = []
+    source = Source(printable(key), str(path), size=0, modified=0)
+    for example, _ in read_images([source], dataclasses.replace(KEEP_ALL, bit_depth=bit_depth), refused, encoding):
+        return example
+    reason = f"{refused[0].reason}: {refused[0].detail}"
+    raise InputError(f"labelled image {path} is not usable ({reason}); fix it or remove its entry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,29 +83,23 @@ def prepare_table(
     table: str | os.PathLike,
     columns: Sequence[str],
     output: str | os.PathLike,
-    split_column: str = "split",
     encoding: str = "source",
     progress: bool = True,
 ) -> Manifest:
     """Writes the images that a CSV table lists, with their class labels, into the new shard set `output`.
 
     Args:
-      table: CSV (UTF-8, comma) with a header. Column `file` is a path relative to the table's folder.
+      table: CSV (UTF-8, comma) with a header. Column `file` is a path relative to the table's folder, `split` a name.
       columns: the label columns; their values are class names, numbered in order (in numerical order where all are
         numbers). A single column is stored as the label "label", several under their own names.
       output: new folder.
-      split_column: names the split of each image.
       encoding: see `prepare.PrepareConfig`.
       progress: show a progress bar.
 
     Raises:
       InputError: the table or an image is unusable, or one image is in two splits: the same file, or the same pixels.
     """
-    table = Path(local_path(table, "table"))
-    if not columns:
-        raise InputError(f"{table}: name at least one label column")
-    rows = _read_rows(table, columns, split_column)
-    _check_files(table, rows)
+    table, rows = _read_table(table, columns)
     names = [LABEL] if len(columns) == 1 else list(columns)
     classes = {name: sorted_classes(row.labels[place] for row in rows) for place, name in enumerate(names)}
     numbers = {name: {text: number for number, text in enumerate(classes[name])} for name in names}
@@ -140,8 +109,8 @@ def prepare_table(
         for row in rows:
             if row.split != split:
                 continue
-            example = labelled_image(reader, table.parent / row.file, row.file, encoding)
-            content = describe_image(example, decode_pixels(example), 0).content
+            example = labelled_image(table.parent / row.file, row.file, encoding)
+            content = describe_image(example, decode_pixels(example)).content
             other = seen.setdefault(content, row)
             if other.split != row.split:
                 raise InputError(
@@ -154,19 +123,17 @@ def prepare_table(
 
     splits = {split: examples(split) for split in dict.fromkeys(row.split for row in rows)}
     settings = {"table": str(table), "columns": list(columns), "encoding": encoding}
-    with progress_bar("labelling", len(rows), "image", active=progress) as bar, SourceReader() as reader:
+    with progress_bar("labelling", len(rows), "image", active=progress) as bar:
         return write_examples(output, splits, classes, settings)
 
 
-def table_digest(table: str | os.PathLike, columns: Sequence[str], split_column: str = "split") -> str:
+def table_digest(table: str | os.PathLike, columns: Sequence[str]) -> str:
     """Tells tables apart: 16 hexadecimal digits of their rows and of the sizes and times of the files that they name.
 
     Raises:
       InputError: as `prepare_table`, of the table and of missing files.
     """
-    table = Path(local_path(table, "table"))
-    rows = _read_rows(table, columns, split_column)
-    _check_files(table, rows)
+    table, rows = _read_table(table, columns)
     stats = [(table.parent / row.file).stat() for row in rows]
     known = [(row.file, row.split, row.labels, s.st_size, s.st_mtime_ns) for row, s in zip(rows, stats, strict=True)]
     return hashlib.sha256(json.dumps([list(columns), known]).encode()).hexdigest()[:16]
@@ -181,7 +148,11 @@ def sorted_classes(names: Iterable[str]) -> tuple[str, ...]:
         return tuple(sorted(distinct))
 
 
-def _read_rows(table: Path, columns: Sequence[str], split_column: str) -> list[_Row]:
+def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path, list[_Row]]:
+    """The path and rows of a table, each of which names a file of its own."""
+    table = Path(local_path(given, "table"))
+    if not columns:
+        raise InputError(f"{table}: name at least one label column")
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream)
@@ -190,38 +161,30 @@ def _read_rows(table: Path, columns: Sequence[str], split_column: str) -> list[_
         raise InputError(
             f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
         ) from error
-    header = lines[0][1] if lines else []
-    for name in (FILE_COLUMN, split_column, *columns):
+    header, needed = lines[0][1] if lines else [], (FILE_COLUMN, SPLIT_COLUMN, *columns)
+    for name in needed:
         if header.count(name) != 1:
             raise InputError(
                 f"{table}: {header.count(name)} columns {name!r}; they are {', '.join(header) or '(none)'}"
             )
-    rows = []
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise InputError(
-                f"{table}, line {line} has {len(cells)} fields, the header {len(header)}: quote fields with commas"
-            )
-        row = dict(zip(header, cells, strict=True))
-        for name in (FILE_COLUMN, split_column, *columns):
-            if not row[name]:
-                raise InputError(f"{table}, line {line}: column {name!r} is empty; fill it or remove the row")
-        rows.append(_Row(line, row[FILE_COLUMN], row[split_column], tuple(row[name] for name in columns)))
-    if not rows:
+    if not lines[1:]:
         raise InputError(f"{table} has a header but no rows")
-    return rows
-
-
-def _check_files(table: Path, rows: Sequence[_Row]) -> None:
-    """Each row names a file of its own, by its real path: links and `..` lead to the same one."""
-    seen: dict[str, _Row] = {}
-    for row in rows:
-        path = table.parent / row.file
-        if not path.is_file() or PurePosixPath(row.file).is_absolute():
-            raise InputError(f"{table}, line {row.line}: no image {path}; give paths from the table's folder")
-        other = seen.setdefault(os.path.realpath(path), row)
-        if other is not row:
-            where = "the same split" if other.split == row.split else f"split {other.split}"
-            raise InputError(
-                f"{table}, line {row.line}: {row.file} is in line {other.line} ({where}) too; keep one row"
-            )
+    rows, seen = [], {}
+    for line, cells in lines[1:]:
+        where = f"{table}, line {line}"
+        if len(cells) != len(header):
+            raise InputError(f"{where} has {len(cells)} fields, the header {len(header)}: quote fields with commas")
+        file, split, *labels = (cells[header.index(name)] for name in needed)
+        for name, cell in zip(needed, (file, split, *labels), strict=True):
+            if not cell:
+                raise InputError(f"{where}: column {name!r} is empty; fill it or remove the row")
+        path = table.parent / file
+        if not path.is_file() or PurePosixPath(file).is_absolute():
+            raise InputError(f"{where}: no image {path}; give paths from the table's folder")
+        rows.append(_Row(line, file, split, tuple(labels)))
+        # By its real path: links and `..` lead to the same file.
+        other = seen.setdefault(os.path.realpath(path), rows[-1])
+        if other is not rows[-1]:
+            there = "the same split" if other.split == split else f"split {other.split}"
+            raise InputError(f"{where}: {file} is in line {other.line} ({there}) too; keep one row")
+    return table, rows

@@ -1,7 +1,7 @@
 """From inputs to a finished shard set.
 
 Work happens in `SHARDS.partial` beside the output, which is moved into place when everything is there; meanwhile it
-takes about the disk space of the images once more. A run that was killed continues from the parts and shards it
+takes about the disk space of the images once more. A run that was killed continues from the parts it
 finished. The shards are the same for any number of workers and of kills.
 """
 
@@ -10,32 +10,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, is_free, local_path, writing
+from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.duplicates import DuplicateRule, find_exact_duplicates, find_near_duplicates
-from data_pipelines.prepare.inputs import PLAN_NAME, Listing, Rejection, Source, list_sources, split_into_parts
-from data_pipelines.prepare.results import write_results
-from data_pipelines.shards import Manifest, Shard, describe_shard, make_split, read_manifest, write_shard
-from data_pipelines.workers import RunAll, worker_pool
+from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
+from data_pipelines.prepare.inputs import PLAN_NAME, Listing, list_sources, split_into_parts
+from data_pipelines.prepare.results import describe_set, draw_pictures, write_rejected, write_report
+from data_pipelines.shards import Manifest, read_manifest, write_manifest, write_split
+from data_pipelines.workers import worker_pool
 
 PART_SIZE = 256
 ENCODINGS = ("source", "raw")
 # Changes of what is stored make old partial work unusable.
-_WORK_VERSION = 3
+_WORK_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +102,9 @@ def prepare(
     if finished is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
-    try:
-        os.makedirs(work, exist_ok=True)
-        with _lock(work):
-            _start_or_resume(work, plan)
-            manifest = _fill(work, listing, plan, config, workers, progress)
-            os.rename(os.path.join(work, "result"), output)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+    with writing(output), _work_folder(work, plan):
+        manifest = _fill(work, listing, plan, config, workers, progress)
+        os.rename(os.path.join(work, "result"), output)
     shutil.rmtree(work, ignore_errors=True)
     return _report(output, manifest)
 
@@ -119,29 +112,36 @@ def prepare(
 def _fill(
     work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
-    """Makes everything of the output in `work`/result, starting from what an interrupted run left there."""
-    started = time.monotonic()
-    parts = split_into_parts(listing.sources, PART_SIZE)
-    with worker_pool(workers, len(parts)) as run_all:
-        _examine_all(work, parts, config, run_all, progress)
-        collection = collect(os.path.join(work, "parts"), len(parts))
-        rejections = [*listing.rejections, *collection.rejections]
-        if not collection.candidates:
-            shutil.rmtree(work)
-            raise InputError(_nothing_kept(listing, rejections))
-        kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
-        shards = _write_shards(work, collection, kept, config, run_all, progress)
-    return write_results(
-        os.path.join(work, "result"),
-        listing,
-        collection,
-        kept,
-        [*rejections, *duplicates],
-        make_split(shards),
-        settings={"plan": plan, "config": dataclasses.asdict(config)},
-        pictures=config.pictures,
-        seconds=time.monotonic() - started,
-    )
+    """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
+    parts, folder = split_into_parts(listing.sources, PART_SIZE), os.path.join(work, "parts")
+    _examine_all(folder, parts, config, workers, progress)
+    collection = collect(folder, len(parts))
+    rejections = [*listing.rejections, *collection.rejections]
+    if not collection.candidates:
+        shutil.rmtree(work)
+        raise InputError(_nothing_kept(listing, rejections))
+    kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
+    rejections = sorted([*rejections, *duplicates], key=lambda rejection: rejection.key)
+    result = os.path.join(work, "result")
+    shutil.rmtree(result, ignore_errors=True)
+    os.makedirs(result)
+
+    def stored() -> Iterator[bytes]:
+        for example in collection.stored(kept):
+            yield example
+            bar.update(1)
+
+    with progress_bar("writing", len(kept), "image", active=progress) as bar:
+        splits = {"train": write_split(result, "train", stored(), config.shard_bytes)}
+    rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
+    settings = {"plan": plan, "config": dataclasses.asdict(config), "rejected": rejected}
+    manifest = describe_set([collection.candidates[index] for index in kept], splits, {}, settings)
+    write_rejected(result, rejections)
+    write_report(result, collection, len(kept), rejections, settings)
+    if config.pictures:
+        draw_pictures(result, listing, collection, kept, rejections)
+    write_manifest(result, manifest)
+    return manifest
 
 
 def _report(output: str, manifest: Manifest) -> Report:
@@ -159,10 +159,7 @@ def _plan_digest(listing: Listing, config: PrepareConfig) -> str:
 
 def _finished_report(output: str, plan: str) -> Report | None:
     """The report of a finished `output`, if it is the result of this very request; None if there is no output."""
-    if not os.path.lexists(output):
-        return None
-    if os.path.isdir(output) and not os.listdir(output):
-        os.rmdir(output)
+    if is_free(output):
         return None
     with contextlib.suppress(InputError):
         manifest = read_manifest(output)
@@ -174,47 +171,40 @@ def _finished_report(output: str, plan: str) -> Report | None:
 
 
 @contextlib.contextmanager
-def _lock(work: str) -> Iterator[None]:
-    """Keeps a second run out of the same work folder; the lock goes with the process, however it ends."""
+def _work_folder(work: str, plan: str) -> Iterator[None]:
+    """Keeps a second run out of the folder, and in it what an interrupted run of the same request finished.
+
+    The lock goes with the process, however it ends.
+    """
+    parts, plan_file = os.path.join(work, "parts"), Path(work, PLAN_NAME)
+    os.makedirs(parts, exist_ok=True)
     with open(os.path.join(work, "lock"), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another run is writing {work}: wait for it or choose another --output") from None
+        if not plan_file.exists() or plan_file.read_text() != plan:
+            shutil.rmtree(parts)
+            os.makedirs(parts)
+            with atomic_write(plan_file) as path:
+                path.write_text(plan)
         yield
 
 
-def _start_or_resume(work: str, plan: str) -> None:
-    """Keeps the finished parts of an interrupted run of the same request, and throws away those of any other."""
-    plan_file = os.path.join(work, PLAN_NAME)
-    known = None
-    with contextlib.suppress(FileNotFoundError), open(plan_file) as file:
-        known = file.read()
-    if known != plan:
-        for name in ("parts", "result"):
-            shutil.rmtree(os.path.join(work, name), ignore_errors=True)
-        with atomic_write(plan_file) as path:
-            path.write_text(plan)
-    for name in ("parts", "result"):
-        folder = os.path.join(work, name)
-        os.makedirs(folder, exist_ok=True)
-        for unfinished in glob.glob(os.path.join(glob.escape(folder), ".*.partial-*")):
-            os.remove(unfinished)
-
-
 def _examine_all(
-    work: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, run_all: RunAll, progress: bool
+    folder: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, workers: int | None, progress: bool
 ) -> None:
     """Examines the parts that are not done yet."""
-    folder = os.path.join(work, "parts")
-    done = {number for number in range(len(parts)) if os.path.exists(rows_path(folder, number))}
     tasks = [
         (folder, number, part, config.filters, config.encoding)
         for number, part in enumerate(parts)
-        if number not in done
+        if not os.path.exists(rows_path(folder, number))
     ]
-    finished_files = sum(len(parts[number]) for number in done)
-    with progress_bar("examining", sum(map(len, parts)), "file", finished_files, progress) as bar:
+    total, left = sum(map(len, parts)), sum(len(part) for _, _, part, _, _ in tasks)
+    with (
+        worker_pool(workers, len(tasks)) as run_all,
+        progress_bar("examining", total, "file", total - left, progress) as bar,
+    ):
         for examined in run_all(examine_part, tasks):
             bar.update(examined)
 
@@ -233,76 +223,27 @@ def _remove_duplicates(
     """Returns the indices of the kept candidates, and a row for each removed one."""
     candidates = collection.candidates
     rows: dict[int, Rejection] = {}
+
+    def remove(index: int, anchor: int, reason: str, detail: str) -> None:
+        rows[index] = Rejection(candidates[index].key, reason, detail, candidates[anchor].key)
+
     if rule.exact:
-        for found in find_exact_duplicates([candidate.content for candidate in candidates]):
-            anchor = candidates[found.anchor].key
-            rows[found.index] = Rejection(candidates[found.index].key, "exact_duplicate", "equal pixels", anchor)
+        first: dict[str, int] = {}
+        for index, candidate in enumerate(candidates):
+            if (anchor := first.setdefault(candidate.content, index)) != index:
+                remove(index, anchor, "exact_duplicate", "equal pixels")
     if rule.near:
-        distinct = _by_quality(collection, rows)
+        distinct = [index for index in range(len(candidates)) if index not in rows]
+        # Best first: of a scene, the deepest and largest image is to be the anchor.
+        distinct.sort(key=lambda place: (-candidates[place].bit_depth, -candidates[place].pixels))
         with progress_bar("comparing", len(distinct), "image", active=progress) as bar:
             near = find_near_duplicates(collection.codes[distinct], collection.features[distinct], rule, bar.update)
         for found in near:
-            index, anchor = int(distinct[found.index]), candidates[distinct[found.anchor]].key
             detail = f"similarity {found.similarity:.3f}"
-            rows[index] = Rejection(candidates[index].key, "near_duplicate", detail, anchor)
-    rows = _with_kept_anchors(rows)
-    return [index for index in range(len(candidates)) if index not in rows], [rows[index] for index in sorted(rows)]
-
-
-def _by_quality(collection: Collection, removed: Container[int]) -> np.ndarray:
-    """The candidates that are left, best first: of a scene, the deepest and largest image is to be the anchor."""
-    candidates = collection.candidates
-    left = [index for index in range(len(candidates)) if index not in removed]
-    left.sort(key=lambda index: (-candidates[index].bit_depth, -candidates[index].height * candidates[index].width))
-    return np.array(left, np.intp)
-
-
-def _with_kept_anchors(rows: dict[int, Rejection]) -> dict[int, Rejection]:
-    """Names the kept anchor where an exact duplicate's first image was itself removed as a near-duplicate."""
+            remove(distinct[found.index], distinct[found.anchor], "near_duplicate", detail)
     anchors = {row.key: row.anchor for row in rows.values()}
-    return {
-        index: dataclasses.replace(
-            row, anchor=anchors[row.anchor], detail=f"equal pixels to {row.anchor}, a near-duplicate"
-        )
-        if row.anchor in anchors
-        else row
-        for index, row in rows.items()
-    }
-
-
-def _write_shards(
-    work: str,
-    collection: Collection,
-    kept: Sequence[int],
-    config: PrepareConfig,
-    run_all: RunAll,
-    progress: bool,
-) -> list[Shard]:
-    """Copies the kept records into shards of about `shard_bytes`; finished shards of an earlier run stay."""
-    groups: list[list[int]] = [[]]
-    size = 0
-    for index in kept:
-        if size >= config.shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(index)
-        size += collection.candidates[index].bytes
-    tasks = [
-        (
-            os.path.join(work, "result", f"images-{number:05d}-of-{len(groups):05d}.array_record"),
-            collection.picked(group),
-        )
-        for number, group in enumerate(groups)
-    ]
-    shards: list[Shard] = []
-    with progress_bar("writing", len(kept), "image", active=progress) as bar:
-        for shard in run_all(_write_one_shard, tasks):
-            shards.append(shard)
-            bar.update(shard.count)
-    return sorted(shards, key=lambda shard: shard.name)
-
-
-def _write_one_shard(path: str, records: Sequence[bytes]) -> Shard:
-    if os.path.exists(path):
-        return describe_shard(path, len(records))
-    return write_shard(path, records)
+    for index, row in rows.items():
+        if row.anchor in anchors:  # the first of equal images was itself removed as a near-duplicate
+            detail = f"equal pixels to {row.anchor}, a near-duplicate"
+            rows[index] = dataclasses.replace(row, anchor=anchors[row.anchor], detail=detail)
+    return [index for index in range(len(candidates)) if index not in rows], [rows[index] for index in sorted(rows)]

@@ -5,7 +5,6 @@ python -m data_pipelines.synthetic --output=DIR --count=N --seed=S [--shards=sur
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from absl import flags
@@ -28,15 +27,13 @@ _SHARDS = flags.DEFINE_enum(
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    start = time.monotonic()
     size = (_HEIGHT.value, _WIDTH.value)
     request = (_OUTPUT.value, _COUNT.value, _SEED.value, size, _VAL_FRACTION.value)
     if _SHARDS.value is None:
         write_dataset(*request)
     else:
         write_shards(*request, _SHARDS.value)
-    seconds = time.monotonic() - start
-    print(f"{_COUNT.value} scenes of {size[0]}x{size[1]} in {printable(_OUTPUT.value)} ({seconds:.1f} s)")
+    print(f"{_COUNT.value} scenes of {size[0]}x{size[1]} in {printable(_OUTPUT.value)}")
 
 
 if __name__ == "__main__":

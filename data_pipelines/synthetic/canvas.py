@@ -1,11 +1,11 @@
-"""What a synthetic scene is painted on: temperatures and labels, soft-edged shapes, fractal textures."""
+"""What a synthetic scene is painted on: temperatures and labels, soft-edged shapes; and weather, textures, a camera."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 # Values of a class mask, in order: the value of a class is its place in this tuple.
 SURFACES = (
@@ -13,6 +13,12 @@ SURFACES = (
 )  # fmt: skip
 # Categories of boxes, numbered from 1 as in COCO files.
 CATEGORIES = ("person", "vehicle", "boat", "aircraft", "bird")
+
+# Degrees Celsius over the air at night, and what full sun adds: thermal mass, moisture and emissivity in two numbers.
+MATERIALS = {
+    "asphalt": (4.0, 15.0), "concrete": (3.0, 10.0), "soil": (0.0, 12.0), "grass": (-3.0, 6.0), "foliage": (0.5, 3.0),
+    "wall": (3.0, 8.0), "roof": (-7.0, 18.0), "metal": (-6.0, 9.0), "clothing": (8.0, -1.0), "water": (3.0, -10.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,153 +41,144 @@ class Patch:
     columns: slice
     coverage: np.ndarray
 
-    def grid(self) -> tuple[np.ndarray, np.ndarray]:
-        """Row numbers (h, 1) and column numbers (1, w) of the window, float32."""
-        return _grid(self.rows, self.columns)
-
-
-Temperature = np.ndarray | float | Callable[[Patch], np.ndarray | float]
-
 
 class Canvas:
-    """Apparent temperatures in degrees Celsius with class, instance and small-target labels, all (H, W)."""
+    """Apparent temperatures in degrees Celsius with class, instance and small-target labels, all (H, W).
 
-    def __init__(self, height: int, width: int, temperature: float = 0.0):
+    Attributes:
+      rows, columns: pixel numbers, (H, 1) and (1, W) float32.
+    """
+
+    def __init__(self, height: int, width: int):
         self.height, self.width = height, width
-        self.temperature = np.full((height, width), temperature, np.float32)
+        self.rows, self.columns = np.ogrid[:height, :width]
+        self.rows, self.columns = self.rows.astype(np.float32), self.columns.astype(np.float32)
+        self.temperature = np.zeros((height, width), np.float32)
         self.surface = np.zeros((height, width), np.uint8)
         self.instance = np.zeros((height, width), np.int32)
         self.targets = np.zeros((height, width), bool)
-        self._painted: list[tuple[str, int]] = []
+        self._categories: list[str] = []
+        self._painted: list[int] = []
 
     def add_object(self, category: str) -> int:
         """Registers an object of a box category and returns the instance number to paint it with."""
-        assert category in CATEGORIES, category
-        self._painted.append((category, 0))
+        self._categories.append(category)
+        self._painted.append(0)
         return len(self._painted)
 
     def paint(
-        self,
-        patch: Patch | None,
-        temperature: Temperature,
-        surface: str,
-        instance: int = 0,
-        target: bool = False,
+        self, patch: Patch | None, heat: np.ndarray | float, surface: str, instance: int = 0, target: bool = False
     ) -> None:
         """Lays a shape over what is there; `None` (a shape outside the canvas) paints nothing.
 
-        `temperature` is one value, an array of the whole canvas or of the patch's window, or a function that is called
-        with the patch, if there is one, and returns either. Pixels covered by half or more take the labels.
+        `heat` is the temperature: one value, or an array of the whole canvas or of the patch's window. Pixels covered
+        by half or more take the labels.
         """
         if patch is None:
             return
-        window = (patch.rows, patch.columns)
-        if callable(temperature):
-            temperature = temperature(patch)
-        if np.shape(temperature) == self.surface.shape:
-            temperature = temperature[window]
+        window = patch.rows, patch.columns
         below = self.temperature[window]
-        self.temperature[window] = below + patch.coverage * (np.asarray(temperature, np.float32) - below)
+        heat = heat[window] if np.shape(heat) == self.surface.shape else heat
+        self.temperature[window] = below + patch.coverage * (heat - below)
         covered = patch.coverage >= 0.5
         self.surface[window][covered] = SURFACES.index(surface)
         self.instance[window][covered] = instance
         self.targets[window][covered] = target
         if instance:
-            category, area = self._painted[instance - 1]
-            self._painted[instance - 1] = (category, area + int(covered.sum()))
+            self._painted[instance - 1] += int(covered.sum())
 
     def boxes(self, min_visible: float = 0.3) -> tuple[Box, ...]:
         """Boxes of all objects of which at least `min_visible` was not painted over later, in painting order."""
-        rows, columns = np.nonzero(self.instance)
-        numbers = self.instance[rows, columns]
         found = []
-        for number, (category, painted) in enumerate(self._painted, start=1):
-            here = numbers == number
-            area = int(here.sum())
-            if not area or area < min_visible * painted:
-                continue
-            y, x = rows[here], columns[here]
-            left, top = int(x.min()), int(y.min())
-            found.append(Box(category, left, top, int(x.max()) - left + 1, int(y.max()) - top + 1, area))
+        for number, window in enumerate(ndimage.find_objects(self.instance), start=1):
+            area = int(np.count_nonzero(self.instance[window] == number)) if window else 0
+            if area and area >= min_visible * self._painted[number - 1]:
+                rows, columns = window
+                extent = columns.stop - columns.start, rows.stop - rows.start
+                found.append(Box(self._categories[number - 1], columns.start, rows.start, *extent, area))
         return tuple(found)
 
-    def window(self, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice] | None:
-        """Rows and columns of the pixels touched by a rectangle, or None when it lies outside."""
-        rows = slice(max(0, int(np.floor(top)) - 1), min(self.height, int(np.ceil(bottom)) + 2))
-        columns = slice(max(0, int(np.floor(left)) - 1), min(self.width, int(np.ceil(right)) + 2))
-        return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
-
-    def polygon(self, points: list[tuple[float, float]]) -> Patch | None:
-        """A convex polygon with corners (x, y) in pixel coordinates, in either direction of rotation."""
+    def polygon(self, points: list[tuple[float, float]], fray: np.ndarray | None = None) -> Patch | None:
+        """A convex polygon with corners (x, y) in pixel coordinates; `fray` (H, W) moves its edge, in pixels."""
         corners = np.asarray(points, np.float32)
-        window = self.window(*corners.min(0), *corners.max(0))
-        if window is None:
+        margin = 2 if fray is None else 2 + fray.max()
+        (left, top), (right, bottom) = corners.min(0) - margin, corners.max(0) + margin
+        rows = slice(max(0, int(top)), min(self.height, int(bottom) + 1))
+        columns = slice(max(0, int(left)), min(self.width, int(right) + 1))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
             return None
-        y, x = _grid(*window)
+        y, x = self.rows[rows], self.columns[:, columns]
         following = np.roll(corners, -1, axis=0)
-        turn = np.sum(corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1])
+        turn = np.sign(np.sum(corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]))
         inside = np.float32(np.inf)
-        for (x0, y0), (x1, y1) in zip(corners, following):
-            length = max(float(np.hypot(x1 - x0, y1 - y0)), 1e-6)
-            distance = ((x1 - x0) * (y - y0) - (y1 - y0) * (x - x0)) * np.float32(np.sign(turn) / length)
+        for (x0, y0), (dx, dy) in zip(corners, following - corners, strict=True):
+            distance = (dx * (y - y0) - dy * (x - x0)) * np.float32(turn / max(np.hypot(dx, dy), 1e-6))
             inside = np.minimum(inside, distance)
-        return Patch(*window, np.clip(inside + np.float32(0.5), 0, 1))
+        inside = inside if fray is None else inside + fray[rows, columns]
+        return Patch(rows, columns, np.clip(inside + np.float32(0.5), 0, 1))
 
-    def rectangle(self, left: float, top: float, right: float, bottom: float) -> Patch | None:
-        """An upright rectangle."""
-        return self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
+    def ellipse(self, x: float, y: float, half_x: float, half_y: float, fray: np.ndarray | None = None) -> Patch | None:
+        """An axis-parallel ellipse, its edge moved by `fray` as that of a polygon."""
+        turns = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+        return self.polygon(np.stack([x + half_x * np.cos(turns), y + half_y * np.sin(turns)], axis=1), fray)
 
-    def trapezoid(self, x0: float, y0: float, half0: float, x1: float, y1: float, half1: float) -> Patch | None:
-        """Two level sides, of half widths `half0` and `half1`, with their centres at (x0, y0) and (x1, y1)."""
-        return self.polygon([(x0 - half0, y0), (x0 + half0, y0), (x1 + half1, y1), (x1 - half1, y1)])
-
-    def ellipse(
-        self, x: float, y: float, radius_x: float, radius_y: float, rough: np.ndarray | None = None
-    ) -> Patch | None:
-        """An axis-parallel ellipse; `rough`, a texture (H, W) of unit spread, frays its edge."""
-        reach = 1.5 if rough is not None else 1.0
-        window = self.window(x - reach * radius_x, y - reach * radius_y, x + reach * radius_x, y + reach * radius_y)
-        if window is None:
-            return None
-        rows, columns = _grid(*window)
-        radius = np.sqrt(((columns - x) / radius_x) ** 2 + ((rows - y) / radius_y) ** 2)
-        if rough is not None:
-            radius = radius + np.float32(0.18) * rough[window]
-        return Patch(*window, np.clip((1 - radius) * min(radius_x, radius_y) + np.float32(0.5), 0, 1))
-
-    def below(self, outline: np.ndarray, bottom: int | None = None) -> Patch | None:
-        """Everything under an outline (W,) of row coordinates, down to row `bottom` (by default the canvas' end)."""
-        bottom = self.height if bottom is None else int(np.clip(bottom, 0, self.height))
-        top = int(np.clip(np.floor(outline.min()) - 1, 0, self.height))
-        if top >= bottom:
-            return None
-        rows = np.arange(top, bottom, dtype=np.float32)[:, None]
-        coverage = np.clip(rows - outline[None, :].astype(np.float32) + np.float32(0.5), 0, 1)
-        return Patch(slice(top, bottom), slice(0, self.width), coverage)
+    def below(self, outline: np.ndarray | float) -> Patch:
+        """Everything under an outline, (W,) or one row coordinate."""
+        coverage = np.clip(self.rows - outline + np.float32(0.5), 0, 1) * np.ones((1, self.width), np.float32)
+        return Patch(slice(0, self.height), slice(0, self.width), coverage)
 
 
-def _grid(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray]:
-    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None]
-    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :]
-    return y, x
+class Stage(Canvas):
+    """A canvas, the random numbers of its scene, its weather, and a level pinhole camera.
 
-
-def fractal_noise(
-    rng: np.random.Generator, shape: tuple[int, ...], roughness: float = 1.0, stretch: float = 1.0
-) -> np.ndarray:
-    """Periodic noise whose amplitude falls with frequency, float32 of the given 1-D or 2-D shape, mean 0, spread 1.
-
-    `roughness` 0.5 is coarse-grained sand, 2 soft clouds (the exponent of the amplitude spectrum). `stretch` > 1 draws
-    the texture out along the columns.
+    Attributes:
+      air: temperature, degrees Celsius.
+      sun: 0 (night) to 1.
+      sky_drop: how much colder a clear sky is at its zenith, degrees.
+      horizon, column: row of the horizon, column that the camera looks along (after `look`).
+      focal, camera: length in pixels, height in metres.
+      nearest: distance of the nearest ground in the picture, metres.
     """
-    white = rng.standard_normal(shape, dtype=np.float32)
-    frequencies = [np.fft.rfftfreq(shape[-1]).astype(np.float32) * np.float32(stretch) * shape[-1]]
-    if len(shape) == 2:
-        frequencies.insert(0, (np.fft.fftfreq(shape[0]).astype(np.float32) * shape[0])[:, None])
-        frequencies[1] = frequencies[1][None, :]
-    squared = sum(f * f for f in frequencies)
-    squared.flat[0] = 1.0
-    spectrum = np.fft.rfftn(white) * squared ** np.float32(-roughness / 2)
-    spectrum.flat[0] = 0.0
-    noise = np.fft.irfftn(spectrum, s=shape, axes=tuple(range(len(shape))))
-    return (noise / noise.std()).astype(np.float32)
+
+    def __init__(self, height: int, width: int, rng: np.random.Generator):
+        super().__init__(height, width)
+        self.uniform, self.random, self.integers, self.choice = rng.uniform, rng.random, rng.integers, rng.choice
+        self._rng = rng
+        self.sun = 0.0 if rng.random() < 0.45 else float(rng.uniform(0.1, 1.0))
+        self.air = float(rng.uniform(-5, 30))
+        self.sky_drop = float(rng.uniform(8, 35))
+        self._grain = self.noise(1.0)
+
+    def look(self, horizon: tuple[float, float], camera: tuple[float, float]) -> None:
+        """Draws a view: the horizon between two shares of the height, the camera between two heights in metres."""
+        self.horizon, self.column = self.uniform(*horizon) * self.height, self.uniform(0.15, 0.85) * self.width
+        self.focal, self.camera = self.uniform(0.8, 1.5) * self.width, self.uniform(*camera)
+        self.nearest = self.focal * self.camera / max(self.height - self.horizon, 1)
+
+    def place(self, across: float, distance: float) -> tuple[float, float, float]:
+        """Column, row and pixels per metre of the ground point `across` metres to the right at a distance."""
+        scale = self.focal / distance
+        return self.column + across * scale, self.horizon + self.camera * scale, scale
+
+    def material(self, name: str) -> float:
+        """Temperature of something made of a material, in this weather."""
+        night, gain = MATERIALS[name]
+        return self.air + night + gain * self.sun + float(self._rng.normal(0, 1.2))
+
+    def noise(self, roughness: float, stretch: float = 1.0) -> np.ndarray:
+        """Periodic noise (H, W) float32 whose amplitude falls with frequency, mean 0, spread 1.
+
+        `roughness` 0.5 is coarse-grained sand, 2 soft clouds (the exponent of the amplitude spectrum). `stretch` > 1
+        draws the texture out along the columns.
+        """
+        shape = self.height, self.width
+        down, across = np.fft.fftfreq(shape[0], 1 / shape[0]), np.fft.rfftfreq(shape[1], 1 / shape[1]) * stretch
+        squared = np.float32(down[:, None] ** 2 + across**2)
+        squared[0, 0] = np.inf  # no mean
+        white = np.fft.rfft2(self._rng.standard_normal(shape, dtype=np.float32))
+        noise = np.fft.irfft2(white * squared ** np.float32(-roughness / 2), shape)
+        return noise / noise.std()
+
+    def grain(self) -> np.ndarray:
+        """A fine fractal texture (H, W) of unit spread: the same one for all uses, each at a random shift."""
+        return np.roll(self._grain, (self.integers(self.height), self.integers(self.width)), axis=(0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, MASK, Example, Objects
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import local_path, new_folder
 from data_pipelines.prepare.labelled import write_examples
 from data_pipelines.shards import Manifest
 from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES
@@ -56,24 +57,26 @@ def write_dataset(
     Raises:
       InputError: `output` holds something already or is a file, `count` or `val_fraction` is out of range.
     """
-    output = Path(local_path(output, "output"))
-    _check(count, val_fraction)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is not an empty folder: name another output or remove it")
-    try:
-        with atomic_write(output) as partial:
-            partial.mkdir()
-            _write_scenes(partial, count, seed, size, val_fraction)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): name another output") from error
-    return output
+    with new_folder(output) as folder:
+        for kind, split in itertools.product(("images", "class_masks", "target_masks"), SPLITS):
+            (folder / kind / split).mkdir(parents=True)
+        (folder / "annotations").mkdir()
+        _write_scenes(folder, seed, _scenes(count, seed, size, val_fraction))
+    return Path(local_path(output, "output"))
 
 
-def _check(count: int, val_fraction: float) -> None:
+def _scenes(
+    count: int, seed: int, size: tuple[int, int], val_fraction: float, splits: tuple[str, ...] = SPLITS
+) -> Iterator[tuple[str, str, Scene]]:
+    """Split, name and content of the scenes of some splits."""
     if count < 1:
         raise InputError(f"count {count}: at least 1 scene is needed")
     if not 0 <= val_fraction <= 1:
         raise InputError(f"val_fraction {val_fraction}: must lie between 0 and 1")
+    for index in range(count):
+        split = SPLITS[is_val(index, val_fraction)]
+        if split in splits:
+            yield split, f"{index:06d}.png", generate_scene(seed, index, size)
 
 
 def write_shards(
@@ -93,18 +96,17 @@ def write_shards(
     Raises:
       InputError: see `write_dataset`; or another `mask`.
     """
-    _check(count, val_fraction)
     if mask not in ("surfaces", "targets"):
         raise InputError(f"mask {mask!r}: choose surfaces or targets")
 
     def examples(split: str) -> Iterator[Example]:
-        for index in range(count):
-            if split == _split(index, val_fraction):
-                yield _example(generate_scene(seed, index, size), f"synthetic/{seed}/{index:06d}.png", mask)
+        for _, name, scene in _scenes(count, seed, size, val_fraction, (split,)):
+            yield _example(scene, f"synthetic/{seed}/{name}", mask)
 
     classes = {LABEL: SCENE_CLASSES, "objects": CATEGORIES}
     classes[MASK] = SURFACES if mask == "surfaces" else ("background", "target")
-    splits = {split: examples(split) for split in SPLITS if split in {_split(i, val_fraction) for i in range(count)}}
+    used = sorted({is_val(index, val_fraction) for index in range(count)}) or [False]
+    splits = {SPLITS[val]: examples(SPLITS[val]) for val in used}
     return write_examples(output, splits, classes, {"synthetic": seed, "count": count})
 
 
@@ -122,35 +124,32 @@ def _example(scene: Scene, key: str, mask: str) -> Example:
     return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), objects, labels)
 
 
-def _write_scenes(folder: Path, count: int, seed: int, size: tuple[int, int], val_fraction: float) -> None:
-    for kind in ("images", "class_masks", "target_masks"):
-        for split in SPLITS:
-            (folder / kind / split).mkdir(parents=True)
-    (folder / "annotations").mkdir()
-    coco = {split: _empty_annotations(seed) for split in SPLITS}
+def _write_scenes(folder: Path, seed: int, scenes: Iterator[tuple[str, str, Scene]]) -> None:
+    categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
+    info = {"description": f"synthetic thermal scenes, seed {seed}"}
+    coco = {split: {"info": info, "images": [], "annotations": [], "categories": categories} for split in SPLITS}
+    rows = [("file", "split", "label")]
+    for split, name, scene in scenes:
+        pictures = {"images": scene.image, "class_masks": scene.class_mask}
+        pictures["target_masks"] = scene.target_mask.astype(np.uint8) * 255
+        for kind, pixels in pictures.items():
+            # Sensor noise does not compress: the fastest level costs a few per cent of size and saves most of the time.
+            Image.fromarray(pixels).save(folder / kind / split / name, compress_level=1)
+        rows.append((f"images/{split}/{name}", split, scene.scene_class))
+        _annotate(coco[split], scene, name)
     with open(folder / "class_labels.csv", "w", newline="") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(("file", "split", "label"))
-        for index in range(count):
-            scene = generate_scene(seed, index, size)
-            split = _split(index, val_fraction)
-            name = f"{index:06d}.png"
-            _write_png(folder / "images" / split / name, scene.image)
-            _write_png(folder / "class_masks" / split / name, scene.class_mask)
-            _write_png(folder / "target_masks" / split / name, scene.target_mask.astype(np.uint8) * 255)
-            table.writerow((f"images/{split}/{name}", split, scene.scene_class))
-            _annotate(coco[split], scene, name)
-    for split in SPLITS:
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(coco[split], indent=1) + "\n")
+        csv.writer(stream, lineterminator="\n").writerows(rows)
     described = {
         "classes": [{"value": value, "name": name} for value, name in enumerate(SURFACES)],
         "target_classes": [{"value": 0, "name": "background"}, {"value": 255, "name": "target"}],
         "scene_classes": list(SCENE_CLASSES),
         "box_categories": list(CATEGORIES),
         "seed": seed,
-        "count": count,
+        "count": len(rows) - 1,
     }
-    (folder / "classes.json").write_text(json.dumps(described, indent=1) + "\n")
+    files = {f"annotations/{split}.json": coco[split] for split in SPLITS} | {"classes.json": described}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def is_val(index: int, fraction: float) -> bool:
@@ -159,36 +158,11 @@ def is_val(index: int, fraction: float) -> bool:
     return math.floor(fraction * (place - 1) + 1) > math.floor(fraction * (place - 2) + 1)
 
 
-def _split(index: int, val_fraction: float) -> str:
-    return "val" if is_val(index, val_fraction) else "train"
-
-
-def _empty_annotations(seed: int) -> dict:
-    return {
-        "info": {"description": f"synthetic thermal scenes, seed {seed}"},
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)],
-    }
-
-
 def _annotate(coco: dict, scene: Scene, name: str) -> None:
     height, width = scene.image.shape
     image_id = len(coco["images"]) + 1
     coco["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
-    for box in scene.boxes:
-        coco["annotations"].append(
-            {
-                "id": len(coco["annotations"]) + 1,
-                "image_id": image_id,
-                "category_id": CATEGORIES.index(box.category) + 1,
-                "bbox": [box.x, box.y, box.width, box.height],
-                "area": box.area,
-                "iscrowd": 0,
-            }
-        )
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    # Sensor noise does not compress: the fastest level costs a few per cent of size and saves most of the time.
-    Image.fromarray(pixels).save(path, compress_level=1)
+    for number, box in enumerate(scene.boxes, start=len(coco["annotations"]) + 1):
+        known = {"id": number, "image_id": image_id, "category_id": CATEGORIES.index(box.category) + 1}
+        shape = {"bbox": [box.x, box.y, box.width, box.height], "area": box.area, "iscrowd": 0}
+        coco["annotations"].append(known | shape)

@@ -1,20 +1,17 @@
-"""One synthetic thermal picture with all its labels, from a seed and an index."""
+"""One synthetic thermal picture with all its labels, from a seed and an index: scene and camera."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 
 from data_pipelines.errors import InputError
-from data_pipelines.synthetic.aerial import aerial
-from data_pipelines.synthetic.camera import photograph
-from data_pipelines.synthetic.canvas import SURFACES, Box
-from data_pipelines.synthetic.scenes import coast, field, industrial, sky, street
-from data_pipelines.synthetic.stage import Stage
+from data_pipelines.synthetic.canvas import SURFACES, Box, Stage
+from data_pipelines.synthetic.scenes import LANDSCAPES, aerial, draw_landscape
 
-_LAYOUTS = {"aerial": aerial, "coast": coast, "field": field, "industrial": industrial, "sky": sky, "street": street}
-SCENE_CLASSES = tuple(_LAYOUTS)
+SCENE_CLASSES = ("aerial", *LANDSCAPES)
 DEFAULT_SIZE = (256, 320)
 SMALLEST_SIDE = 64
 
@@ -57,8 +54,44 @@ def generate_scene(seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE) 
     rng = np.random.default_rng([seed, index])
     scene_class = SCENE_CLASSES[index % len(SCENE_CLASSES)]
     stage = Stage(height, width, rng)
-    _LAYOUTS[scene_class](stage)
+    if scene_class == "aerial":
+        aerial(stage)
+    else:
+        draw_landscape(stage, LANDSCAPES[scene_class])
     # Nothing is of one temperature all over; sky apart, everything gets a faint unevenness.
     uneven = stage.grain() * np.float32(rng.uniform(0.15, 0.45))
     image = photograph(stage.temperature + uneven * (stage.surface != SURFACES.index("sky")), rng)
     return Scene(image, scene_class, stage.boxes(), stage.surface, stage.targets)
+
+
+def photograph(temperature: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Takes a picture of apparent temperatures (H, W) float32 in degrees Celsius; returns (H, W) uint8.
+
+    Draws a camera: blur of the optics, shading towards the corners, noise a pixel (noise-equivalent temperature
+    difference 30 to 150 mK), fixed patterns a row and a column, then gain control and, rarely, black-hot polarity.
+    """
+    height, width = temperature.shape
+    image = ndimage.gaussian_filter(temperature, rng.uniform(0.5, 1.2) * max(1.0, height / 320), mode="nearest")
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
+    image += np.float32(rng.normal(0, 0.4)) * (x * x + y * y)
+    image += rng.standard_normal((height, width), dtype=np.float32) * np.float32(np.exp(rng.uniform(-3.5, -1.9)))
+    image += rng.standard_normal((1, width), dtype=np.float32) * np.float32(np.exp(rng.uniform(-4.5, -2.4)))
+    image += rng.standard_normal((height, 1), dtype=np.float32) * np.float32(np.exp(rng.uniform(-5.0, -2.9)))
+    picture = gain_control(image, rng)
+    return 255 - picture if rng.random() < 0.15 else picture
+
+
+def gain_control(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Maps (H, W) float32 to uint8 as thermal cameras do: a clipped range, then a gamma.
+
+    The brightness setting (mean level) is drawn apart from the scene, so that it says nothing about what is seen.
+    """
+    low, high = np.percentile(image, (rng.uniform(0.02, 0.8), rng.uniform(99.2, 99.98)))
+    linear = np.clip((image - low) / max(float(high - low), 1e-3), 0, 1)
+    level = np.clip(linear, 1e-4, 1)
+    brightness = rng.uniform(0.3, 0.6)
+    for _ in range(2):
+        level = level ** np.float32(np.clip(np.log(brightness) / np.log(float(level.mean())), 0.4, 2.5))
+    black, white = rng.uniform(0, 45), rng.uniform(185, 255)
+    return np.clip(np.rint(black + (white - black) * level), 0, 255).astype(np.uint8)

@@ -6,6 +6,10 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+REFUSALS = {
+    "empty_file", "not_an_image", "truncated", "corrupt_data", "decompression_bomb", "unsupported_depth",
+    "unsupported_layout", "not_finite", "mostly_nodata", "radiometric_unreadable",
+}  # fmt: skip
 GRAY = np.random.default_rng(0).integers(0, 256, (24, 40), dtype=np.uint8)
 DEEP = np.random.default_rng(1).integers(0, 65536, (24, 40), dtype=np.uint16)
 RAMP = np.tile(np.arange(0, 240, 6, dtype=np.uint8), (24, 1))

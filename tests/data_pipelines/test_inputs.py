@@ -16,8 +16,8 @@ import pytest
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.prepare import archives
-from data_pipelines.prepare.archives import Source
-from data_pipelines.prepare.inputs import SourceReader, SourceUnreadable, list_sources, split_into_parts
+from data_pipelines.prepare.archives import Source, SourceReader, SourceUnreadable
+from data_pipelines.prepare.inputs import list_sources, split_into_parts
 
 FILES = {"b.png": b"bb", "a/x.jpg": b"x" * 5000, "a/y.jpg": b"", "c d/ü.tif": b"umlaut"}
 LIMIT = 1 << 20

@@ -33,7 +33,7 @@ def config(shards):
 
 def test_the_box_drawn_is_the_one_that_was_cut(config):
     samples = training_samples(config)
-    assert [sample.key for sample in samples] == record_keys(config, 0)
+    assert [sample.example.key for sample in samples] == record_keys(config, 0)
     for sample in samples:
         cut = resize(sample.box.of(sample.stored), (48, 64))
         assert any((sample.crop == view).all() for view in (cut, cut[:, ::-1]))

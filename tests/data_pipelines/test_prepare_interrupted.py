@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.decode import REFUSALS
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.prepare.collect import examine_part
 from data_pipelines.shards import ShardReader
 from data_pipelines.workers import worker_pool
-from tests.data_pipelines.damaged import SEEDS
+from tests.data_pipelines.damaged import REFUSALS, SEEDS
 from tests.data_pipelines.test_prepare import REPOSITORY, read_rejected, scene, shard_bytes, write_images
 
 

@@ -71,11 +71,15 @@ def test_boxes_fit_the_class_mask(scenes):
 
 def test_box_is_the_tight_frame_of_what_stays_visible():
     canvas = Canvas(64, 96)
+
+    def rectangle(left, top, right, bottom):
+        return canvas.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
+
     hidden, cut = canvas.add_object("vehicle"), canvas.add_object("person")
-    canvas.paint(canvas.rectangle(10, 10, 20, 20), 5.0, "vehicle", hidden)
-    canvas.paint(canvas.rectangle(40, 30, 59, 39), 30.0, "person", cut)
-    canvas.paint(canvas.rectangle(0, 0, 30, 30), 1.0, "building")
-    canvas.paint(canvas.rectangle(50, 0, 70, 60), 1.0, "building")
+    canvas.paint(rectangle(10, 10, 20, 20), 5.0, "vehicle", hidden)
+    canvas.paint(rectangle(40, 30, 59, 39), 30.0, "person", cut)
+    canvas.paint(rectangle(0, 0, 30, 30), 1.0, "building")
+    canvas.paint(rectangle(50, 0, 70, 60), 1.0, "building")
     (box,) = canvas.boxes()
     assert (box.category, box.x, box.y, box.width, box.height, box.area) == ("person", 40, 30, 10, 10, 100)
     assert np.sum(canvas.instance == cut) == 100 and not np.any(canvas.instance == hidden)
