@@ -15,7 +15,7 @@ import numpy as np
 
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import NEEDS_ACCELERATOR, Row, report
-from infmae_jax.bench.step import visible_tokens
+from infmae_jax.bench.step import settings_of, visible_tokens
 from infmae_jax.models import blocks, patches
 from infmae_jax.tasks.pretrain import PretrainConfig
 
@@ -47,8 +47,8 @@ def kernels(config: PretrainConfig, batch: int, rounds: int) -> dict[str, Any]:
                 rows.append({"kernel": group, "way": way, "ms": median, "low": low, "high": high, "faster_by": faster})
             else:
                 rows.append({"kernel": group, "way": way, "note": NEEDS_ACCELERATOR})
-    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype}
-    return report("kernels", settings | {"visible_tokens": keep, "rounds": rounds}, rows)
+    settings = settings_of(config) | {"batch": batch, "visible_tokens": keep, "rounds": rounds}
+    return report("kernels", settings, rows)
 
 
 def _depthwise(config: PretrainConfig, ids: jax.Array, grid: tuple[int, int], rng: np.random.Generator) -> dict:

@@ -10,6 +10,7 @@ Shape letters as in `infmae_jax.models`, but maps are channels first, (B,C,H,W),
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,13 +51,13 @@ class PatchEmbed(nn.Module):
         return F.gelu(self.norm(self.proj(x)))
 
 
-class ConvMlp(nn.Module):
-    """Two 1 x 1 convolutions with exact GELU between."""
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between; `layer` makes one: of tokens, or of maps (a 1 x 1 convolution)."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, layer: Callable[[int, int], nn.Module] = nn.Linear):
         super().__init__()
-        self.fc1 = nn.Conv2d(width, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, width, 1)
+        self.fc1 = layer(width, hidden)
+        self.fc2 = layer(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -72,7 +73,7 @@ class ConvBlock(nn.Module):
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
         self.conv2 = nn.Conv2d(width, width, 1)
         self.norm2 = ChannelNorm(width, eps=CONV_EPS)
-        self.mlp = ConvMlp(width, width * mlp_ratio)
+        self.mlp = Mlp(width, width * mlp_ratio, functools.partial(nn.Conv2d, kernel_size=1))
 
     def forward(self, x: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
         """visible: (B,1,H,W), 1 where a cell is visible, 0 where masked; None: no mask."""
@@ -80,18 +81,6 @@ class ConvBlock(nn.Module):
         y = y if visible is None else y * visible
         x = x + self.conv2(self.attn(y))
         return x + self.mlp(self.norm2(x))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Attention(nn.Module):
@@ -253,6 +242,11 @@ def from_params(
     }
     model.load_state_dict(state)
     return model.to(device())
+
+
+def settings() -> dict[str, Any]:
+    """What a comparison should say of PyTorch."""
+    return {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
 
 
 def device() -> torch.device:
