@@ -120,12 +120,10 @@ class ObserveConfig:
     """What a run shows of itself, besides metrics.jsonl, events.jsonl, TensorBoard and pictures.
 
     Attributes:
-      wandb_project: Weights & Biases project; empty is off.
       profile_steps: "a-b" or "a": a profiler trace of these steps, on all hosts, in RUN/profile.
       layer_norms_every: duration between logs of every layer's parameter and gradient norm; "0 steps" is never.
     """
 
-    wandb_project: str = ""
     profile_steps: str = ""
     layer_norms_every: str = "0 steps"
 

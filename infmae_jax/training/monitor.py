@@ -15,7 +15,6 @@ from absl import logging
 
 from data_pipelines.commands import progress_bar
 from infmae_jax.training import hardware
-from infmae_jax.training.config import RunConfig, flat, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.task import Batches, Position, Task
 from infmae_jax.training.writers import EventLog, MetricsWriter
@@ -49,7 +48,6 @@ class Monitor:
         self,
         workdir: Path,
         task: Task,
-        config: RunConfig,
         clock: Goodput,
         events: EventLog,
         flops_per_step: float,
@@ -58,7 +56,7 @@ class Monitor:
         primary: bool,
     ):
         self._task, self._clock, self._events, self._primary = task, clock, events, primary
-        self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
+        self._writer = MetricsWriter(workdir, first, primary)
         self._bar = progress_bar("train", total, "step", done=first, active=primary)
         self._utilisation = functools.partial(
             hardware.mfu,

@@ -146,8 +146,8 @@ class Run:
         self._monitor = self._stack.enter_context(
             contextlib.closing(
                 Monitor(
-                    self._folder, self._task, self._config, self._clock, events, program.flops, at.step,
-                    program.total_steps, self._primary,
+                    self._folder, self._task, self._clock, events, program.flops, at.step, program.total_steps,
+                    self._primary,
                 )
             )
         )  # fmt: skip

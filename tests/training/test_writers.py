@@ -193,14 +193,13 @@ def test_a_file_of_a_long_run_is_opened_from_its_end(tmp_path):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 300), max_size=30), st.booleans(), st.integers(1, 64))
-def test_lines_from_the_end_are_the_lines_from_the_beginning_reversed(tmp_path_factory, sizes, closed, block):
+@given(st.lists(st.integers(0, 300), max_size=30), st.booleans())
+def test_lines_from_the_end_are_the_lines_from_the_beginning_reversed(tmp_path_factory, sizes, closed):
     path = tmp_path_factory.mktemp("lines") / "lines"
     lines = [bytes([65 + number % 26]) * size for number, size in enumerate(sizes)]
     data = b"".join(line + b"\n" for line in lines) + (b"" if closed else b"cut")
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(line_files, "_BLOCK", block)
         patch.setattr(line_files, "LONGEST_LINE", 200)
         found = list(line_files.lines_from_the_end(path))
     ends = np.cumsum([len(line) + 1 for line in lines]).tolist()
