@@ -89,7 +89,7 @@ class RunHistory:
     def counts(self) -> collections.Counter[str]:
         """How often each event happened; "skip" counts also updates whose events could not be written."""
         counts = collections.Counter(event["event"] for event in self.events)
-        counts["skip"] = int(max(counts["skip"] + counts["spike"], self.finite("skipped_updates")[:, 1].max(initial=0)))
+        counts["skip"] = int(max(counts["skip"], self.finite("skipped_updates")[:, 1].max(initial=0)))
         return counts
 
     @functools.cached_property

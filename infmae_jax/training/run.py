@@ -83,9 +83,7 @@ class Run:
         self._folder, self._stop, self._peers, self._clock, self._at_end = folder, stop, peers, clock, at_end
         self._primary = jax.process_index() == 0
         config, in_steps = program.config, program.in_steps
-        self._log_every, self._save_every, self._norms_every = map(
-            in_steps, (config.log_every, config.checkpoint_every, config.observe.layer_norms_every)
-        )
+        self._log_every, self._save_every = in_steps(config.log_every), in_steps(config.checkpoint_every)
         self._evaluators = {
             name: (in_steps(evaluator.every), evaluator.run) for name, evaluator in self._task.evaluators().items()
         }
@@ -208,14 +206,11 @@ class Run:
 
     def step(self, state: TrainState, batch: dict[str, jax.Array], at: Position) -> TrainState:
         """Makes a step, and reads the metrics of the one before."""
-        program, norms = self._program, {}
         with self._clock.spend("stepping"), self._profile.step(at.step, self._metrics):
-            if self._norms_every and at.step % self._norms_every == 0:
-                norms = program.layer_norms(state, batch)
-            state, self._metrics = program.step(state, batch, self._stop.code)
-        last = at.step == program.total_steps - 1
-        log = norms or (self._log_every and (at.step % self._log_every == 0 or last))
-        self._monitor.step(at.step, self._metrics | norms, bool(log))
+            state, self._metrics = self._program.step(state, batch, self._stop.code)
+        last = at.step == self._program.total_steps - 1
+        log = self._log_every and (at.step % self._log_every == 0 or last)
+        self._monitor.step(at.step, self._metrics, bool(log))
         if last:
             self._monitor.flush()
         return state
