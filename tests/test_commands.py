@@ -48,7 +48,7 @@ def test_pretrain(flags, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "bench flops|step|kernels|features|data|all"),
+        ([], "bench flops|step|features|data|all"),
         (["flops", "step"], "bench flops|step"),
         (["step", "--batch_sizes=many"], "--batch_sizes=many"),
         (["step", "--quick", "--variant=giant"], "giant"),

@@ -2,8 +2,8 @@
 
 flops       operations of a training step by stage, on visible patches and as published: XLA's count and one by hand
 step        the training step: images/s, MFU, memory, compile time over --batch_sizes; what else varies is a key of the
-            config (--config.data.image_size=320x320); with --torch in turns with PyTorch
-kernels     depthwise convolutions, placing and taking tokens, attention: ways to compute them
+            config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
+            .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
 all         each of them
@@ -33,7 +33,6 @@ from data_pipelines.errors import InputError
 from infmae_jax.bench.data import data
 from infmae_jax.bench.features import features
 from infmae_jax.bench.flops import flops
-from infmae_jax.bench.kernels import kernels
 from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
@@ -97,7 +96,6 @@ def _step(s: _Settings) -> dict[str, Any]:
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
-    "kernels": lambda s: kernels(s.config, s.batches(8, 256)[0], s.rounds),
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
     "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
 }

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 
 from data_pipelines.commands import progress_bar
@@ -101,10 +100,6 @@ class Monitor:
         """Of the accepted updates since the last call (infinite without any)."""
         losses, self._losses = self._losses, []
         return math.fsum(losses) / len(losses) if losses else math.inf
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H,W,3) uint8."""
-        self._writer.picture(name, image, step)
 
     def results(self, step: int, values: Mapping[str, float]) -> None:
         """Logs what evaluators found at the state before `step`."""

@@ -274,8 +274,6 @@ class Run:
         for name in results.keys() - numbers.keys():
             value, picture = results[name], isinstance(results[name], np.ndarray)
             file = f"step_{step:08d}_{name.replace('/', '_')}.{'png' if picture else 'json'}"
-            if picture:
-                self._monitor.picture(name, value, step)
             try:
                 if self._primary:
                     with atomic_write(self._folder / ("pictures" if picture else "tables") / file) as path:

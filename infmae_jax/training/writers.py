@@ -7,7 +7,6 @@ one is a warning, and each later line is tried anew. No line is ever left half-w
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
@@ -107,10 +105,6 @@ class MetricsWriter:
         stamped = {"step": row["step"], "time": time.time(), **row}
         self._each(lambda sink: sink.write(stamped))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H,W,3) uint8."""
-        self._each(lambda sink: sink.picture(name, image, step))
-
     def rewind(self, step: int) -> None:
         """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
         self._each(lambda sink: sink.rewind(step))
@@ -134,9 +128,6 @@ class _JsonRows:
 
     def write(self, row: Mapping[str, float]) -> None:
         self._file.append(_to_line(row))
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """RUN/pictures has it."""
 
     def rewind(self, step: int) -> None:
         end = 0
@@ -169,13 +160,6 @@ class _TensorBoard:
         scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        height, width, channels = image.shape
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, format="PNG")
-        drawn = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
-        self._append(step=step, summary=Summary(value=[Summary.Value(tag=name, image=drawn)]))
 
     def rewind(self, step: int) -> None:
         # TensorBoard drops what it has of this step and later when it reads a session start there.
