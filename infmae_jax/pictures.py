@@ -35,7 +35,6 @@ MARKS = {  # what may be marked on a curve: colour and matplotlib marker
     "roll-back": ("#7b3fa0", "<"),
     "checkpoint damaged or not saved": ("#c62828", "D"),
 }
-_MOST_POINTS = 2000  # drawn of a curve
 _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
 _LONGEST_NAME = 30  # characters of a class name
 
@@ -124,7 +123,7 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     """Draws a metric over the steps of a run, large enough for a phone.
 
     Args:
-      series: (n,2) step and value; NaN is a gap. Of very many points the extremes are drawn. At least one is finite.
+      series: (n,2) step and value; NaN is a gap. At least one is finite.
       marks: steps by kind, a key of `MARKS`.
       shown: first and last step of the axis.
 
@@ -135,7 +134,7 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
 
     figure = _figure(420, 240, zoom=2)
     axis = figure.add_axes((0.14, 0.1, 0.82, 0.83))
-    steps, values = _extremes(series).T
+    steps, values = series.T
     values = np.clip(values, -1e99, 1e99)  # Agg cannot scale an axis of larger ones
     alone = ~np.isnan(values) & np.isnan(np.r_[np.nan, values[:-1]]) & np.isnan(np.r_[values[1:], np.nan])
     noisy = len(values) >= 40
@@ -158,18 +157,6 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     return _render(figure)
-
-
-def _extremes(series: np.ndarray) -> np.ndarray:
-    """The series, or the lowest and the highest point of each of many equal stretches, its ends included."""
-    if len(series) <= _MOST_POINTS:
-        return series
-    kept = [0, len(series) - 1]
-    for part in np.array_split(np.arange(len(series)), _MOST_POINTS // 2):
-        values = series[part, 1]
-        kept += [part[np.where(np.isnan(values), np.inf, values).argmin()]]
-        kept += [part[np.where(np.isnan(values), -np.inf, values).argmax()]]
-    return series[np.unique(kept)]
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
