@@ -39,7 +39,7 @@ _MARK_OF_EVENT = {
 }  # fmt: skip
 _MEASURES = (
     ("images_per_second", "images per second", "{:.4g}"), ("goodput", "goodput", "{:.1%}"), ("mfu", "MFU", "{:.1%}"),
-    ("device_memory_gib", "device memory", "{:.2f} GiB"), ("host_memory_gib", "host memory", "{:.2f} GiB"),
+    ("device_memory_gib", "device memory", "{:.2f} GiB"),
 )  # fmt: skip
 _COUNTS = (
     ("skip", "updates skipped"), ("resume", "restarts"), ("rollback", "roll-backs"),

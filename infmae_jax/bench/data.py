@@ -1,7 +1,7 @@
 """Images per second of the input pipeline, against a classic Pillow RGB pipeline and against raw-encoded shards.
 
 Rows are measured in turns, a short slice each, over several rounds, so that whatever else the machine does hits all of
-them alike; ratios are those of the same round. "Per core" is per second of CPU time of a process pinned to one core
+them alike; ratios are those of the same round. "Per core" is per second of CPU time, best with `taskset -c 0` in front
 (records come from the page cache). Worker processes are counted by wall time on all cores.
 """
 
@@ -11,11 +11,10 @@ import contextlib
 import dataclasses
 import functools
 import io
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def measure(
     config = PipelineConfig(tuple(folders), batch_size=batch_size, threads=0)
     if num_examples(config) < 2:
         raise InputError(f"{folders[0]} holds too few records to measure; prepare a set of some hundred images")
-    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder, _pinned(), contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder, contextlib.ExitStack() as stack:
         reader = ExampleReader(local_folders(config.shards))
         examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
         raw = dataclasses.replace(config, shards=(write_raw(folders[0], examples, Path(folder)),))
@@ -147,17 +146,3 @@ def _rows(
         | ({"versus": timing.ratio(measured["classic"], measured[name])} if "classic" in measured else {})
         for name in stages
     ]
-
-
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    """Keeps this process on its last core; does nothing where it cannot."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

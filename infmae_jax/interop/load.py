@@ -66,9 +66,11 @@ def load(
         raise InputError(f"{name} is not a file; give the checkpoint file itself")
     reader = torch_file if source == "torch" else safetensors_file
     tensors, extras = reader.read_checkpoint(name)
-    architecture = {"heads": heads, "decoder_heads": decoder_heads, "norm_pix_loss": norm_pix_loss}
     try:
-        trained = published.from_state(tensors, extras.get(published.METADATA_KEY), **architecture)
+        trained = published.from_state(
+            tensors, extras.get(published.METADATA_KEY), heads=heads, decoder_heads=decoder_heads,
+            norm_pix_loss=norm_pix_loss,
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return dataclasses.replace(trained, name=name)

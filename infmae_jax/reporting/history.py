@@ -54,7 +54,7 @@ class RunHistory:
         found: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             for key, value in row.items():
-                found.setdefault(key, []).append((row["step"], _number(value)))
+                found.setdefault(key, []).append((row["step"], value if math.isfinite(value) else math.nan))
         return {key: np.array(pairs) for key, pairs in found.items()}
 
     def finite(self, key: str) -> np.ndarray:
@@ -76,8 +76,8 @@ class RunHistory:
     @functools.cached_property
     def total_steps(self) -> int | None:
         """Steps of the whole run; None where the events do not say."""
-        totals = [_number(event["total_steps"]) for event in self.events if "total_steps" in event]
-        return int(totals[-1]) if totals and totals[-1] > 0 else None
+        totals = [event["total_steps"] for event in self.events if type(event.get("total_steps")) is int]
+        return totals[-1] if totals and 0 < totals[-1] < 1 << 53 else None
 
     @functools.cached_property
     def seen(self) -> tuple[float, float] | None:
@@ -148,14 +148,6 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}" if seconds < 20 * size else f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _number(value: Any) -> float:
-    """A finite number as float; NaN for everything else."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
 
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:

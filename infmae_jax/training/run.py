@@ -142,13 +142,8 @@ class Run:
                 self._task.fingerprint,
             )  # fmt: skip
         self._monitor = self._stack.enter_context(
-            contextlib.closing(
-                Monitor(
-                    self._folder, self._task, self._clock, events, program.flops, at.step, program.total_steps,
-                    self._primary,
-                )
-            )
-        )  # fmt: skip
+            contextlib.closing(Monitor(self._folder, program, self._clock, events, at.step, self._primary))
+        )
         events.write(
             "resume" if at.step else "start", at.step, processes=jax.process_count(), devices=program.mesh.size,
             total_steps=program.total_steps, config=self._identity,

@@ -33,7 +33,7 @@ def test_page_of_an_eventful_run(eventful):
     text = page.text
     for expected in (
         "finished step 100 of 100", "loss, last 0.51", "loss, first 1.5", "loss, best 0.51 at step 99",
-        "images per second 40", "goodput 87.5%", "host memory 1.25 GiB", "updates skipped 2", "restarts 1",
+        "images per second 40", "goodput 87.5%", "device memory 1.25 GiB", "updates skipped 2", "restarts 1",
         "roll-backs 1", "checkpoints damaged 1", "saves failed 1", "checkpoints saved 1", "parameters 2,934,512",
         "GFLOP per image 1.25", "devices 2 x cpu", '"fsdp": 1', "shares.stepping 0.9",
         "reason digest of encoder/x differs", "hit/a.jpg b<1>", "2 records", "loss nan", "to step 20",
