@@ -111,7 +111,6 @@ def summary(history: RunHistory) -> str:
 def render(history: RunHistory) -> str:
     """The whole page. Everything that comes from a file is escaped."""
     status, total = history.status, history.total_steps
-    left = f", about {duration_text(history.seconds_left)} left" if history.seconds_left else ""
     body = [
         _table((), facts(history)),
         "".join(f"<p>Problem: {_text(problem)}.</p>" for problem in history.problems),
@@ -123,7 +122,7 @@ def render(history: RunHistory) -> str:
     ]
     return _PAGE.format(
         name=_text(history.folder.resolve().name), status=status[0],
-        progress=_text(f"step {_progress(history)}{left}. {status[1]}"),
+        progress=_text(f"step {_progress(history)}. {status[1]}"),
         bar=f'<progress max="{total}" value="{min(history.step, total)}"></progress>' if total else "",
         body="".join(body), now=_moment(history.now),
     )  # fmt: skip

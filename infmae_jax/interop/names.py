@@ -54,11 +54,12 @@ DEPTHWISE = Layout((2, None, 0, 1))  # ours (rows, columns, C)
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its path in our tree, its published name and layout."""
+    """One parameter: its path in our tree, its published name and layout, and its published shape."""
 
     path: tuple[str, ...]
     name: str
     layout: Layout
+    shape: tuple[int, ...]
 
 
 # From our path, joined by dots and without `encoder.`, to the published name.
@@ -74,8 +75,11 @@ _RENAMES = (
 
 def table(config: InfMAEConfig) -> list[Entry]:
     """An entry for every parameter of the model that `config` describes."""
-    shapes = traverse_util.flatten_dict(abstract_params(config))
-    return [Entry(path, _published_name(path), _layout(path, len(leaf.shape))) for path, leaf in shapes.items()]
+    entries = []
+    for path, leaf in traverse_util.flatten_dict(abstract_params(config)).items():
+        layout = _layout(path, len(leaf.shape))
+        entries.append(Entry(path, _published_name(path), layout, layout.shape(leaf.shape)))
+    return entries
 
 
 def _published_name(path: tuple[str, ...]) -> str:

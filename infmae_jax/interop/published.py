@@ -19,7 +19,6 @@ from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import names, wrappers
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
-from infmae_jax.models.infmae import abstract_params
 from infmae_jax.models.patches import PATCH, position_embedding
 
 METADATA_KEY = "infmae_jax"
@@ -200,8 +199,7 @@ def _depth(state: Mapping[str, np.ndarray], prefix: str) -> int:
 def _check_tensors(
     state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry], whole: bool
 ) -> None:
-    shapes = traverse_util.flatten_dict(abstract_params(config))
-    expected = {entry.name: entry.layout.shape(shapes[entry.path].shape) for entry in entries}
+    expected = {entry.name: entry.shape for entry in entries}
     # What an encoder alone may lack: all of it is computed or has a default.
     optional = _POSITIONS if whole else (*_POSITIONS, _SCORE_WEIGHT, _SCORE_BIAS)
     if config.encoder.kind == "hybrid":

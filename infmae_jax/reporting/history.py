@@ -111,15 +111,6 @@ class RunHistory:
             return "silent", f"no sign of life for {duration_text(silent)}: killed, or it hangs"
         return "running", f"last sign of life {duration_text(silent)} ago"
 
-    @functools.cached_property
-    def seconds_left(self) -> float | None:
-        """Of a running run, from the pace of its last rows; None where there is none."""
-        times = self.finite("time")[-_RECENT_ROWS:]
-        if self.status[0] != "running" or self.total_steps is None or len(times) < 2:
-            return None
-        steps, seconds = times[-1] - times[0]
-        return max(0, self.total_steps - self.step) * seconds / steps if seconds > 0 else None
-
 
 def read_history(run: str | Path) -> RunHistory:
     """Reads a run folder, its metrics.jsonl line by line in bounded memory.
