@@ -227,7 +227,7 @@ def _sheet(rows: list[list[np.ndarray]], titles: Sequence[str], framed: np.ndarr
             sheet.paste(Image.fromarray(cell), (left, _HEAD + _GAP + row * down))
     for row, y, x in np.argwhere(framed).tolist():
         top, start = _HEAD + _GAP + row * down + y * side, left + x * side
-        draw.rectangle((start + 1, top + 1, start + side - 2, top + side - 2), outline=_FRAME)
+        draw.rectangle((start + 1, top + 1, start + side - 2, top + side - 2), outline=_FRAME, width=zoom)
     return np.asarray(sheet)
 
 

@@ -25,7 +25,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, local_path
 from infmae_jax.training.config import differences, to_config
 from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
@@ -34,16 +34,6 @@ CONFIG_NAME, RUN_INFO_NAME, LOCK_NAME = "config.json", "run_info.json", ".lock"
 _PACKAGES = ("infmae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
 _LARGEST_JSON = 1 << 26  # bytes
 _NAMES_OF_HOSTS = ("coordinator", "notice_url")  # keys of `distributed`
-
-
-def local_path(workdir: str | Path) -> Path:
-    """A run folder as it was named by the user, with `~` expanded; InputError for the URL of an object store."""
-    if "://" in str(workdir) or str(workdir).startswith(("gs:/", "s3:/")):
-        raise InputError(
-            f"--workdir={workdir} is not a folder: a run needs locks, appending and renaming, which object stores do "
-            "not have; mount the bucket or a shared disk, name a folder there, and copy the run afterwards"
-        )
-    return Path(workdir).expanduser()
 
 
 # ---- config.json ----------------------------------------------------------------------------------------------------
@@ -185,7 +175,7 @@ def workdir_lock(run: str | Path) -> Iterator[None]:
     Raises:
       InputError: another process works in `run`, or it cannot be written to.
     """
-    path = local_path(run) / LOCK_NAME
+    path = Path(local_path(run, "--workdir")) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
