@@ -1,4 +1,4 @@
-"""Images per second of the input pipeline, against a classic Pillow RGB pipeline and against raw-encoded shards.
+"""Images per second of the input pipeline, against a classic Pillow RGB pipeline (of shards of any encoding).
 
 Rows are measured in turns, a short slice each, over several rounds, so that whatever else the machine does hits all of
 them alike; ratios are those of the same round. "Per core" is per second of CPU time, best with `taskset -c 0` in front
@@ -15,19 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Example, decode_pixels, encode_example
+from data_pipelines.examples import Example, decode_pixels
 from data_pipelines.masking import select_visible, token_scores
 from data_pipelines.pipeline import PipelineConfig, num_examples, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.shards import fingerprint_splits, make_split, read_manifest, write_manifest, write_shard
 from data_pipelines.transforms import MEAN, STD, draw_crop
 from infmae_jax import embedded
 from infmae_jax.bench import timing
@@ -62,17 +60,12 @@ def measure(
     config = PipelineConfig(tuple(folders), batch_size=batch_size, threads=0)
     if num_examples(config) < 2:
         raise InputError(f"{folders[0]} holds too few records to measure; prepare a set of some hundred images")
-    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder, contextlib.ExitStack() as stack:
-        reader = ExampleReader(local_folders(config.shards))
-        examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
-        raw = dataclasses.replace(config, shards=(write_raw(folders[0], examples, Path(folder)),))
-        ways = {"pipeline": config, "pipeline, raw shards": raw}
-        batches = {name: stack.enter_context(train_batches(way)) for name, way in ways.items()}
-        for each in batches.values():
-            while each.samples < min(4 * len(reader), _WARM_SAMPLES):
-                crops = next(each)["image"][..., 0]
-        stages = {name: functools.partial(next, each) for name, each in batches.items()}
-        stages |= _parts(config, examples, crops)
+    reader = ExampleReader(local_folders(config.shards))
+    examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
+    with train_batches(config) as batches:
+        while batches.samples < min(4 * len(reader), _WARM_SAMPLES):
+            crops = next(batches)["image"][..., 0]
+        stages = {"pipeline": functools.partial(next, batches), **_parts(config, examples, crops)}
         rows = _rows(stages, batch_size, seconds if workers == 0 else seconds / 2, rounds, "core")
     if workers:
         with train_batches(dataclasses.replace(config, workers=workers)) as batches:
@@ -101,19 +94,6 @@ def classic_batch(images: Sequence[bytes], rng: np.random.Generator, size: tuple
         sample /= np.float32(STD)
         samples.append(sample)
     return np.stack(samples)
-
-
-def write_raw(folder: str, examples: Sequence[Example], target: Path) -> str:
-    """Writes examples into a shard set of raw pixels; `folder` lends the rest of its manifest. Returns `target`."""
-    stored = []
-    for example in examples:
-        pixels = decode_pixels(example)
-        data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
-        stored.append(encode_example(dataclasses.replace(example, image=data, encoding="raw")))
-    splits = {"train": make_split([write_shard(target / "raw.array_record", stored)])}
-    manifest = read_manifest(*local_folders([folder]))
-    write_manifest(target, dataclasses.replace(manifest, splits=splits, fingerprint=fingerprint_splits(splits)))
-    return str(target)
 
 
 def _parts(config: PipelineConfig, examples: Sequence[Example], crops: np.ndarray) -> dict[str, Callable[[], Any]]:
