@@ -12,6 +12,7 @@ Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some im
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -104,11 +105,8 @@ def embed(
 def _check(output: Path) -> None:
     if output.suffix not in FORMATS:
         raise InputError(f"output {output} is neither {' nor '.join(FORMATS)}: name a file that ends in one of them")
-    if output.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401  an optional dependency
-        except ImportError as error:
-            raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file") from error
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file")
 
 
 def _images(sources: Sequence[str | Path]) -> Iterator[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import InputError
-from infmae_jax.training.run_folder import CONFIG_NAME, RUN_INFO_NAME
+from infmae_jax.training.run_folder import CONFIG_NAME, RUN_INFO_NAME, read_object
 from infmae_jax.training.writers import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
 
 MOST_ROWS = 20_000  # of metrics.jsonl; of a longer file as many are read, evenly spread
@@ -143,11 +142,9 @@ def duration_text(seconds: float) -> str:
 
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        if isinstance(found := json.loads(path.read_text()), dict):
-            return found
-        problems.append(f"{path.name} cannot be read: it is not a JSON object")
-    except FileNotFoundError:
+        if path.is_file():
+            return read_object(path)
         problems.append(f"{path.name} is missing")
-    except (ValueError, OSError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
+    except InputError as error:
+        problems.append(str(error))
     return {}

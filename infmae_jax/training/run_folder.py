@@ -44,17 +44,20 @@ def read_config(run: str | Path) -> dict[str, Any]:
     path = Path(run) / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; InputError, in one line, when it holds none."""
+    reason: object = "it holds no object"
     try:
         with path.open("rb") as file:
-            config = json.loads(file.read(_LARGEST_JSON))
-    except (ValueError, RecursionError) as error:
+            found = json.loads(file.read(_LARGEST_JSON))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError, RecursionError) as error:
         reason = "brackets within brackets" if isinstance(error, RecursionError) else error
-        raise InputError(f"{path} is not valid JSON ({reason}); restore it or start a new run") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not the config of a run: it holds no object; restore it or start a new run")
-    return config
+    raise InputError(f"{path} cannot be read as JSON ({reason}); restore it or start a new run")
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:

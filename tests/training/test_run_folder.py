@@ -57,7 +57,7 @@ def test_weights_of_the_checkpoint_before_a_damaged_one(weights, tmp_path, caplo
 
 @pytest.mark.parametrize(
     "text, message",
-    [("[" * 100_000, "brackets within"), ("[1]", "holds no object"), ("3", "holds no object"), ("", "not valid")],
+    [("[" * 100_000, "brackets within"), ("[1]", "holds no object"), ("3", "holds no object"), ("", "cannot be read")],
     ids=["brackets", "list", "number", "empty"],
 )
 def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text, message):
