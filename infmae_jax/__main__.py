@@ -19,7 +19,7 @@ JOBS = {
     "reconstruct": ("infmae_jax.reconstruct", "a picture of what a model reconstructs from visible patches"),
     "linear_probe": ("infmae_jax.linear_probe", "judge an encoder by a linear classifier on labelled images"),
     "embed": ("infmae_jax.embed", "features of a folder of images, as .npz or .parquet"),
-    "convert": ("infmae_jax.convert", "run folders, .pth, .safetensors and StableHLO into each other"),
+    "convert": ("infmae_jax.convert", "published checkpoints to run folders, and those to .safetensors or StableHLO"),
     "report": ("infmae_jax.report", "a page about a run"),
     "bench": ("infmae_jax.bench", "measure speed and memory on this machine"),
 }

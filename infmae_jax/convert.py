@@ -3,7 +3,7 @@
 A published checkpoint becomes a run folder, and back; a run becomes a function that needs no package but JAX:
 
     python -m infmae_jax.convert --from=torch --input=checkpoint.pth --output=RUN
-    python -m infmae_jax.convert --from=run --input=RUN --to=torch --output=checkpoint.pth
+    python -m infmae_jax.convert --from=run --input=RUN --to=safetensors --output=checkpoint.safetensors
     python -m infmae_jax.convert --from=run --input=RUN --to=jax-export --output=features.stablehlo
 
 The output must not exist; it appears whole or not at all, and names no folder, host or user.

@@ -12,6 +12,7 @@ Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some im
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -30,9 +31,8 @@ from data_pipelines.intensity import Intensity
 from data_pipelines.transforms import center_crop_resize
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
-from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.interop.trained_model import FEATURES, TrainedModel
 
-FEATURES = ("pooled", "fused", "stage1", "stage2", "stage3", "multi")
 VIEWS = ("stretch", "crop", "original")
 FORMATS = (".npz", ".parquet")
 EXIT_LEFT_OUT = 4
@@ -56,7 +56,7 @@ def embed(
       trained: the model; its `image_size` is the size that images are brought to, its `intensity` their mapping.
       sources: image files, and folders that are searched for images.
       output: `.npz` or `.parquet` file; replaced if it exists.
-      feature: "pooled", "stage1", "stage2", "stage3" (mean over the positions of that map), or "multi": the last three.
+      feature: see `TrainedModel.vectors`.
       view: "stretch" (the whole image, squeezed), "crop" (its centre), or "original" (pixel by pixel as it is).
       batch_size: images per device call.
       progress: show a progress line.
@@ -68,7 +68,7 @@ def embed(
       InputError: no images, none that can be read, an unknown format or feature, an output that cannot be written.
     """
     output = Path(output).expanduser()
-    _check(trained, output, feature)
+    _check(output)
     files = list(_images(sources))
     if not files:
         where = ", ".join(map(str, sources)) or "nothing"
@@ -102,19 +102,11 @@ def embed(
     return left_out
 
 
-def _check(trained: TrainedModel, output: Path, feature: str) -> None:
-    available = FEATURES if trained.config.encoder.kind == "hybrid" else ("pooled", "stage3")
-    if "stage1_output_decode" not in trained.params["encoder"]:
-        available = tuple(name for name in available if name != "fused")
-    if feature not in available:
-        raise InputError(f"--feature={feature} is not one of {', '.join(available)} of this encoder")
+def _check(output: Path) -> None:
     if output.suffix not in FORMATS:
         raise InputError(f"output {output} is neither {' nor '.join(FORMATS)}: name a file that ends in one of them")
-    if output.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401  an optional dependency
-        except ImportError as error:
-            raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file") from error
+    if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file")
 
 
 def _images(sources: Sequence[str | Path]) -> Iterator[Path]:
@@ -157,9 +149,7 @@ def _part(
             chosen = places[start : start + batch_size]
             padded = min(batch_size, 1 << (len(chosen) - 1).bit_length())  # few batch sizes, as each is compiled
             batch = np.stack([images[place] for place in chosen + chosen[-1:] * (padded - len(chosen))])
-            found = model.vectors(batch)
-            stages = ("stage1", "stage2", "stage3") if feature == "multi" else (feature,)
-            vectors.update(zip(chosen, np.concatenate([found[stage] for stage in stages], axis=1), strict=False))
+            vectors.update(zip(chosen, model.vectors(batch, feature), strict=False))
     return np.stack([vectors[place] for place in range(len(images))]) if images else np.zeros((0, 0)), errors
 
 

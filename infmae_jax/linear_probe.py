@@ -155,30 +155,24 @@ def table_text(results: dict[str, dict[str, Any]]) -> str:
         lines += [
             f"{column}: {len(result['classes'])} classes, {images}; {result['checkpoint']}, "
             f"feature {result['feature']}; mean ± std over {len(result['top1']['seeds'])} seed(s)",
-            _row("", "top-1 %", "per-class mean %"),
-            _row("linear probe", _percent(result["top1"]), _percent(result["balanced_accuracy"])),
-            _row(f"{result['knn']['neighbors']}-nearest neighbours", *_shares(result["knn"])),
-            _row("most frequent class", *_shares(result["majority_class"])),
-            "  per class: " + ", ".join(_class_text(name, values) for name, values in result["per_class"].items()),
+            f"  {'':24}{'top-1 %':>14}{'per-class mean %':>20}",
         ]
+        neighbours = f"{result['knn']['neighbors']}-nearest neighbours"
+        for title, scores in (
+            ("linear probe", result), (neighbours, result["knn"]), ("most frequent class", result["majority_class"])
+        ):  # fmt: skip
+            top1, balanced = _percent(scores["top1"]), _percent(scores["balanced_accuracy"])
+            lines.append(f"  {title:24}{top1:>14}{balanced:>20}")
+        classes = (f"{k} {_percent(v['accuracy'])} ({v['images']})" for k, v in result["per_class"].items())
+        lines.append(f"  per class: {', '.join(classes)}")
     return "\n".join(lines)
 
 
-def _row(title: str, top1: str, balanced: str) -> str:
-    return f"  {title:24}{top1:>14}{balanced:>20}"
-
-
-def _percent(value: dict[str, Any]) -> str:
-    return f"{100 * value['mean']:.1f} ± {100 * value['std']:.1f}"
-
-
-def _shares(value: dict[str, Any]) -> tuple[str, str]:
-    return f"{100 * value['top1']:.1f}", f"{100 * value['balanced_accuracy']:.1f}"
-
-
-def _class_text(name: str, values: dict[str, Any]) -> str:
-    accuracy = "-" if values["accuracy"] is None else f"{100 * values['accuracy']:.1f}"
-    return f"{name} {accuracy} ({values['images']})"
+def _percent(share: dict[str, Any] | float | None) -> str:
+    """Of a share, or of one with a deviation; "-" where there is none."""
+    if isinstance(share, dict):
+        return f"{100 * share['mean']:.1f} ± {100 * share['std']:.1f}"
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _define_flags() -> None:

@@ -1,7 +1,7 @@
 """Everything that is drawn: reconstruction panels, curves of metrics, confusion matrices. NumPy arrays in, pixels out.
 
-Every function draws with matplotlib's Agg canvas, imported when first used, without pyplot's global state: safe in the
-training loop, in threads and without a display. Text is drawn as it is, without mathematical markup.
+Curves and matrices are drawn on matplotlib's Agg canvas, imported when first used, without pyplot's global state: safe
+in the training loop, in threads and without a display. Text is drawn as it is, without mathematical markup.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
@@ -35,7 +35,6 @@ MARKS = {  # what may be marked on a curve: colour and matplotlib marker
     "roll-back": ("#7b3fa0", "<"),
     "checkpoint damaged or not saved": ("#c62828", "D"),
 }
-_MOST_POINTS = 2000  # drawn of a curve
 _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
 _LONGEST_NAME = 30  # characters of a class name
 
@@ -85,19 +84,14 @@ def reconstruction_panel(
     hidden = masked.reshape(batch, h, w).repeat(patch, axis=1).repeat(patch, axis=2)
     rebuilt = reconstructed_pixels(images, pred, norm_pix, patch)
     colours = _colour_table(colormap)
-    cells = []
+    rows = []
     for row in range(batch):
         veiled = colours[images[row]]
         veiled[hidden[row]] = _HIDDEN
         pasted = np.where(hidden[row], rebuilt[row], images[row])
-        levels = _to_levels(scores[row].reshape(h, w))
-        cells.append([colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels]])
-    figure, axes = _cell_grid(batch, PANEL_TITLES, height, width)
-    for row in range(batch):
-        for axis, cell in zip(axes[row], cells[row]):
-            axis.imshow(cell, interpolation="nearest", aspect="auto")
-        _frame_cells(axes[row][-1], ~masked[row].reshape(h, w))
-    return _save(figure, path)
+        levels = _to_levels(scores[row].reshape(h, w)).repeat(patch, axis=0).repeat(patch, axis=1)
+        rows.append([colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels]])
+    return _write(_sheet(rows, PANEL_TITLES, ~masked.reshape(batch, h, w), patch), path)
 
 
 def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool, patch: int = PATCH) -> np.ndarray:
@@ -124,7 +118,7 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     """Draws a metric over the steps of a run, large enough for a phone.
 
     Args:
-      series: (n,2) step and value; NaN is a gap. Of very many points the extremes are drawn. At least one is finite.
+      series: (n,2) step and value; NaN is a gap. At least one is finite.
       marks: steps by kind, a key of `MARKS`.
       shown: first and last step of the axis.
 
@@ -135,7 +129,7 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
 
     figure = _figure(420, 240, zoom=2)
     axis = figure.add_axes((0.14, 0.1, 0.82, 0.83))
-    steps, values = _extremes(series).T
+    steps, values = series.T
     values = np.clip(values, -1e99, 1e99)  # Agg cannot scale an axis of larger ones
     alone = ~np.isnan(values) & np.isnan(np.r_[np.nan, values[:-1]]) & np.isnan(np.r_[values[1:], np.nan])
     noisy = len(values) >= 40
@@ -158,18 +152,6 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.25)
     return _render(figure)
-
-
-def _extremes(series: np.ndarray) -> np.ndarray:
-    """The series, or the lowest and the highest point of each of many equal stretches, its ends included."""
-    if len(series) <= _MOST_POINTS:
-        return series
-    kept = [0, len(series) - 1]
-    for part in np.array_split(np.arange(len(series)), _MOST_POINTS // 2):
-        values = series[part, 1]
-        kept += [part[np.where(np.isnan(values), np.inf, values).argmin()]]
-        kept += [part[np.where(np.isnan(values), -np.inf, values).argmax()]]
-    return series[np.unique(kept)]
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
@@ -202,7 +184,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path 
             colour = "white" if share[row, column] > 0.5 else "black"
             text = str(int(matrix[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    return _save(figure, path)
+    return _write(_render(figure), path)
 
 
 def _colour_table(colormap: str) -> np.ndarray:
@@ -229,34 +211,24 @@ def _figure(width: int, height: int, zoom: float = 1) -> Figure:
     return figure
 
 
-def _cell_grid(rows: int, titles: Sequence[str], height: int, width: int) -> tuple[Figure, list[list]]:
-    """Axes that map image pixels to a whole number of figure pixels, so that nothing is resampled."""
+def _sheet(rows: list[list[np.ndarray]], titles: Sequence[str], framed: np.ndarray, patch: int) -> np.ndarray:
+    """Pictures of one size (H,W,3) uint8 in rows under titles, none resampled; (rows,h,w) bool says which patches of a
+    row's last picture are framed."""
+    height, width, _ = rows[0][0].shape
     zoom = max(1, -(-_SMALLEST_CELL // width))
-    height, width = zoom * height, zoom * width
-    total_width = len(titles) * (width + _GAP) + _GAP
-    total_height = rows * (height + _GAP) + _GAP + _HEAD
-    figure = _figure(total_width, total_height)
-    axes = []
-    for row in range(rows):
-        bottom = total_height - _HEAD - (row + 1) * (height + _GAP)
-        axes.append([])
-        for column, title in enumerate(titles):
-            left = _GAP + column * (width + _GAP)
-            place = (left / total_width, bottom / total_height, width / total_width, height / total_height)
-            axis = figure.add_axes(place)
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(title, fontsize=9, pad=4)
-            axes[-1].append(axis)
-    return figure, axes
-
-
-def _frame_cells(axis, kept: np.ndarray) -> None:
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    frames = [Rectangle((column - 0.42, row - 0.42), 0.84, 0.84) for row, column in zip(*np.nonzero(kept))]
-    axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor=_FRAME, linewidth=1.4))
+    down, across, side = zoom * height + _GAP, zoom * width + _GAP, zoom * patch
+    sheet = Image.new("RGB", (len(titles) * across + _GAP, _HEAD + len(rows) * down + _GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, title in enumerate(titles):
+        left = _GAP + column * across
+        draw.text((left + (across - _GAP) / 2, _HEAD / 2), title, "black", font, anchor="mm")
+        for row, cells in enumerate(rows):
+            cell = cells[column].repeat(zoom, axis=0).repeat(zoom, axis=1)
+            sheet.paste(Image.fromarray(cell), (left, _HEAD + _GAP + row * down))
+    for row, y, x in np.argwhere(framed).tolist():
+        top, start = _HEAD + _GAP + row * down + y * side, left + x * side
+        draw.rectangle((start + 1, top + 1, start + side - 2, top + side - 2), outline=_FRAME, width=zoom)
+    return np.asarray(sheet)
 
 
 def _render(figure: Figure) -> np.ndarray:
@@ -265,9 +237,8 @@ def _render(figure: Figure) -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def _save(figure: Figure, path: str | Path | None) -> np.ndarray:
-    """Renders a figure, writes it as PNG where a path is given, and returns its pixels."""
-    pixels = _render(figure)
+def _write(pixels: np.ndarray, path: str | Path | None) -> np.ndarray:
+    """Writes pixels as PNG where a path is given, and returns them."""
     if path is None:
         return pixels
     try:

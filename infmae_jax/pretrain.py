@@ -14,13 +14,13 @@ from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
 from infmae_jax import embedded, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
 from infmae_jax.training.config import from_config, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
-from infmae_jax.training.run_folder import local_path
 from infmae_jax.training.writers import METRICS_NAME
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
@@ -35,7 +35,8 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
-    config, workdir = from_config(PretrainConfig, flags.FLAGS.config), local_path(flags.FLAGS.workdir)
+    config = from_config(PretrainConfig, flags.FLAGS.config)
+    workdir = Path(local_path(flags.FLAGS.workdir, "--workdir"))
     if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs

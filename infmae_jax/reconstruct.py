@@ -21,9 +21,8 @@ from infmae_jax import pictures
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load
 from infmae_jax.interop.trained_model import TrainedModel
-from infmae_jax.models.patches import PATCH
 
-VIEWS = ("crop", "stretch", "original")
+VIEWS = ("crop", "stretch")
 
 
 def reconstruct(
@@ -44,8 +43,8 @@ def reconstruct(
       images: paths of image files.
       output: PNG to write.
       image_size: rows and columns of the model's input, multiples of 16; by default those of the pretraining.
-      view: "crop" (evaluation view: the centre), "stretch" (the whole image, squeezed), or "original" (as it is: all
-        images of one size, `image_size` left out).
+      view: "crop" (evaluation view: the centre) or "stretch" (the whole image, squeezed); pixels are left as they are
+        where `image_size` is that of the image.
       colormap: one of `pictures.COLORMAPS`.
       step: checkpoint of a run; the latest by default.
       seed: of random masks.
@@ -62,11 +61,8 @@ def reconstruct(
         raise InputError(f"output {output} is not a .png file: name one that ends in .png")
     trained = checkpoint if isinstance(checkpoint, TrainedModel) else load(checkpoint, step)
     pixels = [read_image_file(path, trained.intensity) for path in images]
-    if view == "original":
-        inputs = _of_one_size(pixels, images, image_size)
-    else:
-        size = image_size or trained.image_size
-        inputs = np.stack([center_crop_resize(image, size, stretch=view == "stretch") for image in pixels])
+    size = image_size or trained.image_size
+    inputs = np.stack([center_crop_resize(image, size, stretch=view == "stretch") for image in pixels])
     result = dataclasses.replace(trained, intensity=Intensity("full_range")).reconstruct(inputs, seed)
     output = Path(output).expanduser()
     try:
@@ -78,27 +74,11 @@ def reconstruct(
     return result.losses.tolist()
 
 
-def _of_one_size(
-    pixels: Sequence[np.ndarray], names: Sequence[str | Path], image_size: tuple[int, int] | None
-) -> np.ndarray:
-    if image_size is not None:
-        raise InputError("--image_size does not go with --view=original: leave one of them out")
-    for image, name in zip(pixels, names, strict=True):
-        height, width = image.shape
-        if height % PATCH or width % PATCH:
-            raise InputError(f"{name} is {height}x{width}, not divisible by {PATCH}: use --view=crop or --view=stretch")
-        if image.shape != pixels[0].shape:
-            raise InputError(f"{name} is {height}x{width}, {names[0]} is not: one size with --view=original, or crop")
-    return np.stack(pixels)
-
-
 def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", None, "Run folder, or published checkpoint file.", required=True)
     flags.DEFINE_string("output", None, "Picture to write, .png; replaced if it exists.", required=True)
     flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
-    flags.DEFINE_enum(
-        "view", "crop", VIEWS, "How an image becomes the input: its centre, squeezed whole, or pixel by pixel as it is."
-    )
+    flags.DEFINE_enum("view", "crop", VIEWS, "How an image becomes the input: its centre, or squeezed whole.")
     flags.DEFINE_enum("colormap", "inferno", pictures.COLORMAPS, "Colours of the picture.")
     flags.DEFINE_integer("seed", 0, "Of random masks; score-based ones need none.", lower_bound=0)
     checkpoint_flags.define_architecture()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import math
 import re
 import time
@@ -28,22 +29,26 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
-from infmae_jax.tasks.pretrain import PretrainConfig
-from infmae_jax.tasks.probe import ProbeConfig
-from infmae_jax.training.config import flat, to_config
+from infmae_jax.training.config import flat
 
 NAME = "report.html"
-_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}  # by name of the task
 _RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
 _MARK_OF_EVENT = {
-    "resume": _RESTART, "skip": _SKIPPED, "spike": _SKIPPED, "rollback": _ROLL_BACK,
-    "checkpoint_damaged": _DAMAGED, "save_failed": _DAMAGED,
+    "resume": _RESTART, "skip": _SKIPPED, "rollback": _ROLL_BACK, "checkpoint_damaged": _DAMAGED,
+    "save_failed": _DAMAGED,
 }  # fmt: skip
-_LAYERS = ("param_norm/", "grad_norm/")  # metrics of every layer: a table, not curves
+_MEASURES = (
+    ("images_per_second", "images per second", "{:.4g}"), ("goodput", "goodput", "{:.1%}"), ("mfu", "MFU", "{:.1%}"),
+    ("device_memory_gib", "device memory", "{:.2f} GiB"),
+)  # fmt: skip
+_COUNTS = (
+    ("skip", "updates skipped"), ("resume", "restarts"), ("rollback", "roll-backs"),
+    ("checkpoint_damaged", "checkpoints damaged"), ("save_failed", "saves failed"), ("save", "checkpoints saved"),
+)  # fmt: skip
 _NOT_DRAWN = ("step", "time", "epoch")
 _ROUTINE_EVENTS = ("save", "compile")
 _NOT_DETAILS = ("time", "step", "event", "records")
-_MAX_CURVES, _MAX_EVENTS, _MAX_KEYS, _MAX_PICTURES = 60, 300, 4000, 4
+_MAX_CURVES, _MAX_EVENTS, _MAX_RECORDS, _MAX_PICTURES = 60, 300, 20, 4
 _PICTURE_WIDTH = 1600  # pixels
 _MAX_PICTURE_BYTES = 64 << 20  # of a file that is opened at all
 
@@ -67,10 +72,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
       InputError: `run` is not a run folder, or the page cannot be written.
     """
-    return _write(read_history(run), output)
-
-
-def _write(history: RunHistory, output: str | Path | None) -> Path:
+    history = read_history(run)
     path = Path(output) if output else history.folder / NAME
     page = render(history)
     try:
@@ -83,34 +85,19 @@ def _write(history: RunHistory, output: str | Path | None) -> Path:
 
 def facts(history: RunHistory) -> list[tuple[str, str]]:
     """What to know of a run first, as pairs of label and value."""
-    found, counts, record = [], history.counts, history.record
+    found, counts = [], history.counts
     if len(losses := history.finite("loss")):
         best = losses[losses[:, 1].argmin()]
         found += [("loss, last", _number(losses[-1, 1])), ("loss, first", _number(losses[0, 1]))]
         found += [("loss, best", f"{_number(best[1])} at step {_number(best[0])}")]
-    for key, label, form in (
-        ("images_per_second", "images per second", "{:.4g}"), ("goodput", "goodput", "{:.1%}"), ("mfu", "MFU", "{:.1%}")
-    ):  # fmt: skip
-        value = history.recent(key)
-        found += [(label, form.format(value))] if value is not None else []
-    for key, label, form in (
-        ("device_memory_gib", "device memory, most", "{:.2f} GiB"),
-        ("host_memory_gib", "host memory, most", "{:.2f} GiB"),
-        ("substituted_samples", "damaged records replaced", "{:,.0f}"),
-    ):  # fmt: skip
-        most = history.finite(key)[:, 1].max(initial=0)
-        found += [(label, form.format(most))] if most else []
+    recent = {key: history.recent(key) for key, *_ in _MEASURES}
+    found += [(label, form.format(recent[key])) for key, label, form in _MEASURES if recent[key] is not None]
     if history.seen:
         found.append(("from first to last sign", duration_text(history.seen[1] - history.seen[0])))
-    found += [("updates skipped", f"{counts['skip']:,}"), ("restarts", f"{_marks(history.events).count(_RESTART):,}")]
-    for name, label in (
-        ("rollback", "roll-backs"), ("checkpoint_damaged", "checkpoints damaged"), ("save_failed", "saves failed"),
-        ("save", "checkpoints saved"),
-    ):  # fmt: skip
-        found += [(label, f"{counts[name]:,}")] if counts[name] else []
+    found += [(label, f"{counts[name]:,}") for name, label in _COUNTS if counts[name]]
     for key, label in (("parameters", "parameters"), ("gflop_per_image", "GFLOP per image"), ("devices", "devices")):
-        value = record.get(key)
-        found += [(label, _number(value) if isinstance(value, (int, float)) else str(value))] if key in record else []
+        value = history.record.get(key)
+        found += [(label, _number(value) if isinstance(value, (int, float)) else str(value))] if value else []
     return found
 
 
@@ -124,27 +111,18 @@ def summary(history: RunHistory) -> str:
 def render(history: RunHistory) -> str:
     """The whole page. Everything that comes from a file is escaped."""
     status, total = history.status, history.total_steps
-    left = f", about {duration_text(history.seconds_left)} left" if history.seconds_left else ""
-    layers = [key for key in history.series if key.startswith(_LAYERS)]
-    norms = ((key, history.finite(key)[:, 1]) for key in layers)
-    norms = [(key, *map(_number, values[[0, -1]])) for key, values in norms if len(values)]
-    record = {key: value for key, value in history.record.items() if key != "parameter_table"}
-    parameters = history.record.get("parameter_table")
-    rows = [row.values() for row in parameters if isinstance(row, Mapping)] if isinstance(parameters, list) else []
     body = [
         _table((), facts(history)),
         "".join(f"<p>Problem: {_text(problem)}.</p>" for problem in history.problems),
-        _curves(history, [key for key in history.series if key not in (*layers, *_NOT_DRAWN)]),
+        _curves(history, [key for key in history.series if key not in _NOT_DRAWN]),
         _events(history),
         _pictures(history.pictures),
-        _folded("Layers", _table(("norm", "first", "last"), norms)),
-        _config(history.config),
-        _folded("What exactly ran", _table((), flat(record).items())),
-        _folded(f"{len(rows)} parameters", _table(("name", "shape", "sharding"), rows)),
+        _folded("Config", history.config),
+        _folded("What exactly ran", history.record),
     ]
     return _PAGE.format(
         name=_text(history.folder.resolve().name), status=status[0],
-        progress=_text(f"step {_progress(history)}{left}. {status[1]}"),
+        progress=_text(f"step {_progress(history)}. {status[1]}"),
         bar=f'<progress max="{total}" value="{min(history.step, total)}"></progress>' if total else "",
         body="".join(body), now=_moment(history.now),
     )  # fmt: skip
@@ -154,16 +132,11 @@ def _progress(history: RunHistory) -> str:
     return f"{history.step:,} of {history.total_steps:,}" if history.total_steps else f"{history.step:,}"
 
 
-def _marks(events: Sequence[Mapping[str, Any]]) -> list[str | None]:
-    """For each event the key of `MARKS` that it is drawn as, or None: any but the first start is a restart."""
-    return [_RESTART if e["event"] == "start" and i else _MARK_OF_EVENT.get(e["event"]) for i, e in enumerate(events)]
-
-
 def _curves(history: RunHistory, keys: Sequence[str]) -> str:
     """A picture per metric that has a finite value; of counts only those that are not always zero."""
     marks: dict[str, list[float]] = {}
-    for event, kind in zip(history.events, _marks(history.events)):
-        if kind:
+    for event in history.events:
+        if kind := _MARK_OF_EVENT.get(event["event"]):
             marks.setdefault(kind, []).append(event["step"])
     steps = [row["step"] for row in history.rows[:1] + history.rows[-1:]] + [s for of in marks.values() for s in of]
     drawn = []
@@ -181,15 +154,15 @@ def _curves(history: RunHistory, keys: Sequence[str]) -> str:
 
 def _events(history: RunHistory) -> str:
     shown = [event for event in history.events if event["event"] not in _ROUTINE_EVENTS]
-    rows, keys_left = [], _MAX_KEYS
+    rows = []
     for event in reversed(shown[-_MAX_EVENTS:]):
         details = flat({key: value for key, value in event.items() if key not in _NOT_DETAILS})
         details = _text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in details.items()))
         if isinstance(records := event.get("records"), list) and records:
-            names = [_text(key) for key in records[:keys_left]]
-            keys_left -= len(names)
-            more = f"<br>{len(records) - len(names):,} more in events.jsonl" if len(names) < len(records) else ""
-            details += f"<details><summary>{len(records):,} records</summary>{'<br>'.join(names)}{more}</details>"
+            names = "<br>".join(map(_text, records[:_MAX_RECORDS]))
+            left = len(records) - _MAX_RECORDS
+            more = f"<br>{left:,} more in events.jsonl" if left > 0 else ""
+            details += f"<details><summary>{len(records):,} records</summary>{names}{more}</details>"
         rows.append((_moment(event["time"]), _number(event["step"]), event["event"].replace("_", " "), _Html(details)))
     cut = f"<p>The latest {_MAX_EVENTS} of {len(shown):,} events; all are in events.jsonl.</p>"
     cut = cut if len(shown) > len(rows) else ""
@@ -217,14 +190,6 @@ def _pictures(paths: Sequence[Path]) -> str:
     return f"<h2>Pictures</h2>{''.join(drawn)}" if drawn else ""
 
 
-def _config(config: Mapping[str, Any]) -> str:
-    rows, defaults = flat(config), flat(to_config(_CONFIGS.get(str(config.get("task")), PretrainConfig)()))
-    changed = [(key, value, defaults[key]) for key, value in rows.items() if defaults.get(key, value) != value]
-    shown = f"<h2>Config</h2><p>{len(changed)} keys differ from the defaults.</p>" if rows else ""
-    everything = _folded(f"all {len(rows)} keys", _table((), rows.items()))
-    return shown + _table(("key", "value", "default"), changed) + everything
-
-
 class _Html(str):
     """Text that is escaped already."""
 
@@ -233,8 +198,9 @@ def _text(value: Any) -> _Html:
     return value if isinstance(value, _Html) else _Html(html.escape(printable(value)))
 
 
-def _folded(title: str, content: str) -> str:
-    return f"<details><summary>{title}</summary>{content}</details>" if content else ""
+def _folded(title: str, content: Mapping[str, Any]) -> str:
+    text = "\n".join(map(_text, json.dumps(content, indent=1, ensure_ascii=False).splitlines()))
+    return f"<details><summary>{title}</summary><pre>{text}</pre></details>" if content else ""
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
@@ -273,9 +239,8 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise InputError("give one run folder: python -m infmae_jax.report RUN [--output=FILE.html]")
-    history = read_history(argv[1])
-    path = _write(history, flags.FLAGS.output)
-    print(f"{summary(history)}\n{'page':<26}{path}")
+    path = write_report(argv[1], flags.FLAGS.output)
+    print(f"{summary(read_history(argv[1]))}\n{'page':<26}{path}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_config_trains_is_interrupted_resumes_and_is_evaluated(scenes, shards,
     assert all(np.isfinite(row["loss"]) and row["images_per_second"] > 0 for row in rows)
     assert set(rows[0]) == {
         "step", "time", "epoch", "loss", "learning_rate", "grad_norm", "images_per_second", "data_wait_seconds",
-        "substituted_samples", "skipped_updates", "goodput", "host_memory_gib",
+        "substituted_samples", "skipped_updates", "goodput",
     }  # fmt: skip
     assert read_config(run)["model"]["encoder"]["kind"] == config.model.encoder.kind
     record = json.loads((run / "run_info.json").read_text())

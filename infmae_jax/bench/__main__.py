@@ -1,10 +1,9 @@
 """Measurements: python -m infmae_jax.bench SUBJECT [flags]. A table on standard error, JSON on standard output.
 
 flops       operations of a training step by stage, on visible patches and as published: XLA's count and one by hand
-step        the training step: images/s, MFU, memory, compile time over --batch_sizes, --dtypes, --image_sizes, …;
-            with --torch in turns with PyTorch; with --shards in the training loop, and how long it waits for data
-profile     where the step's time goes: by part of the model, the slowest operations
-kernels     depthwise convolutions, placing and taking tokens, attention: ways to compute them
+step        the training step: images/s, MFU, memory, compile time over --batch_sizes; what else varies is a key of the
+            config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
+            .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
 all         each of them
@@ -34,10 +33,8 @@ from data_pipelines.errors import InputError
 from infmae_jax.bench.data import data
 from infmae_jax.bench.features import features
 from infmae_jax.bench.flops import flops
-from infmae_jax.bench.kernels import kernels
-from infmae_jax.bench.profile import profile
 from infmae_jax.bench.results import on_accelerator, text
-from infmae_jax.bench.step import TORCH_FORMS, Grid, step, step_against_torch, step_in_the_loop, visible_tokens
+from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import from_config
@@ -53,15 +50,11 @@ def _define_flags() -> None:
     flags.DEFINE_boolean("quick", False, "Shrink model and sizes until a CPU runs it in seconds.")
     flags.DEFINE_integer("rounds", 0, "Turns that each contender gets; 0: 7, or 2 with --quick.", lower_bound=0)
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
-    flags.DEFINE_list("dtypes", [], "Most subjects take the first. Empty: float32 on a CPU, else the config's.")
-    flags.DEFINE_list("variants", [], f"step: of {', '.join(VARIANTS)}; empty: the config's model.")
-    flags.DEFINE_list("remat", ["off"], "step: off, on or both.")
-    flags.DEFINE_list("image_sizes", [], "step: sides of square images; empty: the config's image size.")
-    flags.DEFINE_list("strides", [], "step: masking strides; empty: the config's.")
+    flags.DEFINE_string("dtype", "", "Of the computation. Empty: float32 on a CPU, else the config's.")
+    flags.DEFINE_enum("variant", None, list(VARIANTS), "Model to measure in place of the config's.")
     flags.DEFINE_boolean("torch", False, "step, features: measure PyTorch in turns with this project.")
-    flags.DEFINE_list("torch_forms", list(TORCH_FORMS), "step --torch: which forms of the PyTorch model.")
-    flags.DEFINE_list("shards", [], "data, step: shard sets to read; data makes synthetic scenes where there are none.")
-    flags.DEFINE_integer("steps", 0, "profile, step --shards: steps per round; 0: 20, with --quick 3.", lower_bound=0)
+    flags.DEFINE_multi_enum("torch_forms", list(TORCH_FORMS), TORCH_FORMS, "step --torch: forms of the PyTorch model.")
+    flags.DEFINE_list("shards", [], "data: shard sets to read; without any, synthetic scenes are made.")
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
     flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
@@ -73,59 +66,36 @@ class _Settings:
         values = flags.FLAGS
         self.quick = values.quick
         self.rounds = values.rounds or (2 if self.quick else 7)
-        self.steps = values.steps or (3 if self.quick else 20)
         config = from_config(PretrainConfig, values.config)
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
-        model = config.model
+        model = variant(values.variant) if values.variant else config.model
         if self.quick:
             model = model.replace(**_QUICK_MODEL)
             data = dataclasses.replace(data, image_size=(64, 64), workers=0)
-        self.dtypes = values.dtypes or [model.encoder.dtype if on_accelerator() else "float32"]
         try:
-            model = model.replace(dtype=self.dtypes[0])
+            model = model.replace(dtype=values.dtype or (model.encoder.dtype if on_accelerator() else "float32"))
         except ValueError as error:
-            raise InputError(f"--dtypes={','.join(self.dtypes)}: {error}") from error
+            raise InputError(f"--dtype={values.dtype}: {error}") from error
         self.config = dataclasses.replace(config, model=model, data=data)
 
     def batches(self, on_cpu: int, accelerated: int) -> list[int]:
         """--batch_sizes, or the usual one of a subject."""
-        usual = 4 if self.quick else accelerated if on_accelerator() else on_cpu
-        return _integers("batch_sizes") or [usual]
-
-
-def _integers(flag: str) -> list[int]:
-    texts = flags.FLAGS[flag].value
-    if not all(text.isdigit() and int(text) > 0 for text in texts):
-        raise InputError(f"--{flag}={','.join(texts)}: positive numbers separated by commas are expected")
-    return [int(text) for text in texts]
+        texts = flags.FLAGS.batch_sizes or [str(4 if self.quick else accelerated if on_accelerator() else on_cpu)]
+        if not all(text.isdigit() and int(text) > 0 for text in texts):
+            raise InputError(f"--batch_sizes={','.join(texts)}: positive numbers separated by commas are expected")
+        return [int(text) for text in texts]
 
 
 def _step(s: _Settings) -> dict[str, Any]:
-    switches, values, data = {"off": False, "on": True}, flags.FLAGS, s.config.data
-    for flag, known in (("remat", switches), ("variants", VARIANTS), ("torch_forms", TORCH_FORMS)):
-        if unknown := [text for text in values[flag].value if text not in known]:
-            raise InputError(f"--{flag}: {unknown[0]!r} is unknown; give some of {', '.join(known)}")
     batches = s.batches(8, 256)
-    if values.torch:
-        return step_against_torch(s.config, batches[0], values.torch_forms, s.rounds)
-    if values.shards:
-        return step_in_the_loop(s.config, batches[0], s.rounds, s.steps)
-    grid = Grid(
-        models={name: variant(name) for name in values.variants} or {"model": s.config.model},
-        batch_sizes=batches,
-        dtypes=s.dtypes,
-        remat=[switches[text] for text in values.remat],
-        image_sizes=[(side, side) for side in _integers("image_sizes")] or [data.image_size],
-        strides=_integers("strides") or [data.mask.stride],
-    )
-    return step(s.config, grid, s.rounds)
+    if flags.FLAGS.torch:
+        return step_against_torch(s.config, batches[0], flags.FLAGS.torch_forms, s.rounds)
+    return step(s.config, batches, s.rounds)
 
 
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
-    "profile": lambda s: profile(s.config, s.batches(8, 256)[0], s.steps),
-    "kernels": lambda s: kernels(s.config, s.batches(8, 256)[0], s.rounds),
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
     "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
 }

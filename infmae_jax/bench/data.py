@@ -1,7 +1,7 @@
-"""Images per second of the input pipeline, against a classic Pillow RGB pipeline and against raw-encoded shards.
+"""Images per second of the input pipeline, against a classic Pillow RGB pipeline (of shards of any encoding).
 
 Rows are measured in turns, a short slice each, over several rounds, so that whatever else the machine does hits all of
-them alike; ratios are those of the same round. "Per core" is per second of CPU time of a process pinned to one core
+them alike; ratios are those of the same round. "Per core" is per second of CPU time, best with `taskset -c 0` in front
 (records come from the page cache). Worker processes are counted by wall time on all cores.
 """
 
@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Example, decode_pixels, encode_example
+from data_pipelines.examples import Example, decode_pixels
 from data_pipelines.masking import select_visible, token_scores
 from data_pipelines.pipeline import PipelineConfig, num_examples, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.shards import fingerprint_splits, make_split, read_manifest, write_manifest, write_shard
 from data_pipelines.transforms import MEAN, STD, draw_crop
 from infmae_jax import embedded
+from infmae_jax.bench import timing
 from infmae_jax.bench.results import report
 from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
 
@@ -52,7 +51,8 @@ def data(config: PretrainConfig, workers: int, seconds: float, quick: bool = Fal
 def measure(
     folders: Sequence[str], workers: int, seconds: float, batch_size: int = 64, rounds: int = 15
 ) -> list[dict[str, Any]]:
-    """Rows of `name`, `images_per_second` (median, `low` and `high`: deciles), `per`, `versus` (ratio to classic).
+    """Rows of `name`, `images_per_second` (median, `low` and `high`: deciles), `step_ms` (of a batch), `per`, `versus`
+    (ratio to classic).
 
     Raises:
       InputError: unusable shards, or too few images.
@@ -60,24 +60,17 @@ def measure(
     config = PipelineConfig(tuple(folders), batch_size=batch_size, threads=0)
     if num_examples(config) < 2:
         raise InputError(f"{folders[0]} holds too few records to measure; prepare a set of some hundred images")
-    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder, _pinned(), contextlib.ExitStack() as stack:
-        reader = ExampleReader(local_folders(config.shards))
-        examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
-        raw = dataclasses.replace(config, shards=(write_raw(folders[0], examples, Path(folder)),))
-        ways = {"pipeline": config, "pipeline, raw shards": raw}
-        batches = {name: stack.enter_context(train_batches(way)) for name, way in ways.items()}
-        for each in batches.values():
-            while each.samples < min(4 * len(reader), _WARM_SAMPLES):
-                crops = next(each)["image"][..., 0]
-        stages = {name: _counted(each) for name, each in batches.items()}
-        stages |= _parts(config, examples, crops)
-        rates = _take_turns(stages, seconds if workers == 0 else seconds / 2, rounds, time.process_time)
-    rows = [_row(name, "core", rates) for name in rates]
+    reader = ExampleReader(local_folders(config.shards))
+    examples = [reader.first_whole(int(i)) for i in np.random.default_rng(0).permutation(len(reader))[:POOL]]
+    with train_batches(config) as batches:
+        while batches.samples < min(4 * len(reader), _WARM_SAMPLES):
+            crops = next(batches)["image"][..., 0]
+        stages = {"pipeline": functools.partial(next, batches), **_parts(config, examples, crops)}
+        rows = _rows(stages, batch_size, seconds if workers == 0 else seconds / 2, rounds, "core")
     if workers:
-        with train_batches(dataclasses.replace(config, workers=workers)) as spread:
-            _take_turns({"": _counted(spread)}, seconds / 8, 1, time.perf_counter)
-            name = f"{workers} workers"
-            rows.append(_row(name, "machine", _take_turns({name: _counted(spread)}, seconds / 3, 3, time.perf_counter)))
+        with train_batches(dataclasses.replace(config, workers=workers)) as batches:
+            stages = {f"{workers} workers": functools.partial(next, batches)}
+            rows += _rows(stages, batch_size, seconds / 2, 3, "machine")
     return rows
 
 
@@ -103,72 +96,33 @@ def classic_batch(images: Sequence[bytes], rng: np.random.Generator, size: tuple
     return np.stack(samples)
 
 
-def write_raw(folder: str, examples: Sequence[Example], target: Path) -> str:
-    """Writes examples into a shard set of raw pixels; `folder` lends the rest of its manifest. Returns `target`."""
-    stored = []
-    for example in examples:
-        pixels = decode_pixels(example)
-        data = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
-        stored.append(encode_example(dataclasses.replace(example, image=data, encoding="raw")))
-    splits = {"train": make_split([write_shard(target / "raw.array_record", stored)])}
-    manifest = read_manifest(*local_folders([folder]))
-    write_manifest(target, dataclasses.replace(manifest, splits=splits, fingerprint=fingerprint_splits(splits)))
-    return str(target)
-
-
-def _parts(config: PipelineConfig, examples: Sequence[Example], crops: np.ndarray) -> dict[str, Callable[[], int]]:
-    """One call does some work and returns for how many images."""
+def _parts(config: PipelineConfig, examples: Sequence[Example], crops: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """One call does some work for a batch."""
     rng, order = np.random.default_rng(0), np.random.default_rng(1)
 
     def some() -> list[Example]:
         return [examples[i] for i in order.integers(len(examples), size=config.batch_size)]
 
-    def classic() -> int:
-        return len(classic_batch([example.image for example in some()], rng, config.image_size))
-
-    def decode() -> int:
-        return len([decode_pixels(example) for example in some()])
-
-    def mask() -> int:
-        return len(select_visible(token_scores(crops, config.mask), config.mask))
-
-    return {"classic": classic, "decode": decode, "mask": mask}
+    return {
+        "classic": lambda: classic_batch([example.image for example in some()], rng, config.image_size),
+        "decode": lambda: [decode_pixels(example) for example in some()],
+        "mask": lambda: select_visible(token_scores(crops, config.mask), config.mask),
+    }
 
 
-def _counted(batches: Iterator[dict[str, np.ndarray]]) -> Callable[[], int]:
-    return lambda: len(next(batches)["image"])
+def _rows(
+    stages: dict[str, Callable[[], Any]], batch_size: int, seconds: float, rounds: int, per: str
+) -> list[dict[str, Any]]:
+    """Measures stages, each call of which is for a batch: by CPU time `per` core, or wall time `per` machine."""
 
+    def repeated(stage: Callable[[], Any]) -> timing.Call:
+        return lambda times: [stage() for _ in range(times)] and None
 
-def _take_turns(
-    stages: dict[str, Callable[[], int]], seconds: float, rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Images per second of every stage in every round, after a round that does not count (it fills caches)."""
-    rates: dict[str, list[float]] = {name: [] for name in stages}
-    for number in range(rounds + 1):
-        for name, stage in stages.items():
-            end, start, images = time.perf_counter() + seconds / (len(stages) * (rounds + 1)), clock(), 0
-            while images == 0 or time.perf_counter() < end:
-                images += stage()
-            if number:
-                rates[name].append(images / (clock() - start))
-    return rates
-
-
-def _row(name: str, per: str, rates: dict[str, list[float]]) -> dict[str, Any]:
-    low, median, high = (float(rate) for rate in np.quantile(rates[name], [0.1, 0.5, 0.9]))
-    versus = float(np.median(np.divide(rates[name], rates["classic"]))) if "classic" in rates else None
-    return {"name": name, "images_per_second": median, "low": low, "high": high, "per": per, "versus": versus}
-
-
-@contextlib.contextmanager
-def _pinned() -> Iterator[None]:
-    """Keeps this process on its last core; does nothing where it cannot."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(before)})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+    calls = {name: repeated(stage) for name, stage in stages.items()}
+    clock = time.process_time if per == "core" else time.perf_counter
+    measured = timing.take_turns(calls, rounds, seconds / len(stages) / (rounds + 1), clock)
+    return [
+        {"name": name, **timing.rate_row(measured[name], batch_size), "per": per}
+        | ({"versus": timing.ratio(measured["classic"], measured[name])} if "classic" in measured else {})
+        for name in stages
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import report
-from infmae_jax.bench.step import short_run, synthetic_batch
+from infmae_jax.bench.step import endless_run, settings_of, synthetic_batch
 from infmae_jax.interop.trained_model import images_at_once, in_pieces
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
@@ -27,7 +27,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
       InputError: PyTorch is asked for and not installed.
       ArithmeticError: its features differ by more than rounding.
     """
-    images = synthetic_batch(PretrainTask(short_run(config, batch, 1)))["image"]
+    images = synthetic_batch(PretrainTask(endless_run(config, batch)))["image"]
     module = InfMAE(config.model)
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
@@ -51,8 +51,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
         pooled["ours"] = np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
     calls: dict[str, timing.Call] = {"ours": ours}
-    settings = {"batch": batch, "image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype}
-    settings["images_at_once"] = at_once
+    settings = settings_of(config) | {"batch": batch, "images_at_once": at_once}
     if against_torch:
         from infmae_jax.bench import torch_model
 
@@ -63,7 +62,7 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
             pooled["PyTorch eager"] = extract(times)
 
         calls["PyTorch eager"] = theirs
-        settings |= {"torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads()}
+        settings |= torch_model.settings()
     seconds = timing.take_turns(calls, rounds)
     if against_torch:
         _check_same(pooled["ours"], pooled["PyTorch eager"], config.model.encoder.dtype)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, stage by stage: XLA's count beside one made by hand.
+"""Floating-point operations of a training step: counted by hand, stage by stage, and by XLA.
 
 A multiply-add is two operations. The hand count has convolutions, linear layers and attention only, as the
 architecture has them; XLA's also has norms, activations, softmax and loss.
@@ -126,28 +126,6 @@ def xla_count(
     return counts
 
 
-def xla_stages(model: InfMAEConfig, image_size: tuple[int, int], keep: int) -> dict[str, dict[str, float]]:
-    """XLA's count by stage, before optimisation, from programs that differ by one block or by the decoder."""
-
-    def count(depths: tuple[int, int, int], encoder_only: bool = True) -> dict[str, float]:
-        shallow = model.replace(depths=depths)
-        return xla_count(shallow, image_size, keep, compiled=False, encoder_only=encoder_only)
-
-    def difference(more: dict[str, float], less: dict[str, float]) -> dict[str, float]:
-        return {what: more[what] - less[what] for what in more}
-
-    encoder = count((1, 1, 1))
-    deeper = ((2, 1, 1), (1, 2, 1), (1, 1, 2)) if model.encoder.kind == "hybrid" else (None, None, (1, 1, 2))
-    stages, rest = {}, encoder
-    for stage, depth, depths in zip(STAGES, model.encoder.depths, deeper, strict=False):
-        if depths:
-            block = difference(count(depths), encoder)
-            rest = difference(rest, block)
-            stages[stage] = {what: depth * gflop for what, gflop in block.items()}
-    decoder = difference(count((1, 1, 1), encoder_only=False), encoder)
-    return stages | {STAGES[3]: rest, STAGES[4]: decoder}
-
-
 def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled: bool = True) -> dict[str, Any]:
     """GFLOP per image, on visible patches alone and as published (every masked patch computed too).
 
@@ -160,18 +138,13 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
     for way, change in WAYS.items():
         config = change(model)
         by_hand = hand_count(config, image_size, keep, config.encoder.visible_only)
-        for stage, counts in xla_stages(config, image_size, keep).items():
-            rows.append({"way": way, "stage": stage, "by_hand": by_hand[stage], **_columns(counts)})
-        total = xla_count(config, image_size, keep, compiled)
-        stage = "all, compiled" if compiled else "all"
-        rows.append({"way": way, "stage": stage, "by_hand": sum(by_hand.values()), **_columns(total)})
+        rows += [{"way": way, "stage": stage, "by_hand": gflop} for stage, gflop in by_hand.items()]
+        counts = xla_count(config, image_size, keep, compiled)
+        by_xla = {"xla_forward": counts["forward"], "xla_forward_backward": counts["forward + backward"]}
+        rows.append({"way": way, "stage": "all", "by_hand": sum(by_hand.values()), **by_xla})
     notes = [
-        "GFLOP per image; by_hand and xla_forward: forward pass. Stages: XLA's count before optimisation; all: of the "
-        "compiled program. XLA counts one of five turns of the loop in the depthwise kernels' gradient."
+        "GFLOP per image; by_hand and xla_forward: forward pass. XLA's count is that of the compiled program (with "
+        "--quick before optimisation), with one of five turns of the loop in the depthwise kernels' gradient."
     ]
     settings = {"image_size": list(image_size), "visible_tokens": keep, "encoder": model.encoder.kind}
     return report("flops", settings, rows, notes)
-
-
-def _columns(counts: dict[str, float]) -> Row:
-    return {"xla_forward": counts["forward"], "xla_forward_backward": counts["forward + backward"]}

@@ -8,7 +8,6 @@ import jax
 
 from infmae_jax.training.run_folder import package_versions
 
-NEEDS_ACCELERATOR = "not measured: needs an accelerator"
 Row = dict[str, Any]
 
 

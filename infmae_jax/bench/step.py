@@ -1,4 +1,4 @@
-"""The training step: images per second, MFU, memory and compile time; in turns with PyTorch, or in the training loop.
+"""The training step: images per second, MFU, memory and compile time; on request in turns with PyTorch.
 
 What is measured is the program that trains (`training.program.Program`), on one device.
 """
@@ -6,33 +6,26 @@ What is measured is the program that trains (`training.program.Program`), on one
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from infmae_jax.bench import flops, timing
-from infmae_jax.bench.results import NEEDS_ACCELERATOR, Row, on_accelerator, report
-from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.bench.results import Row, report
 from infmae_jax.models.patches import token_grid
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
-from infmae_jax.training import loop, sharding
+from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig
 from infmae_jax.training.hardware import mfu
 from infmae_jax.training.optimizer import peak_learning_rate
 from infmae_jax.training.program import Program
-from infmae_jax.training.writers import read_metrics
 
 TORCH_FORMS = ("eager", "compiled")
 _GIB = 2**30
-_LONG = 10**9  # steps: the learning rate stays at its peak while a step is measured
 _SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
-_PUBLISHED_IMAGES = 305_241 * 400  # of Inf30, times epochs
 _MFU_NOTE = (
     "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
     "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
@@ -48,7 +41,7 @@ class TimedStep:
     """
 
     def __init__(self, config: PretrainConfig, batch: int):
-        self.config = short_run(config, batch, _LONG)
+        self.config = endless_run(config, batch)
         self.batch = batch
         task = PretrainTask(self.config)
         self.program = Program.build(task, self.config, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
@@ -75,15 +68,19 @@ class TimedStep:
             leaf.delete()
 
 
-def short_run(config: PretrainConfig, batch: int, steps: int, **changes: Any) -> PretrainConfig:
-    """The config of a run of so many steps of so many images that draws nothing and saves only at its end."""
-    never = {"checkpoint_every": "0 steps", "picture_every": "0 steps"}
+def endless_run(config: PretrainConfig, batch: int) -> PretrainConfig:
+    """The config with batches of this size, and a learning rate that stays at its peak."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, warmup="0 steps"),
-        **{"duration": f"{steps} steps", **never, **changes},
+        duration=f"{10**9} steps",
     )
+
+
+def settings_of(config: PretrainConfig) -> dict[str, Any]:
+    """What a measurement of the model should say it was made with."""
+    return {"image_size": list(config.data.image_size), "dtype": config.model.encoder.dtype}
 
 
 def visible_tokens(config: PretrainConfig) -> int:
@@ -100,47 +97,15 @@ def synthetic_batch(task: PretrainTask) -> dict[str, np.ndarray]:
     return {"image": images, "ids_keep": np.ascontiguousarray(rng.permuted(tokens, axis=1)[:, :keep])}
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """What `step` is measured over: every combination of these values, visible patches against the published way.
-
-    Attributes:
-      models: architectures by name.
-      batch_sizes, dtypes, remat: images per batch; compute dtypes; whether activations are computed again.
-      image_sizes: rows and columns of pixels.
-      strides: of the mask.
-    """
-
-    models: dict[str, InfMAEConfig]
-    batch_sizes: Sequence[int]
-    dtypes: Sequence[str]
-    remat: Sequence[bool]
-    image_sizes: Sequence[tuple[int, int]]
-    strides: Sequence[int]
-
-    def groups(self, config: PretrainConfig) -> Iterator[dict[str, tuple[PretrainConfig, int]]]:
-        """Row name -> config and batch size, of rows that differ in the way to compute alone."""
-        for name, batch, dtype, remat, size, stride in itertools.product(
-            self.models, self.batch_sizes, self.dtypes, self.remat, self.image_sizes, self.strides
-        ):
-            mask = dataclasses.replace(config.data.mask, stride=stride)
-            data = dataclasses.replace(config.data, image_size=size, mask=mask)
-            model = self.models[name].replace(dtype=dtype, remat=remat)
-            label = f"{name}, batch {batch}, {size[0]}x{size[1]}, stride {stride}, {dtype}{', remat' * remat}, "
-            yield {
-                label + way: (dataclasses.replace(config, model=change(model), data=data), batch)
-                for way, change in flops.WAYS.items()
-            }
-
-
-def step(config: PretrainConfig, grid: Grid, rounds: int) -> dict[str, Any]:
-    """Our training step over a grid; on visible patches and as published in turns."""
+def step(config: PretrainConfig, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    """Our training step at several batch sizes; on visible patches and as published in turns."""
     rows: list[Row] = []
-    for group in grid.groups(config):
+    for batch in batch_sizes:
         programs: dict[str, TimedStep] = {}
-        for name, (changed, batch) in group.items():
+        for way, change in flops.WAYS.items():
+            name = f"batch {batch}, {way}"
             try:
-                program = TimedStep(changed, batch)
+                program = TimedStep(dataclasses.replace(config, model=change(config.model)), batch)
                 program.start()
                 program()
                 programs[name] = program
@@ -153,7 +118,7 @@ def step(config: PretrainConfig, grid: Grid, rounds: int) -> dict[str, Any]:
             program.stop()
             faster = {"faster_than_published_way": timing.ratio(seconds[list(programs)[-1]], seconds[name])}
             rows.append({"name": name, **measures(program, seconds[name]), **(faster if len(programs) > 1 else {})})
-    return report("step", {"rounds": rounds}, rows, [_MFU_NOTE])
+    return report("step", settings_of(config) | {"rounds": rounds}, rows, [_MFU_NOTE])
 
 
 def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str], rounds: int) -> dict[str, Any]:
@@ -172,7 +137,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     program.start()
     params, arrays = jax.device_get(program.state.params), synthetic_batch(program.program.task)
     calls: dict[str, timing.Call] = {"ours": program}
-    inputs = torch_model.batch(arrays["image"], arrays["ids_keep"], config.model.in_channels)
+    inputs = torch_model.batch(arrays["image"], arrays["ids_keep"], config.model.encoder.in_channels)
     rate = peak_learning_rate(config.optimizer, batch)
     for form in forms:
         model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
@@ -192,47 +157,8 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     for name in list(calls)[1:]:
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
-    settings = {
-        "batch": batch, "dtype": config.model.encoder.dtype, "image_size": list(config.data.image_size),
-        "rounds": rounds,
-        "torch": torch_model.torch.__version__, "torch_threads": torch_model.torch.get_num_threads(),
-    }  # fmt: skip
-    notes = [] if on_accelerator() else [f"GPU rows: {NEEDS_ACCELERATOR}"]
-    return report("step --torch", settings, rows, [_MFU_NOTE, *notes])
-
-
-def step_in_the_loop(config: PretrainConfig, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """The training loop on the config's shards for `rounds` windows of `steps` steps, beside the step alone.
-
-    Raises:
-      InputError: unusable shards, or fewer images than a batch.
-    """
-    run = short_run(config, batch, (rounds + 1) * steps, log_every=f"{steps} steps")
-    with tempfile.TemporaryDirectory(prefix="infmae-bench-") as folder:
-        result = loop.train(PretrainTask(run), run, Path(folder) / "run")
-        if result.interrupted:  # Ctrl-C or SIGTERM, which the loop takes for its own end
-            raise SystemExit(result.stop_code)
-        windows = [row for row in read_metrics(Path(folder) / "run") if row["step"] > steps]  # the first one compiles
-    program = TimedStep(config, batch)
-    program.start()
-    alone = timing.take_turns({"step": program}, rounds)["step"]
-    rates = np.asarray([row["images_per_second"] for row in windows])
-    seconds = np.diff([steps, *(row["step"] for row in windows)]) * batch / rates
-    waits = np.asarray([row["data_wait_seconds"] for row in windows]) / seconds
-    low, median, high = timing.spread(rates)
-    looped = {"images_per_second": median, "low": low, "high": high, "host_waits": float(np.median(waits))}
-    looped |= {
-        "device_idle_at_most": max(0.0, 1 - float(np.median(alone)) * median / batch),
-        "hours_for_published_schedule": _PUBLISHED_IMAGES / median / 3600,
-    }
-    rows = [{"name": "step alone", **measures(program, alone)}, {"name": "in the loop", **looped}]
-    notes = [
-        "host_waits: share of wall time in which the loop waits for a batch. device_idle_at_most: share of a step's "
-        "time in the loop that it does not take alone, on a batch that is there already.",
-        *([] if on_accelerator() else ["on a CPU, data and step share the cores"]),
-    ]
-    settings = {"batch": batch, "steps": steps, "rounds": rounds, "workers": config.data.workers}
-    return report("step --shards", settings | {"shards": ", ".join(config.data.shards)}, rows, notes)
+    settings = settings_of(config) | {"batch": batch, "rounds": rounds} | torch_model.settings()
+    return report("step --torch", settings, rows, [_MFU_NOTE])
 
 
 def measures(program: TimedStep, seconds: np.ndarray) -> Row:

@@ -15,30 +15,36 @@ _LONG = 20  # slices; a call that takes so long the first time, compiling includ
 Call = Callable[[int], None]  # does the work so many times and returns when the device has finished it
 
 
-def take_turns(calls: Mapping[str, Call], rounds: int, slice_seconds: float = 0.5) -> dict[str, np.ndarray]:
+def take_turns(
+    calls: Mapping[str, Call],
+    rounds: int,
+    slice_seconds: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, np.ndarray]:
     """Seconds of one call of each contender in each round, (rounds,) float64.
 
     Args:
       calls: contenders by name. Every other round takes them in reverse, so that none always follows the same one.
       rounds: that count.
       slice_seconds: how long a contender works in a round, at least; one call if that takes longer.
+      clock: seconds; `time.process_time` counts what this process computes.
     """
+
+    def seconds_of(call: Call, times: int) -> float:
+        start = clock()
+        call(times)
+        return clock() - start
+
     repeats = {}
     for name, call in calls.items():
-        first = _seconds(call, 1)
-        again = _seconds(call, 1) if first < _LONG * slice_seconds else first
+        first = seconds_of(call, 1)
+        again = seconds_of(call, 1) if first < _LONG * slice_seconds else first
         repeats[name] = max(1, round(slice_seconds / max(again, 1e-9)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         for name in list(calls) if number % 2 == 0 else reversed(calls):
-            seconds[name].append(_seconds(calls[name], repeats[name]) / repeats[name])
+            seconds[name].append(seconds_of(calls[name], repeats[name]) / repeats[name])
     return {name: np.asarray(values) for name, values in seconds.items()}
-
-
-def _seconds(call: Call, times: int) -> float:
-    start = time.perf_counter()
-    call(times)
-    return time.perf_counter() - start
 
 
 def spread(values: np.ndarray) -> tuple[float, float, float]:

@@ -2,7 +2,7 @@
 
 Written for the benchmarks alone, from the publication's description of the architecture (InfMAE, sections 3.2 and 3.3):
 every patch of the convolution stages is computed and masked ones are multiplied by zero, the decoder predicts every
-patch. Modules carry the names of published state dicts, so `interop.names` converts our parameters.
+patch. Weights carry the names of published state dicts, so `interop.names` converts our parameters.
 
 Shape letters as in `infmae_jax.models`, but maps are channels first, (B,C,H,W), as PyTorch's convolutions take them.
 """
@@ -10,7 +10,7 @@ Shape letters as in `infmae_jax.models`, but maps are channels first, (B,C,H,W),
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,158 +19,44 @@ from flax import traverse_util
 from data_pipelines.errors import InputError
 from infmae_jax.interop import names
 from infmae_jax.models.blocks import CONV_EPS, TOKEN_EPS
-from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD, position_embedding
 from infmae_jax.training.config import OptimizerConfig
 
 try:
     import torch
     import torch.nn.functional as F
-    from torch import nn
 except ImportError as error:
     raise InputError("comparing with PyTorch needs it installed: pip install torch") from error
 
 
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a map (B,C,H,W)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping convolution, LayerNorm, exact GELU: (B,C,H,W) -> (B,width,H/patch,W/patch)."""
-
-    def __init__(self, channels: int, width: int, patch: int):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-        self.norm = ChannelNorm(width, eps=CONV_EPS)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.norm(self.proj(x)))
-
-
-class ConvMlp(nn.Module):
-    """Two 1 x 1 convolutions with exact GELU between."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(width, hidden, 1)
-        self.fc2 = nn.Conv2d(hidden, width, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class ConvBlock(nn.Module):
-    """x + conv1x1(dwconv5x5(m * conv1x1(LN(x)))), then x + MLP(LN(x)); `attn` is the published name of the dwconv."""
-
-    def __init__(self, width: int, mlp_ratio: int):
-        super().__init__()
-        self.norm1 = ChannelNorm(width, eps=CONV_EPS)
-        self.conv1 = nn.Conv2d(width, width, 1)
-        self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)
-        self.conv2 = nn.Conv2d(width, width, 1)
-        self.norm2 = ChannelNorm(width, eps=CONV_EPS)
-        self.mlp = ConvMlp(width, width * mlp_ratio)
-
-    def forward(self, x: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-        """visible: (B,1,H,W), 1 where a cell is visible, 0 where masked; None: no mask."""
-        y = self.conv1(self.norm1(x))
-        y = y if visible is None else y * visible
-        x = x + self.conv2(self.attn(y))
-        return x + self.mlp(self.norm2(x))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
-
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: written out, or PyTorch's fused kernels where `fused`."""
-
-    def __init__(self, width: int, heads: int, fused: bool):
-        super().__init__()
-        self.heads, self.fused = heads, fused
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, n, width = x.shape
-        qkv = self.qkv(x).reshape(batch, n, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.fused:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            weights = (q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5).softmax(dim=-1)
-            out = weights @ v
-        return self.proj(out.transpose(1, 2).reshape(batch, n, width))
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm transformer block: (B,N,D) -> (B,N,D)."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: int, fused: bool):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=TOKEN_EPS)
-        self.attn = Attention(width, heads, fused)
-        self.norm2 = nn.LayerNorm(width, eps=TOKEN_EPS)
-        self.mlp = Mlp(width, width * mlp_ratio)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-
-class TorchInfMAE(nn.Module):
-    """The masked autoencoder of `config` (hybrid encoder only) for images of one size.
+class TorchInfMAE:
+    """The masked autoencoder of `config` (hybrid encoder only) for images of one size; a call gives its loss.
 
     Args:
+      weights: by published name; they train.
       fused_attention: use PyTorch's fused attention in place of softmax(QK^T)V written out.
     """
 
-    def __init__(self, config: InfMAEConfig, image_size: tuple[int, int], fused_attention: bool = False):
-        super().__init__()
+    def __init__(
+        self,
+        config: InfMAEConfig,
+        weights: Mapping[str, torch.Tensor],
+        image_size: tuple[int, int],
+        fused_attention: bool = False,
+    ):
         if config.encoder.kind != "hybrid":
             raise InputError(f"model.encoder.kind={config.encoder.kind}: PyTorch is compared with the hybrid one only")
-        self.config = config
+        self.config, self.weights, self.fused = config, weights, fused_attention
         self.grid = (image_size[0] // PATCH, image_size[1] // PATCH)
-        width1, width2, width3 = config.encoder.widths
-        ratio, inner = config.encoder.mlp_ratio, config.decoder.width
-        self.patch_embed1 = PatchEmbed(config.encoder.in_channels, width1, 4)
-        self.patch_embed2 = PatchEmbed(width1, width2, 2)
-        self.patch_embed3 = PatchEmbed(width2, width3, 2)
-        self.patch_embed4 = nn.Linear(width3, width3)
-        self.blocks1 = nn.ModuleList(ConvBlock(width1, ratio) for _ in range(config.encoder.depths[0]))
-        self.blocks2 = nn.ModuleList(ConvBlock(width2, ratio) for _ in range(config.encoder.depths[1]))
-        self.blocks3 = nn.ModuleList(
-            TransformerBlock(width3, config.encoder.heads, ratio, fused_attention)
-            for _ in range(config.encoder.depths[2])
-        )
-        if config.encoder.fuse_stages:
-            self.stage1_output_decode = nn.Conv2d(width1, width3, 4, stride=4)
-            self.stage2_output_decode = nn.Conv2d(width2, width3, 2, stride=2)
-        self.norm = nn.LayerNorm(width3, eps=TOKEN_EPS)
-        self.decoder_embed = nn.Linear(width3, inner)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, inner))
-        self.decoder_blocks = nn.ModuleList(
-            TransformerBlock(inner, config.decoder.heads, ratio, fused_attention) for _ in range(config.decoder.depth)
-        )
-        self.decoder_norm = nn.LayerNorm(inner, eps=TOKEN_EPS)
-        self.decoder_pred = nn.Linear(inner, PATCH**2 * config.encoder.in_channels)
-        for name, channels in (("positions", width3), ("decoder_positions", inner)):
-            table = torch.from_numpy(position_embedding(self.grid, channels))[None]
-            self.register_buffer(name, table, persistent=False)
+        widths = (config.encoder.widths[-1], config.decoder.width)
+        tables = [torch.from_numpy(position_embedding(self.grid, width))[None].to(device()) for width in widths]
+        self.positions, self.decoder_positions = tables
 
-    def forward(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+    def parameters(self) -> list[torch.Tensor]:
+        return list(self.weights.values())
+
+    def __call__(self, images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """(B,C,H,W) float32 normalised, (B,K) int64 -> () mean squared error over the masked patches."""
         mask = images.new_ones(images.shape[0], self.grid[0] * self.grid[1]).scatter(1, ids_keep, 0.0)
         pred = self.decode(self.encode(images, ids_keep, mask), ids_keep)
@@ -185,50 +71,92 @@ class TorchInfMAE(nn.Module):
         """-> (B,K,D), the latent of the visible tokens."""
         visible = (1.0 - mask).reshape(-1, 1, *self.grid)
         stage1, stage2, tokens = self.stages(images, visible)
-        tokens = take(tokens, ids_keep)
-        for block in self.blocks3:
-            tokens = block(tokens)
+        tokens = self.transformer("blocks3", self.config.encoder, take(tokens, ids_keep))
         if self.config.encoder.fuse_stages:
-            tokens = tokens + take(as_tokens(self.stage1_output_decode(stage1)), ids_keep)
-            tokens = tokens + take(as_tokens(self.stage2_output_decode(stage2)), ids_keep)
-        return self.norm(tokens)
+            tokens = tokens + take(as_tokens(self.conv("stage1_output_decode", stage1, stride=4)), ids_keep)
+            tokens = tokens + take(as_tokens(self.conv("stage2_output_decode", stage2, stride=2)), ids_keep)
+        return self.norm("norm", tokens, TOKEN_EPS)
 
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Dense features of whole images: stage1, stage2 (B,C,H,W), stage3 (B,N,D), pooled (B,D)."""
         stage1, stage2, tokens = self.stages(images, None)
-        for block in self.blocks3:
-            tokens = block(tokens)
-        return {"stage1": stage1, "stage2": stage2, "stage3": tokens, "pooled": self.norm(tokens).mean(dim=1)}
+        tokens = self.transformer("blocks3", self.config.encoder, tokens)
+        pooled = self.norm("norm", tokens, TOKEN_EPS).mean(dim=1)
+        return {"stage1": stage1, "stage2": stage2, "stage3": tokens, "pooled": pooled}
 
     def stages(self, images: torch.Tensor, visible: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Stages 1 and 2, and the tokens of every patch before the transformer; `visible` is (B,1,h,w) or None."""
         maps, x = [], images
-        for embed, blocks, cells in (
-            (self.patch_embed1, self.blocks1, 4),
-            (self.patch_embed2, self.blocks2, 2),
-        ):
-            x = embed(x)
+        for stage, (patch, cells) in enumerate(((4, 4), (2, 2)), start=1):
+            x = self.patch_embed(stage, x, patch)
             shown = None if visible is None else visible.repeat_interleave(cells, 2).repeat_interleave(cells, 3)
-            for block in blocks:
-                x = block(x, shown)
+            for index in range(self.config.encoder.depths[stage - 1]):
+                x = self.conv_block(f"blocks{stage}.{index}", x, shown)
             maps.append(x)
-        return *maps, self.patch_embed4(as_tokens(self.patch_embed3(x))) + self.positions
+        tokens = self.linear("patch_embed4", as_tokens(self.patch_embed(3, x, 2)))
+        return *maps, tokens + self.positions
 
     def decode(self, latent: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """(B,K,D), (B,K) -> (B,N,P)."""
-        embedded = self.decoder_embed(latent)
+        embedded = self.linear("decoder_embed", latent)
         n, width = self.grid[0] * self.grid[1], embedded.shape[-1]
-        tokens = self.mask_token.to(embedded.dtype).expand(len(embedded), n, -1)
+        tokens = self.weights["mask_token"].to(embedded.dtype).expand(len(embedded), n, -1)
         tokens = tokens.scatter(1, ids_keep[..., None].expand(-1, -1, width), embedded) + self.decoder_positions
-        for block in self.decoder_blocks:
-            tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))
+        tokens = self.transformer("decoder_blocks", self.config.decoder, tokens)
+        return self.linear("decoder_pred", self.norm("decoder_norm", tokens, TOKEN_EPS))
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """(B,C,H,W) -> (B,N,P): row, column, channel."""
         (h, w), channels = self.grid, images.shape[1]
         cut = images.reshape(-1, channels, h, PATCH, w, PATCH)
         return cut.permute(0, 2, 4, 3, 5, 1).reshape(-1, h * w, PATCH**2 * channels)
+
+    def patch_embed(self, stage: int, x: torch.Tensor, patch: int) -> torch.Tensor:
+        """Non-overlapping convolution, LayerNorm, exact GELU: (B,C,H,W) -> (B,width,H/patch,W/patch)."""
+        x = self.conv(f"patch_embed{stage}.proj", x, stride=patch)
+        return F.gelu(self.channel_norm(f"patch_embed{stage}.norm", x))
+
+    def conv_block(self, name: str, x: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+        """x + conv1x1(dwconv5x5(m * conv1x1(LN(x)))), then x + MLP(LN(x)); `attn` is the published name of the dwconv.
+
+        visible: (B,1,H,W), 1 where a cell is visible, 0 where masked; None: no mask."""
+        y = self.conv(f"{name}.conv1", self.channel_norm(f"{name}.norm1", x))
+        y = y if visible is None else y * visible
+        x = x + self.conv(f"{name}.conv2", self.conv(f"{name}.attn", y, padding=2, groups=y.shape[1]))
+        y = F.gelu(self.conv(f"{name}.mlp.fc1", self.channel_norm(f"{name}.norm2", x)))
+        return x + self.conv(f"{name}.mlp.fc2", y)
+
+    def transformer(self, name: str, part: EncoderConfig | DecoderConfig, x: torch.Tensor) -> torch.Tensor:
+        """Pre-norm transformer blocks: (B,N,D) -> (B,N,D)."""
+        depth = part.depth if isinstance(part, DecoderConfig) else part.depths[-1]
+        for block in (f"{name}.{index}" for index in range(depth)):
+            x = x + self.attention(f"{block}.attn", self.norm(f"{block}.norm1", x, TOKEN_EPS), part.heads)
+            y = F.gelu(self.linear(f"{block}.mlp.fc1", self.norm(f"{block}.norm2", x, TOKEN_EPS)))
+            x = x + self.linear(f"{block}.mlp.fc2", y)
+        return x
+
+    def attention(self, name: str, x: torch.Tensor, heads: int) -> torch.Tensor:
+        batch, n, width = x.shape
+        qkv = self.linear(f"{name}.qkv", x).reshape(batch, n, 3, heads, width // heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            out = (q @ k.transpose(-2, -1) * (width // heads) ** -0.5).softmax(dim=-1) @ v
+        return self.linear(f"{name}.proj", out.transpose(1, 2).reshape(batch, n, width))
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def conv(self, name: str, x: torch.Tensor, **options: int) -> torch.Tensor:
+        return F.conv2d(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], **options)
+
+    def norm(self, name: str, x: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], epsilon)
+
+    def channel_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """LayerNorm over the channels of a map (B,C,H,W)."""
+        return self.norm(name, x.permute(0, 2, 3, 1), CONV_EPS).permute(0, 3, 1, 2)
 
 
 def as_tokens(cells: torch.Tensor) -> torch.Tensor:
@@ -245,14 +173,17 @@ def from_params(
     config: InfMAEConfig, params: Any, image_size: tuple[int, int], fused_attention: bool = False
 ) -> TorchInfMAE:
     """The PyTorch model with our parameters (a tree as `InfMAE.init` makes it), on the accelerator if there is one."""
-    model = TorchInfMAE(config, image_size, fused_attention)
     flat = traverse_util.flatten_dict(params)
-    state = {
-        entry.name: torch.from_numpy(np.array(entry.layout.publish(np.asarray(flat[entry.path], np.float32))))
-        for entry in names.table(config)
-    }
-    model.load_state_dict(state)
-    return model.to(device())
+    weights = {}
+    for entry in names.table(config):
+        array = np.array(entry.layout.publish(np.asarray(flat[entry.path], np.float32)))
+        weights[entry.name] = torch.from_numpy(array).to(device()).requires_grad_()
+    return TorchInfMAE(config, weights, image_size, fused_attention)
+
+
+def settings() -> dict[str, Any]:
+    """What a comparison should say of PyTorch."""
+    return {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
 
 
 def device() -> torch.device:
@@ -291,7 +222,7 @@ def make_train_step(
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(config.b1, config.b2), fused=True if compiled else None)
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model.__call__) if compiled else model
     updates = 0
 
     def step(images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:

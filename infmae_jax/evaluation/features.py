@@ -21,9 +21,6 @@ from data_pipelines.shards import read_manifest
 from data_pipelines.views import LabelledView
 from infmae_jax.interop.trained_model import TrainedModel
 
-FEATURES = ("pooled", "fused", "stage1", "stage2", "stage3", "multi")
-STAGES = ("stage1", "stage2", "stage3")
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFeatures:
@@ -57,9 +54,7 @@ def labelled_features(
       shards: shard sets with labels.
       views: how images become the encoder's input and whether they are mirrored, one row of `values` each; labels and
         intensity are set here.
-      feature: "pooled": mean over tokens after the final norm; "fused": the same with stages 1 and 2 added to the
-        tokens before the norm, as in pretraining; "stage1", "stage2", "stage3": mean over the cells of that feature
-        map; "multi": those three, side by side. Stages 1 and 2 and "fused" are the hybrid encoder's.
+      feature: see `TrainedModel.vectors`.
       batch_size: images per device call.
       cache: folder in which finished views are kept; what they depend on is in their names.
 
@@ -123,11 +118,8 @@ def _one_view(
         progress_bar(f"features {split}", len(ExampleReader(local_folders(config.shards), split)), "image") as bar,
     ):
         for batch in batches:
-            vectors = model.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"])
-            names = STAGES if feature == "multi" else (feature,)
-            if missing := [name for name in names if name not in vectors]:
-                raise InputError(f"feature {missing[0]!r} is not one of {', '.join(vectors)} of this encoder")
-            values.append(np.concatenate([vectors[name] for name in names], axis=1)[batch["valid"]])
+            vectors = model.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"], feature)
+            values.append(vectors[batch["valid"]])
             classes.append(batch[label][batch["valid"]])
             bar.update(int(batch["valid"].sum()))
     return np.concatenate(values), np.concatenate(classes)

@@ -25,7 +25,7 @@ from infmae_jax.training.config import from_config
 from infmae_jax.training.run_folder import read_config
 
 READABLE = ("torch", "safetensors", "run")
-WRITABLE = ("run", "torch", "safetensors", "jax-export")
+WRITABLE = ("run", "safetensors", "jax-export")
 RANDOM = "random"
 _SCORE_FILTERS_FILE = "score_filters.safetensors"
 _ARCHITECTURE = ("kind", "in_channels", "widths", "depths", "heads", "mlp_ratio")  # of an encoder, as weights need it
@@ -66,9 +66,11 @@ def load(
         raise InputError(f"{name} is not a file; give the checkpoint file itself")
     reader = torch_file if source == "torch" else safetensors_file
     tensors, extras = reader.read_checkpoint(name)
-    architecture = {"heads": heads, "decoder_heads": decoder_heads, "norm_pix_loss": norm_pix_loss}
     try:
-        trained = published.from_state(tensors, extras.get(published.METADATA_KEY), **architecture)
+        trained = published.from_state(
+            tensors, extras.get(published.METADATA_KEY), heads=heads, decoder_heads=decoder_heads,
+            norm_pix_loss=norm_pix_loss,
+        )  # fmt: skip
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return dataclasses.replace(trained, name=name)
@@ -163,23 +165,10 @@ def write(
             elif target == "jax-export":
                 partial.write_bytes(stablehlo.export_features(trained.config, trained.params, image_size))
             else:
-                writer = torch_file if target == "torch" else safetensors_file
                 tensors, metadata = published.to_state(trained)
-                writer.write_checkpoint(partial, tensors, {published.METADATA_KEY: metadata})
+                safetensors_file.write_checkpoint(partial, tensors, {published.METADATA_KEY: metadata})
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def model_config(model: Mapping[str, Any]) -> InfMAEConfig:
-    """The `model` section of a run's config; those of before encoder and decoder had parts of their own are flat."""
-    if isinstance(model.get("encoder"), str):
-        rest = dict(model)
-        decoder = {key.removeprefix("decoder_"): rest.pop(key) for key in list(rest) if key.startswith("decoder_")}
-        if "predict_masked_only" in rest:
-            decoder["predict_masked_only"] = rest.pop("predict_masked_only")
-        whole = {"norm_pix_loss": rest.pop("norm_pix_loss")} if "norm_pix_loss" in rest else {}
-        model = {"encoder": {"kind": rest.pop("encoder"), **rest}, "decoder": decoder, **whole}
-    return from_config(InfMAEConfig, model, "model.")
 
 
 def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
@@ -212,7 +201,7 @@ def _described(run: str) -> TrainedModel:
     data = config.get("data", {})
     size = data.get("image_size", DEFAULT_SIZE)
     return TrainedModel(
-        model_config(config["model"]),
+        from_config(InfMAEConfig, config["model"], "model."),
         {},
         from_config(MaskConfig, data.get("mask", {}), "data.mask."),
         tuple(size),

@@ -4,12 +4,14 @@ Import and export both walk it. Our arrays are channels-last and map inputs to o
 the output first, (out, in).
 """
 
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 
 import numpy as np
+from flax import traverse_util
 
-from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
+from infmae_jax.models.config import InfMAEConfig
+from infmae_jax.models.infmae import abstract_params
 
 
 @dataclass(frozen=True)
@@ -52,76 +54,43 @@ DEPTHWISE = Layout((2, None, 0, 1))  # ours (rows, columns, C)
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: its path in our tree, its published name and layout."""
+    """One parameter: its path in our tree, its published name and layout, and its published shape."""
 
     path: tuple[str, ...]
     name: str
     layout: Layout
+    shape: tuple[int, ...]
+
+
+# From our path, joined by dots and without `encoder.`, to the published name.
+_RENAMES = (
+    (r"^patch_embed\.(?=kernel|bias)", "patch_embed.proj."),  # of the ViT
+    (r"^decoder\.(?!mask_token)", "decoder_"),
+    (r"^decoder\.", ""),
+    (r"(blocks\d?)_(\d+)", r"\1.\2"),
+    (r"\.dwconv\.", ".attn."),
+    (r"(kernel|scale)$", "weight"),
+)
 
 
 def table(config: InfMAEConfig) -> list[Entry]:
-    """An entry for every parameter of the model that `config` describes, in the order of the forward pass."""
-    encoder = _hybrid(config.encoder) if config.encoder.kind == "hybrid" else _vit(config.encoder)
-    return [*encoder, *_decoder(config.decoder)]
+    """An entry for every parameter of the model that `config` describes."""
+    entries = []
+    for path, leaf in traverse_util.flatten_dict(abstract_params(config)).items():
+        layout = _layout(path, len(leaf.shape))
+        entries.append(Entry(path, _published_name(path), layout, layout.shape(leaf.shape)))
+    return entries
 
 
-def _hybrid(config: EncoderConfig) -> Iterator[Entry]:
-    for stage in (1, 2, 3):
-        yield from _layer(f"encoder/patch_embed{stage}/proj", f"patch_embed{stage}.proj", CONV)
-        yield from _norm(f"encoder/patch_embed{stage}/norm", f"patch_embed{stage}.norm")
-    yield from _layer("encoder/patch_embed4", "patch_embed4", LINEAR)
-    for stage, depth in zip((1, 2), config.depths[:2], strict=True):
-        for index in range(depth):
-            yield from _conv_block(f"encoder/blocks{stage}_{index}", f"blocks{stage}.{index}")
-    for index in range(config.depths[2]):
-        yield from _transformer_block(f"encoder/blocks3_{index}", f"blocks3.{index}")
-    if config.fuse_stages:
-        for stage in (1, 2):
-            yield from _layer(f"encoder/stage{stage}_output_decode", f"stage{stage}_output_decode", CONV)
-    yield from _norm("encoder/norm", "norm")
+def _published_name(path: tuple[str, ...]) -> str:
+    name = ".".join(path).removeprefix("encoder.")
+    for pattern, new in _RENAMES:
+        name = re.sub(pattern, new, name)
+    return name
 
 
-def _vit(config: EncoderConfig) -> Iterator[Entry]:
-    yield from _layer("encoder/patch_embed", "patch_embed.proj", CONV)
-    yield Entry(("encoder", "cls_token"), "cls_token", SAME)
-    for index in range(config.depths[-1]):
-        yield from _transformer_block(f"encoder/blocks_{index}", f"blocks.{index}")
-    yield from _norm("encoder/norm", "norm")
-
-
-def _decoder(config: DecoderConfig) -> Iterator[Entry]:
-    yield from _layer("decoder/embed", "decoder_embed", LINEAR)
-    yield Entry(("decoder", "mask_token"), "mask_token", SAME)
-    for index in range(config.depth):
-        yield from _transformer_block(f"decoder/blocks_{index}", f"decoder_blocks.{index}")
-    yield from _norm("decoder/norm", "decoder_norm")
-    yield from _layer("decoder/pred", "decoder_pred", LINEAR)
-
-
-def _conv_block(ours: str, published: str) -> Iterator[Entry]:
-    yield from _norm(f"{ours}/norm1", f"{published}.norm1")
-    yield from _layer(f"{ours}/conv1", f"{published}.conv1", POINTWISE)
-    yield from _layer(f"{ours}/dwconv", f"{published}.attn", DEPTHWISE)
-    yield from _layer(f"{ours}/conv2", f"{published}.conv2", POINTWISE)
-    yield from _norm(f"{ours}/norm2", f"{published}.norm2")
-    yield from _layer(f"{ours}/mlp/fc1", f"{published}.mlp.fc1", POINTWISE)
-    yield from _layer(f"{ours}/mlp/fc2", f"{published}.mlp.fc2", POINTWISE)
-
-
-def _transformer_block(ours: str, published: str) -> Iterator[Entry]:
-    yield from _norm(f"{ours}/norm1", f"{published}.norm1")
-    yield from _layer(f"{ours}/attn/qkv", f"{published}.attn.qkv", LINEAR)
-    yield from _layer(f"{ours}/attn/proj", f"{published}.attn.proj", LINEAR)
-    yield from _norm(f"{ours}/norm2", f"{published}.norm2")
-    yield from _layer(f"{ours}/mlp/fc1", f"{published}.mlp.fc1", LINEAR)
-    yield from _layer(f"{ours}/mlp/fc2", f"{published}.mlp.fc2", LINEAR)
-
-
-def _layer(ours: str, published: str, layout: Layout) -> Iterator[Entry]:
-    yield Entry((*ours.split("/"), "kernel"), f"{published}.weight", layout)
-    yield Entry((*ours.split("/"), "bias"), f"{published}.bias", SAME)
-
-
-def _norm(ours: str, published: str) -> Iterator[Entry]:
-    yield Entry((*ours.split("/"), "scale"), f"{published}.weight", SAME)
-    yield Entry((*ours.split("/"), "bias"), f"{published}.bias", SAME)
+def _layout(path: tuple[str, ...], rank: int) -> Layout:
+    if path[-1] != "kernel":
+        return SAME
+    in_convolution_block = re.match(r"blocks[12]_", path[1]) is not None
+    return {4: CONV, 3: DEPTHWISE, 2: POINTWISE if in_convolution_block else LINEAR}[rank]

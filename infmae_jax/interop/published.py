@@ -19,7 +19,6 @@ from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import names, wrappers
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
-from infmae_jax.models.infmae import abstract_params
 from infmae_jax.models.patches import PATCH, position_embedding
 
 METADATA_KEY = "infmae_jax"
@@ -32,22 +31,14 @@ _NAMES_SHOWN = 3
 _MAX_DEPTH = 64  # blocks of a stage: more than any published model has
 
 
-def from_state(
-    state: Mapping[str, np.ndarray],
-    metadata: str | None = None,
-    *,
-    heads: int | None = None,
-    decoder_heads: int | None = None,
-    norm_pix_loss: bool | None = None,
-) -> TrainedModel:
+def from_state(state: Mapping[str, np.ndarray], metadata: str | None = None, **given: Any) -> TrainedModel:
     """Reads a published state dict, or the encoder of one (MAE publishes encoders alone).
 
     Args:
       state: published name -> array.
       metadata: what `to_state` wrote beside the tensors, if the file has it.
-      heads, decoder_heads: attention heads, which tensors do not tell; by default those of the metadata, else the
-        published 12 and 16.
-      norm_pix_loss: whether the model predicts pixels normalised per patch; by default that of the metadata, else no.
+      **given: what tensors do not tell: attention `heads` and `decoder_heads`, and `norm_pix_loss`, whether the model
+        predicts pixels normalised per patch; None takes that of the metadata, else the published 12, 16 and False.
 
     Raises:
       InputError: not the state dict of an InfMAE or MAE model, or tensors are missing, unknown or of the wrong shape
@@ -55,7 +46,6 @@ def from_state(
     """
     state = wrappers.strip_prefixes(dict(state))
     noted, mask = _read_metadata(metadata)
-    given = {"heads": heads, "decoder_heads": decoder_heads, "norm_pix_loss": norm_pix_loss}
     config = _read_architecture(state, noted | {field: value for field, value in given.items() if value is not None})
     whole = _has_decoder(state)
     entries = [entry for entry in names.table(config) if whole or entry.path[0] == "encoder"]
@@ -209,8 +199,7 @@ def _depth(state: Mapping[str, np.ndarray], prefix: str) -> int:
 def _check_tensors(
     state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry], whole: bool
 ) -> None:
-    shapes = traverse_util.flatten_dict(abstract_params(config))
-    expected = {entry.name: entry.layout.shape(shapes[entry.path].shape) for entry in entries}
+    expected = {entry.name: entry.shape for entry in entries}
     # What an encoder alone may lack: all of it is computed or has a default.
     optional = _POSITIONS if whole else (*_POSITIONS, _SCORE_WEIGHT, _SCORE_BIAS)
     if config.encoder.kind == "hybrid":

@@ -1,4 +1,4 @@
-"""The torch checkpoint file format, read and written without torch.
+"""The torch checkpoint file format, read without torch.
 
 Since torch 1.6 a checkpoint is a zip archive of uncompressed records: `NAME/data.pkl`, a pickle that describes the
 tensors, and `NAME/data/KEY`, the bytes of each storage. Before that it was five pickles and the storages in one stream.
@@ -8,7 +8,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +36,6 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5  # magic number, protocol, system, the object, the keys of its storages
 # What `zipfile` raises for files that are cut, altered or encrypted.
 _DAMAGE = (zipfile.BadZipFile, EOFError, NotImplementedError, OverflowError, RuntimeError, ValueError, struct.error)
-_ALIGNMENT = 64  # torch maps records into memory at this alignment
 
 
 def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -187,55 +186,3 @@ def _view(name: str, tensor: pickle_data.StoredTensor, flat: np.ndarray) -> np.n
         return np.empty(shape, flat.dtype)
     steps = [step * flat.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(flat[tensor.offset :], shape, steps, writeable=False)
-
-
-def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> None:
-    """Writes float32 tensors as `{"model": state_dict, **extras}` in torch's zip format.
-
-    The bytes are a function of the arguments alone. `torch.load(path, weights_only=True)` reads the file.
-    """
-    arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        _write_record(archive, "archive/data.pkl", _describe(arrays, extras))
-        _write_record(archive, "archive/byteorder", b"little")
-        for key, array in enumerate(arrays.values()):
-            _write_record(archive, f"archive/data/{key}", array.astype("<f4", copy=False).data)
-        _write_record(archive, "archive/version", b"3\n")
-
-
-def _write_record(archive: zipfile.ZipFile, name: str, data) -> None:
-    info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    header = 30 + len(name.encode()) + 4  # local file header, name, head of the padding field
-    padding = -(archive.fp.tell() + header) % _ALIGNMENT
-    info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
-    archive.writestr(info, bytes(data))
-
-
-def _describe(arrays: Mapping[str, np.ndarray], extras: Mapping[str, str]) -> bytes:
-    """The pickle (protocol 2) of `{"model": {name: tensor}, **extras}`; every tensor has a storage of its own."""
-    body = [b"\x80\x02}(", _text("model"), b"}("]
-    for key, (name, array) in enumerate(arrays.items()):
-        strides = [stride // array.itemsize for stride in array.strides]
-        location = [_text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _text("cpu"), _int(array.size)]
-        storage = b"(" + b"".join(location) + b"tQ"
-        body += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n(", storage, _int(0)]
-        body += [_ints(array.shape), _ints(strides), b"\x89ccollections\nOrderedDict\n)RtR"]
-    body.append(b"u")
-    for key, value in extras.items():
-        body += [_text(key), _text(value)]
-    return b"".join([*body, b"u."])
-
-
-def _text(value: str) -> bytes:
-    data = value.encode()
-    return b"X" + struct.pack("<I", len(data)) + data
-
-
-def _int(value: int) -> bytes:
-    if value < 1 << 31:
-        return b"J" + struct.pack("<i", value)
-    return b"\x8a\x08" + struct.pack("<q", value)
-
-
-def _ints(values) -> bytes:
-    return b"(" + b"".join(_int(int(value)) for value in values) + b"t"

@@ -22,6 +22,7 @@ from infmae_jax.models.patches import PATCH, normalize
 DEFAULT_SIZE = (224, 224)
 _AT_ONCE_ON_CPU = 8  # images; those of Base then pass through a CPU a quarter faster than 64 at once
 _STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16}
+FEATURES = ("pooled", "fused", *_STRIDES, "multi")  # of `vectors`
 _EXPECTED = "give uint8, uint16 or bool arrays of shape (N,H,W), (N,H,W,1), (N,H,W,3) or (H,W)"
 
 
@@ -93,10 +94,22 @@ class TrainedModel:
         """
         return jax.device_get(self._encode(images, False))
 
-    def vectors(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """The same maps averaged over their positions, (N,C1), (N,C2), (N,D), and pooled (N,D); where pretraining added
-        stages 1 and 2 to the tokens, also fused (N,D): pooled with these sums."""
-        return jax.device_get(self._encode(images, True))
+    def vectors(self, images: np.ndarray, feature: str = "pooled") -> np.ndarray:
+        """One vector of float32 per image, (N,D).
+
+        Args:
+          images: as for `features`.
+          feature: "pooled"; "stage1", "stage2", "stage3": the mean over that map; "multi": those three side by side;
+            "fused": pooled with stages 1 and 2 added to the tokens, where pretraining did so.
+
+        Raises:
+          InputError: the encoder has no such feature.
+        """
+        found = jax.device_get(self._encode(images, True))
+        names = tuple(_STRIDES) if feature == "multi" else (feature,)
+        if missing := [name for name in names if name not in found]:
+            raise InputError(f"feature {missing[0]!r} is not one of {', '.join(found)} of this encoder")
+        return np.concatenate([found[name] for name in names], axis=1)
 
     def _encode(self, images: np.ndarray, average: bool) -> dict[str, jax.Array]:
         pixels = self.to_pixels(images)

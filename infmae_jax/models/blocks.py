@@ -213,9 +213,9 @@ class DepthwiseConv(nn.Module):
         if self.method == "conv":
             out = layout.gather(_grouped_convolution(layout.spread(cells), kernel))
         elif layout.packed:
-            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid)
+            out = depthwise.convolve(cells, kernel, layout.grid, layout.ids_keep)
         else:
-            out = depthwise.on_map(layout.spread(cells), kernel, cells.shape[1] // layout.grid[0])
+            out = depthwise.convolve(layout.spread(cells), kernel, layout.grid)
         return _add_bias(out, bias)
 
 

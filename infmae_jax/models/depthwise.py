@@ -20,65 +20,41 @@ _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int) -> jax.Array:
-    """Zero-padded depthwise convolution of whole maps.
+def convolve(cells: jax.Array, kernel: jax.Array, grid: tuple[int, int], ids: jax.Array | None = None) -> jax.Array:
+    """Depthwise convolution with zero padding of whole maps, or at visible patches with masked ones reading as zero.
 
     Args:
-      cells: (B,R,S,C).
+      cells: (B,h*r,w*r,C), or (B,K,r,r,C), the cells of the visible patches.
       kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
-      patch_cells: r, a divisor of R and S; how the kernel's gradient is summed.
+      grid: token rows and columns (h, w).
+      ids: (B,K) int32, which patches are visible, no repeats; None: `cells` are whole maps.
 
     Returns:
-      (B,R,S,C).
+      The shape of `cells`.
     """
-    return _multiply_add(_pad(cells), kernel)
+    return _multiply_add(_surrounded(cells, grid, ids), kernel)
 
 
-def _on_map_forward(cells, kernel, patch_cells):
-    return on_map(cells, kernel, patch_cells), (cells, kernel)
+def _convolve_forward(cells, kernel, grid, ids):
+    return convolve(cells, kernel, grid, ids), (cells, kernel, ids)
 
 
-def _on_map_backward(patch_cells, saved, grad):
-    cells, kernel = saved
-    return (
-        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_pad(cells), grad, patch_cells).astype(kernel.dtype),
-    )
-
-
-on_map.defvjp(_on_map_forward, _on_map_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """The same at visible patches alone, masked ones reading as zero.
-
-    Args:
-      cells: (B,K,r,r,C), the cells of the visible patches.
-      kernel: (5,5,C).
-      ids: (B,K) int32, which patches they are; no repeats.
-      grid: token rows and columns.
-
-    Returns:
-      (B,K,r,r,C).
-    """
-    return _multiply_add(_windows(cells, ids, grid), kernel)
-
-
-def _on_visible_forward(cells, kernel, ids, grid):
-    return on_visible(cells, kernel, ids, grid), (cells, kernel, ids)
-
-
-def _on_visible_backward(grid, saved, grad):
+def _convolve_backward(grid, saved, grad):
     cells, kernel, ids = saved
+    side = cells.shape[1] // grid[0] if ids is None else cells.shape[2]
     return (
-        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
+        _multiply_add(_surrounded(grad, grid, ids), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_surrounded(cells, grid, ids), grad, side).astype(kernel.dtype),
         None,
     )
 
 
-on_visible.defvjp(_on_visible_forward, _on_visible_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _surrounded(cells: jax.Array, grid: tuple[int, int], ids: jax.Array | None) -> jax.Array:
+    """Cells with what the kernel reads beyond their edge."""
+    return _pad(cells) if ids is None else _windows(cells, ids, grid)
 
 
 def _pad(cells: jax.Array) -> jax.Array:

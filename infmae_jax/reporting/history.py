@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import InputError
-from infmae_jax.training.run_folder import CONFIG_NAME, RUN_INFO_NAME
+from infmae_jax.training.run_folder import CONFIG_NAME, RUN_INFO_NAME, read_object
 from infmae_jax.training.writers import EVENTS_NAME, METRICS_NAME, read_events, read_metrics
 
 MOST_ROWS = 20_000  # of metrics.jsonl; of a longer file as many are read, evenly spread
@@ -54,7 +53,7 @@ class RunHistory:
         found: dict[str, list[tuple[float, float]]] = {}
         for row in self.rows:
             for key, value in row.items():
-                found.setdefault(key, []).append((row["step"], _number(value)))
+                found.setdefault(key, []).append((row["step"], value if math.isfinite(value) else math.nan))
         return {key: np.array(pairs) for key, pairs in found.items()}
 
     def finite(self, key: str) -> np.ndarray:
@@ -76,8 +75,8 @@ class RunHistory:
     @functools.cached_property
     def total_steps(self) -> int | None:
         """Steps of the whole run; None where the events do not say."""
-        totals = [_number(event["total_steps"]) for event in self.events if "total_steps" in event]
-        return int(totals[-1]) if totals and totals[-1] > 0 else None
+        totals = [event["total_steps"] for event in self.events if type(event.get("total_steps")) is int]
+        return totals[-1] if totals and 0 < totals[-1] < 1 << 53 else None
 
     @functools.cached_property
     def seen(self) -> tuple[float, float] | None:
@@ -89,7 +88,7 @@ class RunHistory:
     def counts(self) -> collections.Counter[str]:
         """How often each event happened; "skip" counts also updates whose events could not be written."""
         counts = collections.Counter(event["event"] for event in self.events)
-        counts["skip"] = int(max(counts["skip"] + counts["spike"], self.finite("skipped_updates")[:, 1].max(initial=0)))
+        counts["skip"] = int(max(counts["skip"], self.finite("skipped_updates")[:, 1].max(initial=0)))
         return counts
 
     @functools.cached_property
@@ -110,15 +109,6 @@ class RunHistory:
         if silent > max(_SILENT_SECONDS, _SILENT_ROWS * np.median(gaps) if len(gaps) else 0.0):
             return "silent", f"no sign of life for {duration_text(silent)}: killed, or it hangs"
         return "running", f"last sign of life {duration_text(silent)} ago"
-
-    @functools.cached_property
-    def seconds_left(self) -> float | None:
-        """Of a running run, from the pace of its last rows; None where there is none."""
-        times = self.finite("time")[-_RECENT_ROWS:]
-        if self.status[0] != "running" or self.total_steps is None or len(times) < 2:
-            return None
-        steps, seconds = times[-1] - times[0]
-        return max(0, self.total_steps - self.step) * seconds / steps if seconds > 0 else None
 
 
 def read_history(run: str | Path) -> RunHistory:
@@ -150,21 +140,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _number(value: Any) -> float:
-    """A finite number as float; NaN for everything else."""
-    try:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan
-    except OverflowError:
-        return math.nan
-
-
 def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        if isinstance(found := json.loads(path.read_text()), dict):
-            return found
-        problems.append(f"{path.name} cannot be read: it is not a JSON object")
-    except FileNotFoundError:
+        if path.is_file():
+            return read_object(path)
         problems.append(f"{path.name} is missing")
-    except (ValueError, OSError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
+    except InputError as error:
+        problems.append(str(error))
     return {}

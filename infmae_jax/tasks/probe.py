@@ -20,7 +20,8 @@ from data_pipelines.errors import InputError
 from data_pipelines.order import RecordOrder
 from infmae_jax import pictures
 from infmae_jax.evaluation import classification
-from infmae_jax.evaluation.features import FEATURES, LabelledFeatures
+from infmae_jax.evaluation.features import LabelledFeatures
+from infmae_jax.interop.trained_model import FEATURES
 from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Group, Loss, Position
@@ -44,7 +45,8 @@ class ProbeConfig(RunConfig):
       like: run whose architecture and image size an untrained encoder takes.
       encoder_seed: of an untrained encoder's weights.
       image_size: rows and columns; (0, 0) takes those of the run.
-      feature: "pooled", "fused", "stage1", "stage2", "stage3" or "multi", see `evaluation.features`.
+      feature: "pooled", "fused", "stage1", "stage2", "stage3" or "multi", see
+        `TrainedModel.vectors`.
       view: "stretch": the whole image squeezed to the image size; "center_crop": its centre at the original aspect
         ratio. Stretching is the default because what an infrared label is about may be small and near the rim.
       flip, crops: more views of each training image: mirrored; random crops. Each pass draws one view per image.

@@ -120,14 +120,10 @@ class ObserveConfig:
     """What a run shows of itself, besides metrics.jsonl, events.jsonl, TensorBoard and pictures.
 
     Attributes:
-      wandb_project: Weights & Biases project; empty is off.
       profile_steps: "a-b" or "a": a profiler trace of these steps, on all hosts, in RUN/profile.
-      layer_norms_every: duration between logs of every layer's parameter and gradient norm; "0 steps" is never.
     """
 
-    wandb_project: str = ""
     profile_steps: str = ""
-    layer_norms_every: str = "0 steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +169,7 @@ class RunConfig:
     def __post_init__(self):
         durations = (
             self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.keep_every,
-            self.guards.spike_warmup, self.observe.layer_norms_every,
+            self.guards.spike_warmup,
         )  # fmt: skip
         for duration in durations:
             in_steps(duration, batch_size=1, num_examples=1, total_steps=1)

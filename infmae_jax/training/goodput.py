@@ -12,17 +12,10 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
-# What the time of one process is spent on. A step that is made again after a rollback, or whose update is skipped,
-# counts as stepping.
-SHARES = {
-    "stepping": "giving steps to the device and waiting for their results",
-    "data_wait": "waiting for the next batch, its copy to the device included",
-    "saving": "waiting for a checkpoint to let go of the device arrays",
-    "compiling": "tracing and compiling programs",
-    "restoring": "reading a checkpoint",
-    "evaluating": "evaluators: measures and pictures",
-    "other": "everything else: starting Python, opening files, making the model, writing logs",
-}
+# What the time of one process is spent on. "stepping": giving steps to the device and waiting for their results, also
+# for steps that are made again after a roll-back; "data_wait": waiting for the next batch, its copy to the device
+# included; "saving": until a checkpoint lets go of the device arrays; "other": starting Python, opening files, logs.
+SHARES = ("stepping", "data_wait", "saving", "compiling", "restoring", "evaluating", "other")
 
 
 class Goodput:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import jax
-import psutil
 
 # Dense matrix products, FLOP/s of one device, without structured sparsity. From the vendors' public data sheets:
 # NVIDIA V100, A100, L4, H100, H200 and HGX B200; Google Cloud TPU v4, v5e, v5p and v6e (system architecture pages).
@@ -85,15 +84,3 @@ def device_memory_gib() -> float | None:
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", math.nan) for device in jax.local_devices()]
     known = [peak for peak in peaks if not math.isnan(peak)]
     return max(known) / _GIB if known else None
-
-
-def host_memory_gib() -> float:
-    """Resident memory of this process and its children now, GiB; pages that they share are counted for each."""
-    own = psutil.Process()
-    total = own.memory_info().rss
-    for child in own.children(recursive=True):
-        try:
-            total += child.memory_info().rss
-        except psutil.Error:  # it ended meanwhile, or is another user's
-            continue
-    return total / _GIB

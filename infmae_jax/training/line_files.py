@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 LONGEST_LINE = 1 << 20  # bytes; no line of ours comes near
-_BLOCK = 1 << 16  # bytes read at a time from the end of a file
 
 
 class AppendOnlyFile:
@@ -83,24 +83,14 @@ def read_lines(path: Path, at_most: int | None = None) -> Iterator[bytes]:
 
 
 def lines_from_the_end(path: Path) -> Iterator[tuple[bytes, int]]:
-    """(line, offset of the byte after its line feed) of the whole lines of a file, the last one first."""
-    if not path.is_file():
+    """(line, offset of the byte after its line feed) of the whole lines of a file, the last one first.
+
+    Of a line that is too long, the beginning."""
+    if not path.is_file() or not path.stat().st_size:
         return
-    with path.open("rb") as file:
-        start = os.fstat(file.fileno()).st_size
-        end, rest, skipped = start + 1, b"", 0  # as if a line feed came after what the file ends with
-        whole = False
-        while start > 0:
-            size = min(_BLOCK, start)
-            start -= size
-            file.seek(start)
-            rest, *lines = (file.read(size) + rest).split(b"\n")
-            for line in reversed(lines):
-                if whole:
-                    yield line, end
-                end -= len(line) + skipped + 1
-                whole, skipped = True, 0
-            if len(rest) > LONGEST_LINE:
-                skipped, rest = skipped + len(rest), b""
-        if whole:
-            yield rest, end
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as data:
+        end = data.rfind(b"\n") + 1
+        while end:
+            start = data.rfind(b"\n", 0, end - 1) + 1
+            yield data[start : min(end - 1, start + LONGEST_LINE)], end
+            end = start

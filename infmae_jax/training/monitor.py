@@ -10,19 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import logging
 
 from data_pipelines.commands import progress_bar
 from infmae_jax.training import hardware
-from infmae_jax.training.config import RunConfig, flat, to_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.task import Batches, Position, Task
+from infmae_jax.training.program import Program
+from infmae_jax.training.task import Batches, Position
 from infmae_jax.training.writers import EventLog, MetricsWriter
 
 _NOT_LOGGED = ("skipped", "in_a_row", "stop")
 _KEYS_NAMED = 4  # record keys in a message; the event has all
-_MEMORY_SECONDS = 10.0  # between two looks at the host's memory, for which the kernel is asked about every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,26 +46,22 @@ class Monitor:
     def __init__(
         self,
         workdir: Path,
-        task: Task,
-        config: RunConfig,
+        program: Program,
         clock: Goodput,
         events: EventLog,
-        flops_per_step: float,
         first: int,
-        total: int,
         primary: bool,
     ):
-        self._task, self._clock, self._events, self._primary = task, clock, events, primary
-        self._writer = MetricsWriter(workdir, first, primary, config.observe, flat(to_config(config)))
-        self._bar = progress_bar("train", total, "step", done=first, active=primary)
+        self._task, self._clock, self._events, self._primary = program.task, clock, events, primary
+        self._writer = MetricsWriter(workdir, first, primary)
+        self._bar = progress_bar("train", program.total_steps, "step", done=first, active=primary)
         self._utilisation = functools.partial(
             hardware.mfu,
-            flops_per_step,
+            program.flops,
             device_kind=jax.local_devices()[0].device_kind,
             devices=jax.device_count(),
-            dtype=task.dtype,
+            dtype=program.task.dtype,
         )
-        self._host_memory, self._looked = 0.0, -math.inf
 
     def restart(self, batches: Batches, at: Position) -> None:
         """From now on steps are counted from `at` and come from `batches`."""
@@ -104,10 +98,6 @@ class Monitor:
         losses, self._losses = self._losses, []
         return math.fsum(losses) / len(losses) if losses else math.inf
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H,W,3) uint8."""
-        self._writer.picture(name, image, step)
-
     def results(self, step: int, values: Mapping[str, float]) -> None:
         """Logs what evaluators found at the state before `step`."""
         self._writer.write({"step": step, "epoch": self._epoch(step), **values})
@@ -139,7 +129,6 @@ class Monitor:
             "data_wait_seconds": self._clock.seconds()["data_wait"] - self._waited,
             "substituted_samples": self._batches.substituted,
             "goodput": self._clock.goodput,
-            "host_memory_gib": self._host_memory_gib(),
             "device_memory_gib": hardware.device_memory_gib(),
             "mfu": self._utilisation(seconds_per_step=seconds_per_step),
         }
@@ -147,11 +136,6 @@ class Monitor:
         text = f"loss {values['loss']:.4f}, {row['images_per_second']:.1f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._start_window()
-
-    def _host_memory_gib(self) -> float:
-        if time.monotonic() - self._looked >= _MEMORY_SECONDS:
-            self._host_memory, self._looked = hardware.host_memory_gib(), time.monotonic()
-        return self._host_memory
 
     def _log_skipped(self, step: int, values: dict[str, float]) -> None:
         if not self._primary:

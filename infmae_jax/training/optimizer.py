@@ -19,18 +19,13 @@ def make_schedule(config: OptimizerConfig, batch_size: int, warmup_steps: int, t
     """The learning rate as a function of the step: linear warm-up, then the decay `config.schedule`."""
     peak = peak_learning_rate(config, batch_size)
     if config.schedule == "polynomial":
-        return warmup_polynomial(peak, warmup_steps, total_steps, config.power)
+        return _warmed_up(peak, warmup_steps, total_steps, lambda done: (1.0 - done) ** config.power)
     return warmup_half_cosine(peak, warmup_steps, total_steps)
 
 
 def warmup_half_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
     """Linear from 0 over the warm-up steps, then half a cosine to 0 at `total_steps`; a function of the step."""
     return _warmed_up(peak, warmup_steps, total_steps, lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
-
-
-def warmup_polynomial(peak: float, warmup_steps: int, total_steps: int, power: float) -> optax.Schedule:
-    """Linear from 0 over the warm-up steps, then peak * (1 - share done) ** power, 0 at `total_steps`."""
-    return _warmed_up(peak, warmup_steps, total_steps, lambda done: (1.0 - done) ** power)
 
 
 def _warmed_up(peak: float, warmup: int, total: int, falling: Callable[[jax.Array], jax.Array]) -> optax.Schedule:

@@ -129,11 +129,6 @@ class Program:
             self._flags[stop] = step.stop_flag(self.mesh, stop)
         return self.compiled(state, batch, self._flags[stop])
 
-    @functools.cached_property
-    def layer_norms(self):
-        """(state, batch) -> norm of every parameter and of its gradient; computed apart from the step."""
-        return step.make_layer_norms(self._gradients)
-
     def _create(self, key: jax.Array) -> TrainState:
         return TrainState.create(self.task.init(key), self._optimizer)
 

@@ -83,9 +83,7 @@ class Run:
         self._folder, self._stop, self._peers, self._clock, self._at_end = folder, stop, peers, clock, at_end
         self._primary = jax.process_index() == 0
         config, in_steps = program.config, program.in_steps
-        self._log_every, self._save_every, self._norms_every = map(
-            in_steps, (config.log_every, config.checkpoint_every, config.observe.layer_norms_every)
-        )
+        self._log_every, self._save_every = in_steps(config.log_every), in_steps(config.checkpoint_every)
         self._evaluators = {
             name: (in_steps(evaluator.every), evaluator.run) for name, evaluator in self._task.evaluators().items()
         }
@@ -144,13 +142,8 @@ class Run:
                 self._task.fingerprint,
             )  # fmt: skip
         self._monitor = self._stack.enter_context(
-            contextlib.closing(
-                Monitor(
-                    self._folder, self._task, self._config, self._clock, events, program.flops, at.step,
-                    program.total_steps, self._primary,
-                )
-            )
-        )  # fmt: skip
+            contextlib.closing(Monitor(self._folder, program, self._clock, events, at.step, self._primary))
+        )
         events.write(
             "resume" if at.step else "start", at.step, processes=jax.process_count(), devices=program.mesh.size,
             total_steps=program.total_steps, config=self._identity,
@@ -208,14 +201,11 @@ class Run:
 
     def step(self, state: TrainState, batch: dict[str, jax.Array], at: Position) -> TrainState:
         """Makes a step, and reads the metrics of the one before."""
-        program, norms = self._program, {}
         with self._clock.spend("stepping"), self._profile.step(at.step, self._metrics):
-            if self._norms_every and at.step % self._norms_every == 0:
-                norms = program.layer_norms(state, batch)
-            state, self._metrics = program.step(state, batch, self._stop.code)
-        last = at.step == program.total_steps - 1
-        log = norms or (self._log_every and (at.step % self._log_every == 0 or last))
-        self._monitor.step(at.step, self._metrics | norms, bool(log))
+            state, self._metrics = self._program.step(state, batch, self._stop.code)
+        last = at.step == self._program.total_steps - 1
+        log = self._log_every and (at.step % self._log_every == 0 or last)
+        self._monitor.step(at.step, self._metrics, bool(log))
         if last:
             self._monitor.flush()
         return state
@@ -279,8 +269,6 @@ class Run:
         for name in results.keys() - numbers.keys():
             value, picture = results[name], isinstance(results[name], np.ndarray)
             file = f"step_{step:08d}_{name.replace('/', '_')}.{'png' if picture else 'json'}"
-            if picture:
-                self._monitor.picture(name, value, step)
             try:
                 if self._primary:
                     with atomic_write(self._folder / ("pictures" if picture else "tables") / file) as path:

@@ -25,7 +25,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, local_path
 from infmae_jax.training.config import differences, to_config
 from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
@@ -36,16 +36,6 @@ _LARGEST_JSON = 1 << 26  # bytes
 _NAMES_OF_HOSTS = ("coordinator", "notice_url")  # keys of `distributed`
 
 
-def local_path(workdir: str | Path) -> Path:
-    """A run folder as it was named by the user, with `~` expanded; InputError for the URL of an object store."""
-    if "://" in str(workdir) or str(workdir).startswith(("gs:/", "s3:/")):
-        raise InputError(
-            f"--workdir={workdir} is not a folder: a run needs locks, appending and renaming, which object stores do "
-            "not have; mount the bucket or a shared disk, name a folder there, and copy the run afterwards"
-        )
-    return Path(workdir).expanduser()
-
-
 # ---- config.json ----------------------------------------------------------------------------------------------------
 
 
@@ -54,17 +44,20 @@ def read_config(run: str | Path) -> dict[str, Any]:
     path = Path(run) / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; InputError, in one line, when it holds none."""
+    reason: object = "it holds no object"
     try:
         with path.open("rb") as file:
-            config = json.loads(file.read(_LARGEST_JSON))
-    except (ValueError, RecursionError) as error:
+            found = json.loads(file.read(_LARGEST_JSON))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError, RecursionError) as error:
         reason = "brackets within brackets" if isinstance(error, RecursionError) else error
-        raise InputError(f"{path} is not valid JSON ({reason}); restore it or start a new run") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not the config of a run: it holds no object; restore it or start a new run")
-    return config
+    raise InputError(f"{path} cannot be read as JSON ({reason}); restore it or start a new run")
 
 
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
@@ -185,7 +178,7 @@ def workdir_lock(run: str | Path) -> Iterator[None]:
     Raises:
       InputError: another process works in `run`, or it cannot be written to.
     """
-    path = local_path(run) / LOCK_NAME
+    path = Path(local_path(run, "--workdir")) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -145,20 +145,6 @@ def stop_flag(mesh: Mesh, code: int) -> jax.Array:
         )
 
 
-def make_layer_norms(gradients: Gradients) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-    """A jitted function (state, batch) -> norm of every parameter and of its gradient, by metric name."""
-
-    def norms(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-        grads, _ = gradients(state.params, batch, state.step)
-        return {
-            f"{kind}/{sharding.path_text(path)}": jnp.linalg.norm(leaf.reshape(-1))
-            for kind, tree in (("param_norm", state.params), ("grad_norm", grads))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-
-    return jax.jit(norms)
-
-
 def _remember(guard: GuardState, step: jax.Array, loss: jax.Array, ok: jax.Array) -> GuardState:
     """The guards' memory after an update that was made (`ok`) or skipped."""
     weight = jnp.maximum(1.0 / (step - guard.skipped + 1), _SLOWEST_MEAN)  # a plain mean at first

@@ -137,12 +137,7 @@ def read_record(path: Path) -> dict[str, Any]:
       Damaged: there is none, or it is not that of this checkpoint.
     """
     with _damage_if_unreadable():
-        if (path / RECORD_NAME).exists():
-            record = _read_json(path / RECORD_NAME)
-        else:  # before files had checksums, arrays had: "float32[3,4] 00f1c2d37a8b9c0d"
-            _sizes(path)
-            record = dict(ocp.checkpointables_metadata(path).custom_metadata)
-            record["arrays"] = {name: text.split(" ")[0] for name, text in record["digests"].items()}
+        record = _read_json(path / RECORD_NAME)
         if str(record["step"]) != path.name:
             raise ValueError(f"it is the record of step {record['step']}")
         for name in ("metrics", "metadata", "arrays"):
@@ -251,9 +246,6 @@ def verify(folder: Path, item: str | None = None) -> None:
       OSError: the process cannot read now (too many open files, no permission), which says nothing about the files.
     """
     sizes = _sizes(folder)
-    if not (folder / CHECKSUMS_NAME).exists() and "digests" in read_record(folder):
-        logging.warning("%s is from before checkpoints had checksums: it is used as it is", folder)
-        return
     with _damage_if_unreadable():
         entries = _read_json(folder / CHECKSUMS_NAME).items()
         listed = {name: (int(size), str(digest)) for name, (size, digest) in entries}

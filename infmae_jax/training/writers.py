@@ -1,33 +1,27 @@
-"""What a run writes down while it trains: metrics.jsonl, events.jsonl, TensorBoard and, if asked for, Weights & Biases.
+"""What a run writes down while it trains: metrics.jsonl, events.jsonl, TensorBoard.
 
-Losing a line must never lose the run: where a file or service refuses (full disk, folder gone, network down), the
-failure is counted, the first one is a warning, and each later line is tried anew. No line is ever left half-written.
+Losing a line must never lose the run: where a file refuses (full disk, folder gone), the failure is counted, the first
+one is a warning, and each later line is tried anew. No line is ever left half-written.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
 import struct
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
-from infmae_jax.training.config import ObserveConfig
 from infmae_jax.training.line_files import LONGEST_LINE, AppendOnlyFile, lines_from_the_end, read_lines
 
 METRICS_NAME = "metrics.jsonl"
@@ -83,7 +77,7 @@ class EventLog:
 
 
 class MetricsWriter:
-    """Writes logged steps to RUN/metrics.jsonl, RUN/tensorboard and what `observe` asks for.
+    """Writes logged steps to RUN/metrics.jsonl and RUN/tensorboard.
 
     Opening for a run resumed at `first_step` drops the rows of that step and later ones: they will be made again.
     Does nothing where `active` is False.
@@ -92,32 +86,14 @@ class MetricsWriter:
       run: run folder.
       first_step: the step that will be made first.
       active: on one process of a job.
-      observe: services besides the files.
-      config: flat, for Weights & Biases.
 
     Attributes:
-      failures: writes that failed so far, over all files and services.
-
-    Raises:
-      InputError: `observe` names a service that cannot be used.
+      failures: writes that failed so far, over all files.
     """
 
-    def __init__(
-        self,
-        run: str | Path,
-        first_step: int,
-        active: bool = True,
-        observe: ObserveConfig = ObserveConfig(),
-        config: Mapping[str, Any] | None = None,
-    ):
-        self._sinks: list[tuple[_Sink, _Guard]] = []
-        if not active:
-            return
-        sinks: list[_Sink] = []
-        if observe.wandb_project:
-            sinks.append(_WeightsAndBiases(run, observe.wandb_project, config or {}))
-        sinks += [_JsonRows(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")]
-        self._sinks = [(sink, _Guard(sink.name, sink.errors)) for sink in sinks]
+    def __init__(self, run: str | Path, first_step: int, active: bool = True):
+        sinks = [_JsonRows(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")] if active else []
+        self._sinks = [(sink, _Guard(sink.name)) for sink in sinks]
         self.rewind(first_step)
 
     @property
@@ -129,10 +105,6 @@ class MetricsWriter:
         stamped = {"step": row["step"], "time": time.time(), **row}
         self._each(lambda sink: sink.write(stamped))
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H,W,3) uint8."""
-        self._each(lambda sink: sink.picture(name, image, step))
-
     def rewind(self, step: int) -> None:
         """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
         self._each(lambda sink: sink.rewind(step))
@@ -140,32 +112,13 @@ class MetricsWriter:
     def close(self) -> None:
         self._each(lambda sink: sink.close())
 
-    def _each(self, act: Callable[[_Sink], None]) -> None:
+    def _each(self, act: Callable[[_JsonRows | _TensorBoard], None]) -> None:
         for sink, guard in self._sinks:
             with guard:
                 act(sink)
 
 
-class _Sink:
-    """Takes logged steps. `errors` are the failures that a run must survive."""
-
-    name: str
-    errors: tuple[type[Exception], ...] = (OSError,)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """One logged step, with the keys `step` and `time`."""
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """image: (H,W,3) uint8."""
-
-    def rewind(self, step: int) -> None:
-        """Forgets `step` and later, as far as the service can."""
-
-    def close(self) -> None:
-        """Nothing is written afterwards."""
-
-
-class _JsonRows(_Sink):
+class _JsonRows:
     """metrics.jsonl: one object a logged step, steps growing."""
 
     name = METRICS_NAME
@@ -190,7 +143,7 @@ class _JsonRows(_Sink):
         self._file.close()
 
 
-class _TensorBoard(_Sink):
+class _TensorBoard:
     """Event files in `folder`, one record a logged step.
 
     Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
@@ -204,15 +157,9 @@ class _TensorBoard(_Sink):
         self._file = AppendOnlyFile(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}")
 
     def write(self, row: Mapping[str, float]) -> None:
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in _scalars(row).items()]
+        scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        height, width, channels = image.shape
-        png = io.BytesIO()
-        Image.fromarray(image).save(png, format="PNG")
-        drawn = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue())
-        self._append(step=step, summary=Summary(value=[Summary.Value(tag=name, image=drawn)]))
 
     def rewind(self, step: int) -> None:
         # TensorBoard drops what it has of this step and later when it reads a session start there.
@@ -235,80 +182,19 @@ def _record(event: Any) -> bytes:
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
 
 
-class _WeightsAndBiases(_Sink):
-    """A Weights & Biases run, the same one after restarts (RUN/wandb_id).
-
-    WANDB_MODE=offline works without network, and so does a run that finds no network when it starts: `wandb sync`
-    uploads its folder later. The service keeps what it has: after a rollback, the steps made again appear twice.
-
-    Raises:
-      InputError: the package is missing, or nobody is logged in.
-    """
-
-    name, errors = "observe.wandb_project", (Exception,)  # it is a network service: whatever it raises
-
-    def __init__(self, run: str | Path, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError(
-                "observe.wandb_project needs the package wandb: pip install 'infmae-jax[wandb]', or leave it empty"
-            ) from error
-        self._image = wandb.Image
-        kept_id = Path(run) / "wandb_id"
-        if not kept_id.is_file():
-            with atomic_write(kept_id) as partial:
-                partial.write_text(uuid.uuid4().hex)
-        options = {
-            "project": project,
-            "id": kept_id.read_text().strip(),
-            "name": Path(run).resolve().name,
-            "resume": "allow",
-            "dir": str(run),
-            "config": dict(config),
-            "settings": wandb.Settings(console="off", silent=True),
-        }
-        try:
-            self._run = wandb.init(**options)
-        except wandb.errors.CommError as error:
-            logging.warning("Weights & Biases cannot be reached, this run is kept for wandb sync: %s", error)
-            wandb.teardown()  # it keeps the failed one in use
-            self._run = wandb.init(**options, mode="offline")
-        except wandb.Error as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise InputError(
-                f"observe.wandb_project={project}: {reason}, or set WANDB_MODE=offline, or leave it empty"
-            ) from error
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self._run.log({"step": int(row["step"]), **_scalars(row)})
-
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        self._run.log({"step": step, name: self._image(image)})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class _Guard(contextlib.AbstractContextManager):
-    """Swallows the failures of one file or service: counts them, and warns at the first."""
+    """Swallows the failures of one file: counts them, and warns at the first."""
 
-    def __init__(self, name: str, errors: tuple[type[Exception], ...] = (OSError,)):
-        self._name, self._errors = name, errors
-        self.failures = 0
+    def __init__(self, name: str):
+        self._name, self.failures = name, 0
 
     def __exit__(self, kind, error, traceback) -> bool:
-        if not isinstance(error, self._errors):
+        if not isinstance(error, OSError):
             return False
         self.failures += 1
         if self.failures == 1:
             logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", self._name, error)
         return True
-
-
-def _scalars(row: Mapping[str, float]) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items() if key not in ("step", "time")}
 
 
 def _to_line(row: Mapping[str, Any]) -> bytes:

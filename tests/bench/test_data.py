@@ -7,28 +7,16 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import InputError
-from data_pipelines.pipeline import PipelineConfig, train_batches
-from data_pipelines.reader import ExampleReader
 from data_pipelines.transforms import MEAN, STD, draw_crop
-from infmae_jax.bench.data import classic_batch, measure, write_raw
+from infmae_jax.bench.data import classic_batch, measure
 from tests.data_pipelines.shard_sets import make_example, make_image, make_set, write_set
 
 
 def test_every_promised_row_is_there(tmp_path):
     shards = make_set(tmp_path / "set", 12, height=256, width=320)
     rows = measure([shards], workers=2, seconds=1.0, batch_size=4, rounds=1)
-    names = ["pipeline", "pipeline, raw shards", "classic", "decode", "mask", "2 workers"]
+    names = ["pipeline", "classic", "decode", "mask", "2 workers"]
     assert [row["name"] for row in rows] == names
-
-
-def test_raw_shards_give_the_same_batches(tmp_path):
-    shards = make_set(tmp_path / "set", 8)
-    raw = write_raw(shards, list(ExampleReader([shards])), tmp_path / "raw")
-    batches = []
-    for folder in (shards, raw):
-        with train_batches(PipelineConfig((folder,), batch_size=8)) as reading:
-            batches.append(next(reading))
-    assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
 
 
 def test_classic_batch_is_torchvisions_recipe():

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from infmae_jax.interop import torch_file
+from infmae_jax.interop import safetensors_file
 from tests.interop import published_format, torch_like
 
 MAX_SECONDS, MAX_BYTES = 60, 3 << 30
@@ -58,13 +58,13 @@ def test_round_trip(tmp_path, state):
     torch_like.save(tmp_path / "in.pth", {"model": tensors, "epoch": 399})
     steps = [
         ("--from=torch", f"--input={tmp_path}/in.pth", f"--output={tmp_path}/run"),
-        ("--from=run", f"--input={tmp_path}/run", "--to=torch", f"--output={tmp_path}/out.pth"),
+        ("--from=run", f"--input={tmp_path}/run", "--to=safetensors", f"--output={tmp_path}/out.safetensors"),
     ]
     for flags in steps:
         took = convert(*flags)
         print(f"{flags[0]}: {took['seconds']:.1f} s, {took['peak_bytes'] / 2**30:.2f} GiB")
         assert took["seconds"] < MAX_SECONDS and took["peak_bytes"] < MAX_BYTES
-    written, _ = torch_file.read_checkpoint(tmp_path / "out.pth")
+    written, _ = safetensors_file.read_checkpoint(tmp_path / "out.safetensors")
     assert written.keys() == state.keys()
     for name, array in state.items():
         assert written[name].shape == array.shape and written[name].dtype == np.float32, name

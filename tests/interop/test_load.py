@@ -24,7 +24,6 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import variant
 from infmae_jax.models.infmae import InfMAE, abstract_params
 from infmae_jax.models.patches import normalize
-from infmae_jax.training.run_folder import write_config
 from tests import commands
 from tests.interop import torch_like
 from tests.interop.published_format import TINY, TINY_HEADS, random_state
@@ -153,18 +152,6 @@ def test_a_folder_of_another_program_is_one_line(tmp_path):
     for read in (infmae_jax.load, lambda path: load_encoder(str(path)), lambda p: load_encoder("random", like=str(p))):
         with pytest.raises(InputError, match="no section 'model'.*model.safetensors"):
             read(tmp_path)
-
-
-def test_a_run_of_before_the_parts_is_still_read(tmp_path, model):
-    convert_me = TrainedModel(SMALL, model.params)
-    infmae_jax.interop.load.write(tmp_path / "run", "run", convert_me, (32, 32), {})
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    encoder, decoder = config["model"].pop("encoder"), config["model"].pop("decoder")
-    flat = {"encoder": encoder.pop("kind"), **encoder, "norm_pix_loss": config["model"]["norm_pix_loss"]}
-    flat |= {"predict_masked_only": decoder.pop("predict_masked_only")}
-    config["model"] = flat | {f"decoder_{name}": value for name, value in decoder.items()}
-    write_config(tmp_path / "run", config)
-    assert infmae_jax.load(tmp_path / "run").config == SMALL
 
 
 def test_grafting_takes_what_fits_and_accounts_for_it(tmp_path):

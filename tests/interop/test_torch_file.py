@@ -243,26 +243,8 @@ def test_storage_that_is_not_there(tmp_path):
         torch_file.read_checkpoint(tmp_path / "c.pth")
 
 
-def test_written_files_read_back_and_are_the_same_bytes_every_time(tmp_path):
-    tensors = {"a.weight": WEIGHT, "scalar": np.float32(3).reshape(()), "big": RNG.normal(size=(300, 70)).astype("f4")}
-    for name in ("one.pth", "two.pth"):
-        torch_file.write_checkpoint(tmp_path / name, tensors, {"note": "heads: 12"})
-    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "two.pth").read_bytes()
-    read, extras = torch_file.read_checkpoint(tmp_path / "one.pth")
-    assert_equal(read, tensors)
-    assert extras == {"note": "heads: 12"}
-    with zipfile.ZipFile(tmp_path / "one.pth") as archive:
-        assert archive.testzip() is None
-
-
-def test_torch_reads_what_is_written_and_is_read(tmp_path):
+def test_what_torch_writes_is_read(tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed; it is no dependency, only a check")
-    tensors = {"a.weight": WEIGHT, "bias": BIAS.astype(np.float32)}
-    torch_file.write_checkpoint(tmp_path / "ours.pth", tensors, {"note": "x"})
-    for mmap in (False, True):
-        loaded = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)
-        assert loaded["note"] == "x"
-        assert_equal({name: tensor.numpy() for name, tensor in loaded["model"].items()}, tensors)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Conv2d(2, 3, 5)).half()
     optimizer = torch.optim.AdamW(module.parameters())
     sum(p.float().sum() for p in module.parameters()).backward()

@@ -43,8 +43,8 @@ def test_visible_patches_against_nested_loops(h, w, r, seed, data):
             row, column = divmod(int(token), w)
             whole[row * r : row * r + r, column * r : column * r + r] = patch
         expected = slow_depthwise(whole, kernel)
-        on_visible = jax.jit(depthwise.on_visible, static_argnums=3)
-        out = on_visible(jnp.asarray(cells), jnp.asarray(kernel), jnp.asarray(ids), (h, w))
+        convolve = jax.jit(depthwise.convolve, static_argnums=2)
+        out = convolve(jnp.asarray(cells), jnp.asarray(kernel), (h, w), jnp.asarray(ids))
         for token, patch in zip(ids[0], out[0]):
             row, column = divmod(int(token), w)
             np.testing.assert_allclose(patch, expected[row * r : row * r + r, column * r : column * r + r], atol=1e-12)
@@ -57,16 +57,17 @@ def test_gradients_of_both_forms_against_finite_differences(r):
     kernel = jnp.asarray(rng.standard_normal((5, 5, 2)))
     cells = jnp.asarray(rng.standard_normal((2, 3, r, r, 2)))
     jax.test_util.check_grads(
-        jax.jit(lambda c, k: depthwise.on_visible(c, k, ids, (2, 3))), (cells, kernel), order=1, modes=["rev"]
+        jax.jit(lambda c, k: depthwise.convolve(c, k, (2, 3), ids)), (cells, kernel), order=1, modes=["rev"]
     )
     whole = jnp.asarray(rng.standard_normal((2, 2 * r, 3 * r, 2)))
-    jax.test_util.check_grads(jax.jit(lambda c, k: depthwise.on_map(c, k, r)), (whole, kernel), order=1, modes=["rev"])
+    on_map = jax.jit(lambda c, k: depthwise.convolve(c, k, (2, 3)))
+    jax.test_util.check_grads(on_map, (whole, kernel), order=1, modes=["rev"])
 
 
 def test_whole_map_against_nested_loops():
     rng = np.random.default_rng(0)
     cells, kernel = rng.standard_normal((2, 8, 12, 3)), rng.standard_normal((5, 5, 3))
-    out = depthwise.on_map(jnp.asarray(cells), jnp.asarray(kernel), 4)
+    out = depthwise.convolve(jnp.asarray(cells), jnp.asarray(kernel), (2, 3))
     for got, sample in zip(out, cells, strict=True):
         np.testing.assert_allclose(got, slow_depthwise(sample, kernel), atol=1e-12)
 
@@ -75,7 +76,7 @@ def test_bfloat16_is_rounded_once():
     rng = np.random.default_rng(0)
     cells = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((5, 5, 3)), jnp.bfloat16)
-    out = jax.jit(depthwise.on_map, static_argnums=2)(cells, kernel, 4)
+    out = jax.jit(depthwise.convolve, static_argnums=2)(cells, kernel, (2, 2))
     assert out.dtype == jnp.bfloat16
     exact = slow_depthwise(np.asarray(cells[0], np.float64), np.asarray(kernel, np.float64))
     np.testing.assert_allclose(np.asarray(out[0], np.float64), exact, rtol=2**-8, atol=1e-5)

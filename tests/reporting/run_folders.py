@@ -63,7 +63,7 @@ def metrics_row(step, **more):
     return {
         "step": step, "time": NOW - 600 + step, "epoch": step / 4, "loss": 1.5 - step / 100, "learning_rate": 1e-3,
         "grad_norm": 2.0, "images_per_second": 40.0, "data_wait_seconds": 0.1, "goodput": 0.875,
-        "host_memory_gib": 1.25, "skipped_updates": 0, "substituted_samples": 0, **more,
+        "device_memory_gib": 1.25, "skipped_updates": 0, "substituted_samples": 0, **more,
     }  # fmt: skip
 
 

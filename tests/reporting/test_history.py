@@ -35,13 +35,6 @@ def test_status(tmp_path, events, age, word, detail):
     assert status[0] == word and detail in status[1]
 
 
-def test_time_left_follows_the_pace_of_the_last_rows(tmp_path):
-    events = [event(-90, "start", 0, total_steps=100)]
-    rows = [metrics_row(s, time=NOW - 50 + 2 * s) for s in range(25)]
-    history = read_history(make_run(tmp_path / "run", rows, events))
-    assert history.seconds_left == pytest.approx(75 * 2)
-
-
 def test_of_two_rows_of_a_step_the_later_counts_and_cut_lines_are_left_out(tmp_path):
     run = make_run(tmp_path / "run", [metrics_row(5, loss=9.0), *(metrics_row(s) for s in range(10))])
     with (run / "metrics.jsonl").open("a") as file:

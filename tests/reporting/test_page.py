@@ -33,12 +33,12 @@ def test_page_of_an_eventful_run(eventful):
     text = page.text
     for expected in (
         "finished step 100 of 100", "loss, last 0.51", "loss, first 1.5", "loss, best 0.51 at step 99",
-        "images per second 40", "goodput 87.5%", "host memory, most 1.25 GiB", "updates skipped 2", "restarts 1",
+        "images per second 40", "goodput 87.5%", "device memory 1.25 GiB", "updates skipped 2", "restarts 1",
         "roll-backs 1", "checkpoints damaged 1", "saves failed 1", "checkpoints saved 1", "parameters 2,934,512",
-        "GFLOP per image 1.25", "devices 2 x cpu", "mesh.fsdp 1", "shares.stepping 0.9",
+        "GFLOP per image 1.25", "devices 2 x cpu", '"fsdp": 1', "shares.stepping 0.9",
         "reason digest of encoder/x differs", "hit/a.jpg b<1>", "2 records", "loss nan", "to step 20",
         "restart (1)", "skipped update (2)", "roll-back (1)", "checkpoint damaged or not saved (2)",
-        "optimizer.base_learning_rate 0.004 0.00015", "versions.jax 0.10.2", "encoder/x [3, 4] PartitionSpec()",
+        '"base_learning_rate": 0.004', '"jax": "0.10.2"', '"name": "encoder/x"',
         "loss: 0.51", "skipped updates: 2",
     ):  # fmt: skip
         assert expected in text, expected
@@ -77,12 +77,9 @@ def test_text_summary(eventful):
     assert "restarts                  1" in lines
 
 
-def test_metrics_of_any_task_are_drawn_and_layer_norms_are_a_table(tmp_path):
-    more = [{"val/top1": 0.1 * s, "param_norm/encoder/a": 1.0 + s, "grad_norm/b": 2.0} for s in (1, 2)]
-    page = parse(write_report(make_run(tmp_path / "run", [metrics_row(s, **m) for s, m in enumerate(more)])))
+def test_metrics_of_any_task_are_drawn(tmp_path):
+    page = parse(write_report(make_run(tmp_path / "run", [metrics_row(s, **{"val/top1": 0.1 * s}) for s in (1, 2)])))
     assert "val/top1: 0.2" in page.text and len(pictures(page, "png")) == CURVES  # none skipped, one more
-    assert "param norm" not in page.text and "param_norm/encoder/a 1" not in page.text.split("Layers")[0]
-    assert "param_norm/encoder/a 2 3" in page.text and "grad_norm/b 2 2" in page.text
 
 
 def test_every_kind_of_picture_is_shown(tmp_path):

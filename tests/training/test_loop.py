@@ -4,7 +4,6 @@ import dataclasses
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -191,17 +190,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(config, tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_layer_norms_and_profiles_on_demand(config, tmp_path):
-    observe = ObserveConfig(layer_norms_every="4 steps", profile_steps="2-3")
-    config = dataclasses.replace(config, observe=observe, log_every="100 steps")
-    task = PretrainTask(config)
-    loop.train(task, config, tmp_path)
-    rows = {row["step"]: row for row in read_metrics(tmp_path)}
-    assert set(rows) == {0, 4, 8, 11}
-    scale = task.init(jax.random.key(config.seed))["encoder"]["norm"]["scale"]
-    assert rows[0]["param_norm/encoder/norm/scale"] == pytest.approx(float(jnp.linalg.norm(scale)))
-    total = np.sqrt(sum(value**2 for name, value in rows[4].items() if name.startswith("grad_norm/")))
-    assert total == pytest.approx(rows[4]["grad_norm"], rel=1e-4)
+def test_profiles_on_demand(config, tmp_path):
+    config = dataclasses.replace(config, observe=ObserveConfig(profile_steps="2-3"), log_every="100 steps")
+    loop.train(PretrainTask(config), config, tmp_path)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 11]
     assert any(path.is_file() for path in (tmp_path / "profile" / "host_0").rglob("*"))
 
 

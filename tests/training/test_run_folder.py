@@ -57,7 +57,7 @@ def test_weights_of_the_checkpoint_before_a_damaged_one(weights, tmp_path, caplo
 
 @pytest.mark.parametrize(
     "text, message",
-    [("[" * 100_000, "brackets within"), ("[1]", "holds no object"), ("3", "holds no object"), ("", "not valid")],
+    [("[" * 100_000, "brackets within"), ("[1]", "holds no object"), ("3", "holds no object"), ("", "cannot be read")],
     ids=["brackets", "list", "number", "empty"],
 )
 def test_a_config_that_is_none_is_refused_in_one_line(tmp_path, text, message):
@@ -107,9 +107,8 @@ def test_a_config_holds_no_host_and_only_paths_that_must_be(tmp_path, monkeypatc
 
 def test_run_folders_are_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert run_folder.local_path("~/run") == tmp_path / "run"
     for url in ("gs://bucket/run", "s3://bucket/run", "file:///run"):
-        with pytest.raises(InputError, match="is not a folder.*mount"), run_folder.workdir_lock(url):
+        with pytest.raises(InputError, match="is not supported here, name a local path"), run_folder.workdir_lock(url):
             pass
     with run_folder.workdir_lock("~/run"):
         assert os.listdir(tmp_path) == ["run"]

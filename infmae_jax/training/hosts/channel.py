@@ -13,53 +13,31 @@ import re
 import secrets
 import select
 import socket
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 from data_pipelines.errors import InputError
 
 SECRET_VARIABLE = "INFMAE_JOB_SECRET"
-_SECRET_FILE = "~/.cache/infmae/job_secret"
 _SHORTEST_SECRET = 16
 _LONGEST_LINE = 1 << 20
 _LONGEST_GREETING = 64
+
+
 class Refused(ConnectionError):
     """The other end does not know the job's secret, or sends what this project does not send."""
 
 
 def job_secret() -> bytes:
-    """The secret that all processes of a job share: INFMAE_JOB_SECRET, or else this user's own, made on first use.
-
-    The user's own lies in ~/.cache/infmae/job_secret. It serves processes that share a machine or a home folder;
-    elsewhere the launcher must set the variable.
+    """The secret that all processes of a job share, the environment variable INFMAE_JOB_SECRET.
 
     Raises:
-      InputError: the secret is short, or its file cannot be used or can be read by others.
+      InputError: it is missing or short.
     """
-    secret, source = os.environ.get(SECRET_VARIABLE, "").encode(), SECRET_VARIABLE
-    if not secret:
-        path = Path(os.path.expanduser(_SECRET_FILE))
-        source = str(path)
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile("w", dir=path.parent) as new:
-                    new.write(secrets.token_hex(32))
-                    new.flush()
-                    with contextlib.suppress(FileExistsError):  # another process was first
-                        os.link(new.name, path)
-            status, secret = path.stat(), path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be used ({error.strerror}): set {SECRET_VARIABLE}, the same random text for all"
-            ) from error
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:
-            raise InputError(f"{path} is open to other users: remove it, and a new one is made")
+    secret = os.environ.get(SECRET_VARIABLE, "").encode()
     if len(secret) < _SHORTEST_SECRET:
         raise InputError(
-            f"{source} must hold at least {_SHORTEST_SECRET} characters, the same in all processes; "
+            f"{SECRET_VARIABLE} must hold at least {_SHORTEST_SECRET} characters, the same in all processes; "
             "openssl rand -hex 32 makes some"
         )
     return secret
