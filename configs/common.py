@@ -1,4 +1,4 @@
-"""What every pretraining config shares: the `:smoke` form, a CPU-sized run of the same code."""
+"""What configs share: the `:smoke` form, a CPU-sized run of the same code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from infmae_jax.evaluation.windows import Windows
+from infmae_jax.tasks.finetune import EmbeddedLabels, FineTuneConfig
 from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
 from infmae_jax.training.config import to_config
 
@@ -36,3 +38,24 @@ def _smoke(config: PretrainConfig) -> PretrainConfig:
         picture_every="3 steps",
         embedded=EmbeddedConfig(images=24, height=96, width=128, probe_images=config.embedded.probe_images and 24),
     )
+
+
+def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
+    """As `pretrain`; the smoke form trains the tiny variant's encoder on a few synthetic scenes."""
+    if not check_argument(arg):
+        return to_config(config)
+    small = dataclasses.replace(
+        config,
+        variant="",
+        encoder=dataclasses.replace(config.encoder, dtype="float32"),
+        head=dataclasses.replace(config.head, channels=16, auxiliary_channels=8),
+        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0, shards=()),
+        windows=Windows((0, 0), batch_size=4),
+        optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
+        duration="6 steps",
+        log_every="1 steps",
+        checkpoint_every="3 steps",
+        evaluate_every="3 steps",
+        embedded=EmbeddedLabels(images=24, height=96, width=128),
+    )
+    return to_config(small)

@@ -17,7 +17,7 @@ from data_pipelines.errors import InputError
 from infmae_jax import embedded, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config, to_config
+from infmae_jax.training.config import RunConfig, from_config, to_config
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
 from infmae_jax.training.run_folder import local_path
@@ -36,9 +36,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
     config, workdir = from_config(PretrainConfig, flags.FLAGS.config), local_path(flags.FLAGS.workdir)
-    if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
+    use_compilation_cache(config)
     several = config.distributed.method != "none"
     if several and config.embedded.images and not config.data.shards:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
@@ -46,7 +44,7 @@ def main(argv: list[str]) -> int:
     task = PretrainTask(config)
     with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
         primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, peers, clock, at_end=_report)
+        result = loop.train(task, config, workdir, peers, clock, at_end=write_report)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
@@ -56,7 +54,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _report(workdir: Path) -> None:
+def use_compilation_cache(config: RunConfig) -> None:
+    """Keeps compiled programs where the config says, unless the environment says where."""
+    if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
+
+
+def write_report(workdir: Path) -> None:
     """Whatever the end, RUN/report.html shows how it came about."""
     try:
         report.write_report(workdir)

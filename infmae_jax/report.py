@@ -28,12 +28,13 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
+from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.training.config import flat, to_config
 
 NAME = "report.html"
-_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}  # by name of the task
+_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig} | {name: kind.config for name, kind in KINDS.items()}  # by name of the task
 _RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
 _MARK_OF_EVENT = {
     "resume": _RESTART, "skip": _SKIPPED, "spike": _SKIPPED, "rollback": _ROLL_BACK,
