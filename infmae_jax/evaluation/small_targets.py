@@ -11,11 +11,11 @@
             1 / 65535
     AUC 11  trapezoid through true and false positive rates of pixels above 0, 0.1 ... 1: what the field prints
 
-Published code differs in ways that change numbers; mostly by mistake: unmatched components found by their area and not by
+Published code differs in ways that change numbers, mostly by mistake: unmatched components told by their area and not by
 identity (a false one of the same area as a matched one is free: Fa too low); thresholds of probabilities applied to
-logits (all but one of the ROC points are void); targets counted without being reset between epochs (Pd shrinks);
-images and masks resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 255 though some files
-hold other values; 4 neighbours in place of 8 (diagonal targets count twice).
+logits (all but one of the ROC points are void); targets counted on from epoch to epoch (Pd shrinks); images and masks
+resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 255 though some files hold other values;
+4 neighbours in place of 8 (diagonal targets count twice).
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class SmallTargetCounts:
             "target_share": _ratio(self._histograms[1].sum(), pixels),
             "sweep": rows[1:],
             "protocol": (
-                f"stored size; target above {self.threshold:g}; components of 8 neighbours; found below {DISTANCE:g} px "
-                "between centroids; false pixels of unmatched components; images without target score nIoU 1 if empty"
+                f"stored size; target above {self.threshold:g}; components of 8 neighbours; found below {DISTANCE:g} "
+                "px between centroids; Fa of unmatched components; images without target score nIoU 1 if left empty"
             ),
         }
 
@@ -175,13 +175,14 @@ def table_text(scores: dict[str, Any]) -> str:
     def text(name: str, factor: float = 100.0, unit: str = " %") -> str:
         return "-" if scores[name] is None else f"{factor * scores[name]:.2f}{unit}"
 
+    def swept(name: str, factor: float) -> str:
+        values = [row[name] for row in scores["sweep"]]
+        return f"  {name:10}" + "".join("       -" if value is None else f"{factor * value:8.1f}" for value in values)
+
     return "\n".join([
         f"  IoU {text('IoU')}   nIoU {text('nIoU')}   F1 {text('F1')}   AUC {text('AUC')} (11 points {text('AUC_11')})",
         f"  Pd {text('Pd')} of {scores['targets']} targets   Fa {text('Fa', 1.0, ' per million pixels')}",
-        "  threshold " + "".join(f"{row['threshold']:>8}" for row in scores["sweep"]),
-        *(
-            f"  {name:10}" + "".join("       -" if row[name] is None else f"{factor * row[name]:8.1f}" for row in scores["sweep"])
-            for name, factor in (("IoU", 100), ("Pd", 100), ("Fa", 1))
-        ),
+        swept("threshold", 1),
+        *(swept(name, factor) for name, factor in (("IoU", 100), ("Pd", 100), ("Fa", 1))),
         f"  protocol: {scores['protocol']}",
     ])  # fmt: skip
