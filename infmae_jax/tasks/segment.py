@@ -86,7 +86,7 @@ class SegmentTask(FineTuneTask):
         out = self.model.module.apply({"params": params}, normalize(batch["image"]), rngs=self.noise(key))
         labels = batch["mask"].astype(jnp.int32)
         valid = labels != IGNORE
-        weights = self._class_weights[jnp.where(valid, labels, 0)] * valid
+        weights = jnp.asarray(self._class_weights)[jnp.where(valid, labels, 0)] * valid
 
         def cross_entropy(logits: jax.Array) -> jax.Array:
             found = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
