@@ -13,6 +13,11 @@ from infmae_jax.training.config import to_config
 
 _SMOKE_MODEL = dict(widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 
+_SMOKE_HEADS = {
+    "segment": dict(channels=16, auxiliary_channels=8),
+    "small_target": dict(widths=(16, 8, 8, 8, 8)),
+}
+
 
 def check_argument(arg: str) -> bool:
     """True for "smoke", False for ""; ValueError for anything else after the colon of --config=FILE.py:ARG."""
@@ -48,7 +53,7 @@ def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
         config,
         variant="",
         encoder=dataclasses.replace(config.encoder, dtype="float32"),
-        head=dataclasses.replace(config.head, channels=16, auxiliary_channels=8),
+        head=dataclasses.replace(config.head, **_SMOKE_HEADS[config.task]),
         data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0, shards=()),
         windows=Windows((0, 0), batch_size=4),
         optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),

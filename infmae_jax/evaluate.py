@@ -51,7 +51,10 @@ def evaluate(
     text = f"{run}, step {step}; split {split} of {', '.join(shards)}, {found['scores']['images']} images\n{table}"
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
     try:
-        for name, content in (("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)), ("scores.txt", text)):
+        for name, content in (
+            ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
+            ("scores.txt", text),
+        ):
             with atomic_write(output / name) as partial:
                 partial.write_text(content + "\n")
         for name, pixels in {**drawn, "worst": found["worst"]}.items():

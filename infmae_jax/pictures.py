@@ -38,6 +38,7 @@ MARKS = {  # what may be marked on a curve: colour and matplotlib marker
 }
 _MOST_POINTS = 2000  # drawn of a curve
 _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
+_INSET, _MAGNIFIED = 96, 6  # pixels of a magnified target, and how much
 _SWATCH = 12  # pixels of a colour in a legend
 _LONGEST_NAME = 30  # characters of a class name
 
@@ -332,6 +333,27 @@ def class_overlay(image: np.ndarray, classes: np.ndarray, names: Sequence[str], 
             draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=colour)
             draw.text((left + _SWATCH + _GAP, top), texts[place], fill="black", font=font)
     return whole
+
+
+def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple[float, float]]) -> Image.Image:
+    """A gray image (H,W) uint8 with target pixels (H,W) bool framed, and the first targets magnified beside it."""
+    picture = Image.new("RGB", (image.shape[1] + 2 * (_INSET + _GAP), max(image.shape[0], _INSET + _GAP)), "white")
+    picture.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    half = _INSET // _MAGNIFIED // 2
+    padded = np.pad(image, half)
+    marked = np.repeat(padded[..., None], 3, axis=2)
+    marked[np.pad(found, half)] = (0.6 * marked[np.pad(found, half)] + 0.4 * np.array([255, 40, 40])).astype(np.uint8)
+    for place, (row, column) in enumerate(centres):
+        draw.rectangle((column - half, row - half, column + half, row + half), outline=_FRAME)
+        column_of_insets, line = place % 2, place // 2
+        top = line * (_INSET + _GAP)
+        if top + _INSET > picture.height:
+            continue
+        part = marked[round(row) : round(row) + 2 * half, round(column) : round(column) + 2 * half]
+        inset = Image.fromarray(np.ascontiguousarray(part)).resize((_INSET, _INSET), Image.Resampling.NEAREST)
+        picture.paste(inset, (image.shape[1] + _GAP + column_of_insets * (_INSET + _GAP), top))
+    return picture
 
 
 def segmentation_panel(

@@ -34,7 +34,7 @@ from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.training.config import flat, to_config
 
 NAME = "report.html"
-_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig} | {name: kind.config for name, kind in KINDS.items()}  # by name of the task
+_CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig, **{name: kind.config for name, kind in KINDS.items()}}
 _RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
 _MARK_OF_EVENT = {
     "resume": _RESTART, "skip": _SKIPPED, "spike": _SKIPPED, "rollback": _ROLL_BACK,

@@ -11,8 +11,8 @@
             1 / 65535
     AUC 11  trapezoid through true and false positive rates of pixels above 0, 0.1 ... 1: what the field prints
 
-Published code differs in ways that change numbers, mostly by mistake: unmatched components told by their area and not by
-identity (a false one of the same area as a matched one is free: Fa too low); thresholds of probabilities applied to
+Published code differs in ways that change numbers, mostly by mistake: unmatched components told by their area and not
+by identity (a false one of the same area as a matched one is free: Fa too low); thresholds of probabilities applied to
 logits (all but one of the ROC points are void); targets counted on from epoch to epoch (Pd shrinks); images and masks
 resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 255 though some files hold other values;
 4 neighbours in place of 8 (diagonal targets count twice).
@@ -88,8 +88,10 @@ class SmallTargetCounts:
         self._targets = np.zeros((1 + len(SWEEP), 3))  # targets, found, pixels of false components; at each threshold
         self._histograms = np.zeros((2, LEVELS + 1))  # scores of background pixels, of target pixels
 
-    def add(self, scores: np.ndarray, truth: np.ndarray) -> None:
-        """Counts one image: scores (H,W) float from 0 to 1, truth (H,W) uint8: 0, 1 target, 255 does not count."""
+    def add(self, scores: np.ndarray, truth: np.ndarray) -> float:
+        """Counts one image: scores (H,W) float from 0 to 1, truth (H,W) uint8: 0, 1 target, 255 does not count.
+
+        Returns its IoU."""
         counts = truth != IGNORE
         target = (truth == 1) & counts
         levels = np.rint(np.clip(scores, 0, 1) * LEVELS).astype(np.int64)
@@ -104,7 +106,9 @@ class SmallTargetCounts:
             self._targets[place] += len(truths), len(pairs), false
         found = (levels > self.threshold * LEVELS) & counts
         either = (found | target).sum()
-        self._images += 1, (found & target).sum() / either if either else 1.0
+        iou = float((found & target).sum() / either) if either else 1.0
+        self._images += 1, iou
+        return iou
 
     @property
     def values(self) -> np.ndarray:

@@ -44,7 +44,9 @@ class Windows:
     def __post_init__(self):
         if any(side < 0 or side % MULTIPLE for side in self.size) or (0 in self.size) != (self.size == (0, 0)):
             raise InputError(f"windows.size={self.size} must be rows, columns, multiples of {MULTIPLE}; 0,0 is whole")
-        if self.batch_size < 1 or (self.size != (0, 0) and not all(0 < s <= w for s, w in zip(self.stride, self.size, strict=True))):
+        if self.batch_size < 1 or (
+            self.size != (0, 0) and not all(0 < s <= w for s, w in zip(self.stride, self.size, strict=True))
+        ):
             raise InputError(
                 f"windows.stride={self.stride} must be from 1 to the size {self.size}, windows.batch_size at least 1"
             )

@@ -203,6 +203,31 @@ class SegmentationHeadConfig:
             raise ValueError(f"model.head.{reads} reads stages that a vit encoder lacks; use kind=fcn, fcn_stage=3")
 
 
+@dataclasses.dataclass(frozen=True)
+class SmallTargetHeadConfig:
+    """Decoder of small-target detection, see `heads.small_targets`.
+
+    Attributes:
+      widths: at strides 16, 8, 4, 2 and 1.
+      norm: "group" (up to 32 groups) or "layer".
+      deep_supervision: predict at strides 2 and 4 too, in training.
+      prior: probability of a target with which every pixel begins, (0, 1).
+    """
+
+    widths: tuple[int, int, int, int, int] = (256, 128, 64, 32, 16)
+    norm: str = "group"
+    deep_supervision: bool = True
+    prior: float = 0.01
+
+    def __post_init__(self):
+        if len(self.widths) != 5 or min(self.widths) < 8:
+            raise ValueError(f"model.head.widths={self.widths} must be five numbers of at least 8")
+        if self.norm not in HEAD_NORMS or not 0 < self.prior < 1:
+            raise ValueError(
+                f"model.head.norm={self.norm} must be one of {', '.join(HEAD_NORMS)}, prior={self.prior} in (0, 1)"
+            )
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": dict(widths=(48, 96, 192), depths=(2, 2, 4), heads=6, decoder_width=128, decoder_heads=4),
     "small": dict(widths=(128, 192, 384), depths=(2, 2, 11), heads=6, decoder_width=256, decoder_heads=8),

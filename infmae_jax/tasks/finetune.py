@@ -1,7 +1,7 @@
 """What all fine-tuning tasks share: an encoder from a checkpoint, layer-wise learning rates, labelled shards.
 
-The recipe is the one that MCMAE's transfer uses (AdamW, weight decay 0.05, layer decay 0.75, drop path, polynomial decay
-of the learning rate), with the encoder's own pixel normalisation.
+The recipe is the one that MCMAE's transfer uses (AdamW, weight decay 0.05, layer decay 0.75, drop path, polynomial
+decay of the learning rate), with the encoder's own pixel normalisation.
 """
 
 from __future__ import annotations
@@ -84,7 +84,17 @@ class LabelledData:
     @property
     def pipeline(self) -> PipelineConfig:
         """What reads the training split."""
-        names = ("shards", "weights", "image_size", "batch_size", "seed", "max_corrupt", "workers", "threads", "prefetch")
+        names = (
+            "shards",
+            "weights",
+            "image_size",
+            "batch_size",
+            "seed",
+            "max_corrupt",
+            "workers",
+            "threads",
+            "prefetch",
+        )
         return PipelineConfig(split=self.train_split, **{name: getattr(self, name) for name in names})
 
     def view(self, **labels: Any) -> LabelledView:
@@ -111,8 +121,8 @@ class FineTuneConfig(RunConfig):
     Attributes:
       checkpoint: the encoder: a run folder, a published `.pth` or `.safetensors` file, or "random".
       variant: of a random encoder; for a checkpoint, the variant that it must be, if given.
-      encoder: how the encoder is computed (dtype, remat, drop_path, position, fuse_stages, ...). Its architecture (kind,
-        channels, widths, depths, heads, MLP ratio) is that of the checkpoint.
+      encoder: how the encoder is computed (dtype, remat, drop_path, position, fuse_stages, ...). Its architecture
+        (kind, channels, widths, depths, heads, MLP ratio) is that of the checkpoint.
       freeze: "encoder" trains the head alone, without drop path.
       layer_decay: the learning rate of each earlier layer is multiplied by this once more; 1 is off.
       classes: names in the order of their numbers, taken from the shards.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from data_pipelines.errors import InputError
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
+from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask
 from infmae_jax.training.checkpoint import best_checkpoint, restore_params
 from infmae_jax.training.config import from_config
 from infmae_jax.training.run_folder import read_config
@@ -22,7 +23,10 @@ class Kind(NamedTuple):
     model: type
 
 
-KINDS = {"segment": Kind(SegmentConfig, SegmentTask, SegmentationModel)}
+KINDS = {
+    "segment": Kind(SegmentConfig, SegmentTask, SegmentationModel),
+    "small_target": Kind(SmallTargetConfig, SmallTargetTask, SmallTargetModel),
+}
 
 
 class FineTuned(NamedTuple):

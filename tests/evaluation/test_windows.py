@@ -77,7 +77,13 @@ def test_windows_cover_a_side_and_stay_inside(extent, window, data):
 
 
 def test_unusable_windows_are_named():
-    for wrong in (dict(size=(100, 96)), dict(size=(0, 96)), dict(stride=(0, 4)), dict(stride=(600, 4)), dict(batch_size=0)):
+    for wrong in (
+        dict(size=(100, 96)),
+        dict(size=(0, 96)),
+        dict(stride=(0, 4)),
+        dict(stride=(600, 4)),
+        dict(batch_size=0),
+    ):
         with pytest.raises(InputError, match=r"windows\."):
             Windows(**wrong)
 
