@@ -1,5 +1,7 @@
 """UperNet and FCN against slow twins in NumPy: pooling, resizing and convolutions by loops."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +13,7 @@ from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig, vari
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.heads import segmentation
 from infmae_jax.models.heads.segmentation import FCN, Classifier, Segmenter, Stride32, UperNet
+from tests.models.parameters import randomised
 
 ENCODER = EncoderConfig(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv")
 CLASSES = 5
@@ -80,13 +83,6 @@ def slow_upernet(params, maps, groups):
     levels = [module("pyramid1", level1), module("pyramid2", level2), module("pyramid3", level3), level4]
     whole = np.concatenate([slow_resize(x, maps[0].shape[:2]) for x in levels], axis=-1)
     return slow_classifier(params["classifier"], module("fuse", whole))
-
-
-def randomised(module, *inputs, **options):
-    """Random parameters, norms and biases included, so that none is hidden by a zero or a one."""
-    params = jax.jit(module.init, static_argnames=tuple(options))(jax.random.key(0), *inputs, **options)["params"]
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda p: np.asarray(p) + 0.2 * rng.standard_normal(p.shape), params)
 
 
 @pytest.fixture
@@ -179,40 +175,61 @@ def test_upernet_has_the_parameters_of_its_parts(channels, published):
 IMAGES = np.random.default_rng(0).standard_normal((2, 48, 80, 1)).astype(np.float32)
 
 
-@pytest.mark.parametrize("head, fuse_stages, size", [
-    (SegmentationHeadConfig(channels=16, auxiliary_channels=8), True, (12, 20)),
-    (SegmentationHeadConfig("fcn", 16, auxiliary_weight=0), False, (3, 5)),
-    (SegmentationHeadConfig("fcn", 16, fcn_stage=2, auxiliary_weight=0), False, (6, 10)),
-    (SegmentationHeadConfig("fcn", 16, fcn_stage=4, auxiliary_weight=0), False, (1, 2)),
+UPERNET = SegmentationHeadConfig(channels=16, auxiliary_channels=8)
+
+
+@pytest.mark.parametrize("head, fuse_stages", [
+    (UPERNET, True),
+    (SegmentationHeadConfig("fcn", 16, auxiliary_weight=0), False),
+    (SegmentationHeadConfig("fcn", 16, fcn_stage=4, auxiliary_weight=0), False),
 ])  # fmt: skip
-def test_the_model_is_encoder_and_heads(head, fuse_stages, size):
+def test_the_model_is_encoder_and_heads(head, fuse_stages):
     model = Segmenter(ENCODER, head, CLASSES, fuse_stages)
     params = randomised(model, IMAGES)
-    out = jax.jit(model.apply)({"params": params}, IMAGES)
-    options = {"method": "features", "fuse_stages": fuse_stages}
-    found = jax.jit(lambda p: HybridEncoder(ENCODER).apply({"params": p}, IMAGES, **options))(params["encoder"])
-    maps = [found[f"stage{i}"] for i in (1, 2, 3)]
-    if "stride32" in params:
-        maps.append(Stride32("group", "float32").apply({"params": params["stride32"]}, maps[2]))
-    if head.kind == "upernet":
-        logits = UperNet(head, CLASSES, "float32").apply({"params": params["head"]}, maps)
-    else:
-        module = FCN(16, 2, True, head, CLASSES, "float32")
-        logits = module.apply({"params": params["head"]}, maps[head.fcn_stage - 1])
-    assert out["logits"].shape == (2, *size, CLASSES)
-    np.testing.assert_allclose(out["logits"], logits, rtol=0, atol=1e-4)
-    assert ("stride32" in params) == (head.kind == "upernet" or head.fcn_stage == 4)
-    assert ("auxiliary" in out) == ("auxiliary" in params) == (head.auxiliary_weight > 0)
-    if "auxiliary" in out:
-        module = FCN(8, 1, False, head, CLASSES, "float32")
-        auxiliary = module.apply({"params": params.pop("auxiliary")}, maps[2])
-        np.testing.assert_allclose(out["auxiliary"], auxiliary, rtol=0, atol=1e-4)
-        predicted = jax.eval_shape(lambda: model.apply({"params": params}, IMAGES, auxiliary=False))
-        assert set(predicted) == {"logits"}, "prediction needs no auxiliary parameters"
+
+    @jax.jit
+    def both(params):
+        options = {"method": "features", "fuse_stages": fuse_stages}
+        found = HybridEncoder(ENCODER).apply({"params": params["encoder"]}, IMAGES, **options)
+        maps = [found[f"stage{i}"] for i in (1, 2, 3)]
+        if "stride32" in params:
+            maps.append(Stride32("group", "float32").apply({"params": params["stride32"]}, maps[2]))
+        if head.kind == "upernet":
+            modules = {"head": (UperNet(head, CLASSES, "float32"), maps)}
+        else:
+            modules = {"head": (FCN(16, 2, True, head, CLASSES, "float32"), maps[head.fcn_stage - 1])}
+        if head.auxiliary_weight:
+            modules["auxiliary"] = (FCN(8, 1, False, head, CLASSES, "float32"), maps[2])
+        parts = {name: module.apply({"params": params[name]}, x) for name, (module, x) in modules.items()}
+        return model.apply({"params": params}, IMAGES), parts
+
+    out, parts = both(params)
+    np.testing.assert_allclose(out.pop("logits"), parts.pop("head"), rtol=0, atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), out, parts)
+
+
+@pytest.mark.parametrize("head, parts, shape", [
+    (UPERNET, {"head", "stride32", "auxiliary"}, (12, 20)),
+    (SegmentationHeadConfig("fcn", fcn_stage=1), {"head", "auxiliary"}, (12, 20)),
+    (SegmentationHeadConfig("fcn", fcn_stage=2, auxiliary_weight=0), {"head"}, (6, 10)),
+    (SegmentationHeadConfig("fcn", fcn_stage=3), {"head", "auxiliary"}, (3, 5)),
+    (SegmentationHeadConfig("fcn", fcn_stage=4), {"head", "stride32", "auxiliary"}, (1, 2)),
+])  # fmt: skip
+def test_parts_and_shapes(head, parts, shape):
+    """Prediction needs no auxiliary head, neither its parameters nor its work."""
+    model = Segmenter(ENCODER, head, CLASSES)
+    out, variables = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), IMAGES))
+    assert set(variables["params"]) == {"encoder", *parts}
+    shapes = {name: logits.shape for name, logits in out.items()}
+    assert shapes.pop("logits") == (2, *shape, CLASSES)
+    assert shapes == ({"auxiliary": (2, 3, 5, CLASSES)} if "auxiliary" in parts else {})
+    variables["params"].pop("auxiliary", None)
+    predict = functools.partial(model.apply, auxiliary=False)
+    assert set(jax.eval_shape(predict, variables, IMAGES)) == {"logits"}
 
 
 def test_gradients_reach_all_parameters():
-    model = Segmenter(ENCODER, SegmentationHeadConfig(channels=16, auxiliary_channels=8), CLASSES)
+    model = Segmenter(ENCODER, UPERNET, CLASSES)
     params = randomised(model, IMAGES)
 
     def loss(params):
@@ -238,11 +255,11 @@ def test_dropout_takes_whole_channels_and_only_with_its_stream():
 
 
 def test_bfloat16_keeps_parameters_and_logits_in_float32():
-    head = SegmentationHeadConfig(channels=16, auxiliary_channels=8)
-    half = Segmenter(EncoderConfig(**{**vars(ENCODER), "dtype": "bfloat16"}), head, CLASSES)
-    params = jax.jit(half.init)(jax.random.key(0), IMAGES)
+    half = Segmenter(dataclasses.replace(ENCODER, dtype="bfloat16"), UPERNET, CLASSES)
+    params = randomised(half, IMAGES)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    out, exact = (jax.jit(model.apply)(params, IMAGES) for model in (half, Segmenter(ENCODER, head, CLASSES)))
+    exact = Segmenter(ENCODER, UPERNET, CLASSES)
+    out, exact = jax.jit(lambda p: [model.apply({"params": p}, IMAGES) for model in (half, exact)])(params)
     for name, logits in out.items():
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, exact[name], rtol=0, atol=0.1 * np.abs(exact[name]).max())
