@@ -10,6 +10,7 @@ from infmae_jax.models import blocks
 from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.vit import ViTEncoder
+from tests.models.parameters import randomised
 
 ENCODERS = {"hybrid": HybridEncoder, "vit": ViTEncoder}
 TINY = dict(widths=(8, 12, 16), depths=(1, 1, 2), heads=2, depthwise="conv")  # which compiles faster
@@ -56,7 +57,7 @@ def test_the_two_branches_of_a_block_are_dropped_independently(kind):
     else:
         block = blocks.TransformerBlock(2, 2, "float32", drop_path=0.5)
         inputs = (np.repeat(rng.standard_normal((1, 3, 8)).astype(np.float32), 64, axis=0),)
-    variables = block.init(jax.random.key(0), *inputs)
+    variables = {"params": randomised(block, *inputs)}
     out = block.apply(variables, *inputs, rngs={"drop_path": jax.random.key(1)})
     groups = np.unique(np.asarray(out).reshape(64, -1).round(5), axis=0)
     assert len(groups) == 4, "both, first, second, none"
@@ -92,7 +93,7 @@ def test_the_key_decides_and_recomputation_repeats_it(kind):
 
     model, plain = gradient(remat=False)
     key, other = jax.random.split(jax.random.key(0))
-    params = jax.jit(model.init)(key, IMAGES, IDS_KEEP)
+    params = {"params": randomised(model, IMAGES, IDS_KEEP)}
     grads = jax.tree.leaves(plain(params, key))
     for grad, recomputed in zip(grads, jax.tree.leaves(gradient(remat=True)[1](params, key)), strict=True):
         np.testing.assert_allclose(grad, recomputed, rtol=1e-4, atol=1e-5)
