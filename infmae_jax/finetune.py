@@ -21,11 +21,11 @@ from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
 from infmae_jax.interop import checkpoint_flags
-from infmae_jax.pretrain import use_compilation_cache, write_report
+from infmae_jax.report import write_report_if_possible
 from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, resolved, with_embedded
 from infmae_jax.tasks.finetuned import kind_of
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config, to_config
+from infmae_jax.training.config import from_config, to_config, use_compilation_cache
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
 from infmae_jax.training.run_folder import local_path
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     task = kind.task(config, trained)
     with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
         primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, peers, clock, at_end=write_report)
+        result = loop.train(task, config, workdir, peers, clock, at_end=write_report_if_possible)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")

@@ -29,6 +29,7 @@ from data_pipelines.files import atomic_write, images_in, local_path
 from infmae_jax.embed import EXIT_LEFT_OUT
 from infmae_jax.evaluation import windows
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
+from infmae_jax.training.config import use_compilation_cache
 
 RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
 
@@ -108,6 +109,8 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for source in map(Path, sources):
         source = source.expanduser()
+        if not source.exists():
+            raise InputError(f"{source} does not exist: name image files, or a folder of them")
         for path in images_in([source]):
             name = str(path.relative_to(source).with_suffix("")) if source.is_dir() else path.stem
             if name in files:
@@ -162,7 +165,9 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
-    left_out = predict(load_finetuned(values.checkpoint, values.step), argv[1:], output)
+    tuned = load_finetuned(values.checkpoint, values.step)
+    use_compilation_cache(tuned.model.config)
+    left_out = predict(tuned, argv[1:], output)
     for line in left_out:
         print(f"left out: {printable(line)}", file=sys.stderr)
     print(f"{output}: {RESULTS_NAME} and pictures{f', {len(left_out)} images left out' if left_out else ''}")

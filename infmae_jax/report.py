@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from PIL import Image
 
 from data_pipelines.commands import run_command
@@ -69,6 +69,14 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
       InputError: `run` is not a run folder, or the page cannot be written.
     """
     return _write(read_history(run), output)
+
+
+def write_report_if_possible(workdir: Path) -> None:
+    """Whatever the end, RUN/report.html shows how it came about."""
+    try:
+        write_report(workdir)
+    except InputError as error:
+        logging.warning("no report: %s", error)
 
 
 def _write(history: RunHistory, output: str | Path | None) -> Path:

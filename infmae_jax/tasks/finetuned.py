@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,15 @@ def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
     kind = kind_of(stored, f"{run}")
     known = {field.name for field in dataclasses.fields(kind.config)}
     config = from_config(kind.config, {key: value for key, value in stored.items() if key in known})
+    shards = tuple(_found(name, run) for name in config.data.shards)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
     if step is None:
         step = best_checkpoint(run, config.best_metric, config.best_mode)
     restored = restore_params(run, step=step)
     return FineTuned(kind.model(config), restored.params, restored.step)
+
+
+def _found(shards: str, run: Path) -> str:
+    """Shards as a run's config names them: relative to the run where they could be (see `run_folder.claim`)."""
+    inside = os.path.normpath(run / shards)
+    return inside if os.path.isdir(inside) else shards
