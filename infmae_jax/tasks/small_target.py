@@ -129,7 +129,7 @@ def _soft_iou_bce(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax
 
 def _focal(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
     """Focal loss (Lin et al. 2017), summed over an image's pixels and divided by its target pixels."""
-    found = optax.sigmoid_focal_loss(logits, target, _FOCAL_ALPHA, _FOCAL_GAMMA) * valid
+    found = optax.sigmoid_focal_loss(logits, target, alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA) * valid
     return found.sum(axis=(1, 2)) / jnp.maximum(target.sum(axis=(1, 2)), 1)
 
 

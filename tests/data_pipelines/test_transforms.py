@@ -295,7 +295,7 @@ def test_boxes_that_are_hardly_visible_are_left_out():
     assert geometry.boxes(np.zeros((0, 4)))[0].shape == (0, 4)
 
 
-@hypothesis.given(st.integers(1, 120), st.integers(1, 120), seed=st.integers(0, 99), low=st.floats(0.3, 1), data=st.data())
+@hypothesis.given(height=sides, width=sides, seed=st.integers(0, 99), low=st.floats(0.3, 1), data=st.data())
 @hypothesis.settings(deadline=None)
 def test_zoomed_parts_keep_the_aspect_ratio_and_contain_the_point(height, width, seed, low, data):
     point = data.draw(st.none() | st.tuples(st.integers(0, height - 1), st.integers(0, width - 1)))

@@ -155,10 +155,11 @@ def test_learning_rates_fall_with_depth_as_published(encoder, labelled):
     base = dataclasses.replace(config, encoder=variant("base").encoder)
     task.config = base
     factors = {
-        "encoder/patch_embed1/proj/kernel": 0.0317, "encoder/patch_embed4/bias": 0.0317, "encoder/blocks1_0/conv1/kernel": 0.0317,
-        "encoder/blocks2_1/mlp/fc1/kernel": 0.0317, "encoder/blocks3_0/attn/qkv/kernel": 0.0422,
-        "encoder/blocks3_5/attn/qkv/kernel": 0.178, "encoder/blocks3_10/mlp/fc2/kernel": 0.75, "encoder/norm/scale": 1.0,
-        "stride32/conv/kernel": 1.0, "head/fuse/conv/kernel": 1.0, "auxiliary/conv1/conv/kernel": 1.0,
+        "encoder/patch_embed1/proj/kernel": 0.0317, "encoder/patch_embed4/bias": 0.0317,
+        "encoder/blocks1_0/conv1/kernel": 0.0317, "encoder/blocks2_1/mlp/fc1/kernel": 0.0317,
+        "encoder/blocks3_0/attn/qkv/kernel": 0.0422, "encoder/blocks3_5/attn/qkv/kernel": 0.178,
+        "encoder/blocks3_10/mlp/fc2/kernel": 0.75, "encoder/norm/scale": 1.0, "stride32/conv/kernel": 1.0,
+        "head/fuse/conv/kernel": 1.0, "auxiliary/conv1/conv/kernel": 1.0,
     }  # fmt: skip
     for path, factor in factors.items():
         assert task.group(path).learning_rate == pytest.approx(factor, rel=5e-3), path
