@@ -1,4 +1,4 @@
-"""What every pretraining config shares: the `:smoke` form, a CPU-sized run of the same code."""
+"""What configs share: the `:smoke` form, a CPU-sized run of the same code."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from infmae_jax.evaluation.windows import Windows
+from infmae_jax.tasks.finetune import EmbeddedLabels, FineTuneConfig
 from infmae_jax.tasks.pretrain import EmbeddedConfig, PretrainConfig
 from infmae_jax.training.config import to_config
 
 _SMOKE_MODEL = dict(widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
+
+_SMOKE_HEADS = {
+    "segment": dict(channels=16, auxiliary_channels=8),
+    "small_target": dict(widths=(16, 8, 8, 8, 8)),
+}
 
 
 def check_argument(arg: str) -> bool:
@@ -36,3 +43,24 @@ def _smoke(config: PretrainConfig) -> PretrainConfig:
         picture_every="3 steps",
         embedded=EmbeddedConfig(images=24, height=96, width=128, probe_images=config.embedded.probe_images and 24),
     )
+
+
+def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
+    """As `pretrain`; the smoke form trains the tiny variant's encoder on a few synthetic scenes."""
+    if not check_argument(arg):
+        return to_config(config)
+    small = dataclasses.replace(
+        config,
+        variant="",
+        encoder=dataclasses.replace(config.encoder, dtype="float32"),
+        head=dataclasses.replace(config.head, **_SMOKE_HEADS[config.task]),
+        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0, shards=()),
+        windows=Windows((0, 0), batch_size=4),
+        optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
+        duration="6 steps",
+        log_every="1 steps",
+        checkpoint_every="3 steps",
+        evaluate_every="3 steps",
+        embedded=EmbeddedLabels(images=24, height=96, width=128),
+    )
+    return to_config(small)

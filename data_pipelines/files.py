@@ -1,4 +1,4 @@
-"""Files that are whole or absent: the one way in which this project writes them."""
+"""Files: the one way in which this project writes them, whole or absent, and finds images in folders."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from PIL import Image
 
 from data_pipelines.errors import InputError
 
@@ -77,3 +79,17 @@ def local_path(given: str | os.PathLike, what: str) -> str:
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:/)", given):
         raise InputError(f"{what} {given}: {scheme[0]}:// is not supported here, name a local path and copy the files")
     return os.path.abspath(os.path.expanduser(given))
+
+
+def images_in(sources: Iterable[str | os.PathLike]) -> Iterator[Path]:
+    """Image files as named; of folders all those with a suffix of an image, sorted by path, hidden ones left out."""
+    suffixes = Image.registered_extensions()
+    for source in map(Path, sources):
+        source = source.expanduser()
+        if not source.is_dir():
+            yield source
+            continue
+        for path in sorted(source.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+            if path.suffix.lower() in suffixes and path.is_file() and not hidden:
+                yield path

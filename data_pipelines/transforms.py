@@ -152,6 +152,34 @@ class Geometry:
         return cls(crop, size, size, mirrored=flip and rng.random() < 0.5)
 
     @classmethod
+    def zoomed(
+        cls,
+        rng: np.random.Generator,
+        height: int,
+        width: int,
+        canvas: tuple[int, int],
+        zoom: tuple[float, float],
+        flip: bool = True,
+        point: tuple[int, int] | None = None,
+    ) -> Geometry:
+        """A random part of the image, enlarged by a factor uniform in `zoom`, aspect ratio kept, that fills the canvas.
+
+        Where the enlarged image is smaller than the canvas, all of it lies in the first corner (mmsegmentation's resize,
+        crop and pad). With `point`, a row and column of the image, the part contains that pixel.
+        """
+        factor = rng.uniform(*zoom)
+        part, first, size = [], [], []
+        for axis, (extent, room) in enumerate(zip((height, width), canvas, strict=True)):
+            length = min(extent, max(1, round(room / factor)))
+            least, most = 0, extent - length
+            if point is not None:
+                least, most = max(0, point[axis] - length + 1), min(point[axis], most)
+            first.append(int(rng.integers(least, most + 1)))
+            part.append(length)
+            size.append(min(room, max(1, round(length * factor))))
+        return cls(Crop(*first, *part), tuple(size), canvas, mirrored=flip and rng.random() < 0.5)
+
+    @classmethod
     def center(cls, height: int, width: int, size: tuple[int, int]) -> Geometry:
         """The evaluation view: the image is scaled until it covers `size` times 256/224, the rim is cut off."""
         factor = EVALUATION_MARGIN * max(size[0] / height, size[1] / width)

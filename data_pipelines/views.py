@@ -6,13 +6,14 @@ Shape letters: b samples, H W rows and columns of the canvas, K visible tokens, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Example, decode_mask, decode_pixels
+from data_pipelines.examples import IGNORE, Example, decode_mask, decode_pixels
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.transforms import Geometry, InfraredAugment, infrared_augment
@@ -31,6 +32,8 @@ class View:
       whole: "center", "stretch" or "fit" (see `transforms.Geometry`): the whole image, without randomness; "" for a
         random crop.
       scale, ratio, flip: of the random crop.
+      zoom: least and greatest factor by which a crop is enlarged, see `Geometry.zoomed`, in place of `scale` and
+        `ratio`; () is off.
       augment: infrared augmentations.
       intensity: stored integers to 8 bit.
     """
@@ -41,12 +44,15 @@ class View:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    zoom: tuple[float, ...] = ()
     augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
 
     def __post_init__(self):
         if self.whole and self.whole not in WHOLE:
             raise InputError(f"view {self.whole!r} is unknown; choose one of {', '.join(WHOLE)}, or none for crops")
+        if self.zoom and not (len(self.zoom) == 2 and 0 < self.zoom[0] <= self.zoom[1] < math.inf):
+            raise InputError(f"zoom={self.zoom} must be two factors above 0, the smaller first, such as 0.5,2")
 
     def geometry(self, height: int, width: int, rng: np.random.Generator | None = None) -> Geometry:
         """How an image of this size comes to lie on the canvas; it asks a sample's generator first.
@@ -55,6 +61,8 @@ class View:
         """
         if self.whole:
             return getattr(Geometry, self.whole)(height, width, self.size)
+        if self.zoom:
+            return Geometry.zoomed(rng, height, width, self.size, self.zoom, self.flip)
         return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -100,12 +108,15 @@ class LabelledView(View):
     scalar, -1 where an example lacks it.
 
     Attributes beside those of `View`:
+      focus: probability that a zoomed crop contains a pixel of a class drawn evenly among those of the mask that are
+        not 0, the background: for rare classes and small targets.
       mask: give the class mask; an example without one is an error.
       max_objects: M; 0 gives no boxes. More valid boxes are an error that names the image, never cut.
       min_visible: boxes with less than this share of their area on the canvas are left out.
       labels: names of labels of the whole image.
     """
 
+    focus: float = 0.0
     mask: bool = False
     max_objects: int = 0
     min_visible: float = 0.0
@@ -113,6 +124,8 @@ class LabelledView(View):
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.focus <= 1:
+            raise InputError(f"focus={self.focus} is a probability; use a value from 0 to 1")
         if self.max_objects < 0 or not 0 <= self.min_visible <= 1:
             raise InputError(
                 f"max_objects={self.max_objects} must be at least 0, min_visible={self.min_visible} from 0 to 1"
@@ -129,14 +142,26 @@ class LabelledView(View):
         return spec | {name: ((), np.int32) for name in self.labels}
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if self.mask and example.mask is None:
+            raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
+        if self.focus and self.zoom and rng.random() < self.focus:
+            geometry = self._focused(example, geometry, rng)
         arrays: dict[str, Any] = super().sample(example, geometry, rng)
         if self.mask:
-            if example.mask is None:
-                raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
             arrays["mask"] = geometry.mask(decode_mask(example))
         if self.max_objects:
             arrays |= self._objects(example, geometry)
         return arrays | {name: np.int32(example.labels.get(name, -1)) for name in self.labels}
+
+    def _focused(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> Geometry:
+        """Another crop, around a pixel of a class; the same one where there is none."""
+        mask = decode_mask(example)
+        classes = np.setdiff1d(np.unique(mask), (0, IGNORE))
+        if not classes.size:
+            return geometry
+        places = np.argwhere(mask == rng.choice(classes))
+        row, column = places[rng.integers(len(places))].tolist()
+        return Geometry.zoomed(rng, *mask.shape, self.size, self.zoom, self.flip, (row, column))
 
     def _objects(self, example: Example, geometry: Geometry) -> dict[str, np.ndarray]:
         objects = example.objects

@@ -16,17 +16,16 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, images_in
 from data_pipelines.intensity import Intensity
 from data_pipelines.transforms import center_crop_resize
 from infmae_jax.interop import checkpoint_flags
@@ -69,7 +68,7 @@ def embed(
     """
     output = Path(output).expanduser()
     _check(output)
-    files = list(_images(sources))
+    files = list(images_in(sources))
     if not files:
         where = ", ".join(map(str, sources)) or "nothing"
         raise InputError(f"no images in {where}: name image files, or a folder of them")
@@ -107,20 +106,6 @@ def _check(output: Path) -> None:
         raise InputError(f"output {output} is neither {' nor '.join(FORMATS)}: name a file that ends in one of them")
     if output.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise InputError("writing .parquet needs pyarrow: pip install pyarrow, or name an .npz file")
-
-
-def _images(sources: Sequence[str | Path]) -> Iterator[Path]:
-    """Files as named; of folders those with a suffix of an image, sorted, hidden ones left out."""
-    suffixes = Image.registered_extensions()
-    for source in map(Path, sources):
-        source = source.expanduser()
-        if not source.is_dir():
-            yield source
-            continue
-        for path in sorted(source.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-            if path.suffix.lower() in suffixes and path.is_file() and not hidden:
-                yield path
 
 
 def _part(

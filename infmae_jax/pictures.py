@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.errors import InputError
+from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD
 
@@ -36,6 +37,8 @@ MARKS = {  # what may be marked on a curve: colour and matplotlib marker
     "checkpoint damaged or not saved": ("#c62828", "D"),
 }
 _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
+_INSET, _MAGNIFIED = 96, 6  # pixels of a magnified target, and how much
+_SWATCH = 12  # pixels of a colour in a legend
 _LONGEST_NAME = 30  # characters of a class name
 
 
@@ -247,3 +250,114 @@ def _write(pixels: np.ndarray, path: str | Path | None) -> np.ndarray:
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}): name another output") from error
     return pixels
+
+
+def class_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8: colours of class numbers, the first black; neighbours differ by the golden angle of hue."""
+    from matplotlib.colors import hsv_to_rgb
+
+    numbers = np.arange(count)
+    hue, bright = (0.02 + numbers * 0.61803398875) % 1.0, np.where(numbers % 2, 1.0, 0.75)
+    colours = hsv_to_rgb(np.stack([hue, np.full(count, 0.75), bright], axis=-1))
+    colours[:1] = 0
+    return (255 * colours).astype(np.uint8)
+
+
+def class_map(classes: np.ndarray) -> Image.Image:
+    """(H,W) uint8 class numbers as a palette picture: its values are the numbers, viewers show colours."""
+    picture = Image.fromarray(np.ascontiguousarray(classes))
+    picture.putpalette(class_colours(256).tobytes())
+    return picture
+
+
+def class_overlay(image: np.ndarray, classes: np.ndarray, names: Sequence[str], legend: bool = True) -> Image.Image:
+    """A gray image (H,W) uint8 with its classes as a veil of colours, class 0 and ignored pixels clear.
+
+    With `legend`, the classes that occur are named below it.
+    """
+    colours = class_colours(256)
+    shown = (classes > 0) & (classes != IGNORE)
+    pixels = np.repeat(image[..., None], 3, axis=2)
+    pixels[shown] = (0.55 * pixels[shown] + 0.45 * colours[classes[shown]]).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    present = [number for number in np.unique(classes).tolist() if 0 < number < len(names)] if legend else []
+    if not present:
+        return picture
+    texts = [printable(names[number])[:_LONGEST_NAME] for number in present]
+    font = ImageFont.load_default()
+    widths = [_SWATCH + int(font.getlength(text)) + 2 * _GAP for text in texts]
+    rows, right = [[]], 0
+    for place, width in enumerate(widths):
+        if right + width > max(picture.width, _SMALLEST_CELL) and rows[-1]:
+            rows.append([])
+            right = 0
+        rows[-1].append((place, right))
+        right += width
+    whole_width = max(picture.width, _SMALLEST_CELL, *widths)
+    whole = Image.new("RGB", (whole_width, picture.height + len(rows) * (_SWATCH + _GAP)), "white")
+    whole.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(whole)
+    for line, row in enumerate(rows):
+        top = picture.height + line * (_SWATCH + _GAP) + _GAP // 2
+        for place, left in row:
+            colour = tuple(colours[present[place]].tolist())
+            draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=colour)
+            draw.text((left + _SWATCH + _GAP, top), texts[place], fill="black", font=font)
+    return whole
+
+
+def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple[float, float]]) -> Image.Image:
+    """A gray image (H,W) uint8 with target pixels (H,W) bool framed, and the first targets magnified beside it."""
+    picture = Image.new("RGB", (image.shape[1] + 2 * (_INSET + _GAP), max(image.shape[0], _INSET + _GAP)), "white")
+    picture.paste(Image.fromarray(image), (0, 0))
+    draw = ImageDraw.Draw(picture)
+    half = _INSET // _MAGNIFIED // 2
+    padded = np.pad(image, half)
+    marked = np.repeat(padded[..., None], 3, axis=2)
+    marked[np.pad(found, half)] = (0.6 * marked[np.pad(found, half)] + 0.4 * np.array([255, 40, 40])).astype(np.uint8)
+    for place, (row, column) in enumerate(centres):
+        draw.rectangle((column - half, row - half, column + half, row + half), outline=_FRAME)
+        column_of_insets, line = place % 2, place // 2
+        top = line * (_INSET + _GAP)
+        if top + _INSET > picture.height:
+            continue
+        part = marked[round(row) : round(row) + 2 * half, round(column) : round(column) + 2 * half]
+        inset = Image.fromarray(np.ascontiguousarray(part)).resize((_INSET, _INSET), Image.Resampling.NEAREST)
+        picture.paste(inset, (image.shape[1] + _GAP + column_of_insets * (_INSET + _GAP), top))
+    return picture
+
+
+def segmentation_panel(
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], height: int = 192
+) -> np.ndarray:
+    """One row per image: input, true classes, predicted classes, and where they differ (red).
+
+    Args:
+      rows: key, image (H,W) uint8, true classes (H,W) uint8 with 255 = ignore, predicted classes (H,W) uint8.
+      names: of the classes.
+      height: of a row, in pixels.
+
+    Returns:
+      (rows, columns, 3) uint8; a small white picture for no rows.
+    """
+    tiles = []
+    for key, image, truth, predicted in rows:
+        wrong = np.repeat(image[..., None] // 2, 3, axis=2)
+        wrong[(truth != predicted) & (truth != IGNORE)] = (230, 40, 40)
+        parts = [
+            Image.fromarray(image).convert("RGB"), class_overlay(image, truth, names, legend=False),
+            class_overlay(image, predicted, names, legend=False), Image.fromarray(wrong),
+        ]  # fmt: skip
+        width = max(1, round(image.shape[1] * height / image.shape[0]))
+        tiles.append((printable(key), [part.resize((width, height)) for part in parts]))
+    columns = max((parts[0].width for _, parts in tiles), default=_SMALLEST_CELL) + _GAP
+    whole = Image.new("RGB", (4 * columns + _GAP, _HEAD + len(tiles) * (height + _HEAD)), "white")
+    draw = ImageDraw.Draw(whole)
+    for place, title in enumerate(("input", "truth", "prediction", "wrong")):
+        draw.text((_GAP + place * columns, _GAP), title, fill="black")
+    for line, (key, parts) in enumerate(tiles):
+        top = _HEAD + line * (height + _HEAD)
+        for place, part in enumerate(parts):
+            whole.paste(part, (_GAP + place * columns, top))
+        draw.text((_GAP, top + height + 2), key[: columns // 2], fill="black")
+    return np.asarray(whole)

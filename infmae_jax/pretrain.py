@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import jax
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
@@ -18,7 +18,7 @@ from data_pipelines.files import local_path
 from infmae_jax import embedded, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config, to_config
+from infmae_jax.training.config import from_config, to_config, use_compilation_cache
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
 from infmae_jax.training.writers import METRICS_NAME
@@ -37,9 +37,7 @@ def main(argv: list[str]) -> int:
     clock = Goodput()
     config = from_config(PretrainConfig, flags.FLAGS.config)
     workdir = Path(local_path(flags.FLAGS.workdir, "--workdir"))
-    if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
+    use_compilation_cache(config)
     several = config.distributed.method != "none"
     if several and config.embedded.images and not config.data.shards:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> int:
     task = PretrainTask(config)
     with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
         primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, peers, clock, at_end=_report)
+        result = loop.train(task, config, workdir, peers, clock, at_end=report.write_report_if_possible)
     if result.interrupted:
         if primary:
             print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
@@ -55,14 +53,6 @@ def main(argv: list[str]) -> int:
     if primary:
         print(_summary(config, workdir, result.step))
     return 0
-
-
-def _report(workdir: Path) -> None:
-    """Whatever the end, RUN/report.html shows how it came about."""
-    try:
-        report.write_report(workdir)
-    except InputError as error:
-        logging.warning("no report: %s", error)
 
 
 def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from PIL import Image
 
 from data_pipelines.commands import run_command
@@ -81,6 +81,14 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror or error}): name another --output") from error
     return path
+
+
+def write_report_if_possible(workdir: Path) -> None:
+    """Whatever the end of a run, RUN/report.html shows how it came about."""
+    try:
+        write_report(workdir)
+    except InputError as error:
+        logging.warning("no report: %s", error)
 
 
 def facts(history: RunHistory) -> list[tuple[str, str]]:

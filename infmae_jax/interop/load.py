@@ -28,7 +28,7 @@ READABLE = ("torch", "safetensors", "run")
 WRITABLE = ("run", "safetensors", "jax-export")
 RANDOM = "random"
 _SCORE_FILTERS_FILE = "score_filters.safetensors"
-_ARCHITECTURE = ("kind", "in_channels", "widths", "depths", "heads", "mlp_ratio")  # of an encoder, as weights need it
+ARCHITECTURE = ("kind", "in_channels", "widths", "depths", "heads", "mlp_ratio")  # of an encoder, as weights need it
 
 
 def load(
@@ -175,6 +175,8 @@ def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
     described = _described(path)
     restored = restore_params(path, subtree, step)
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), restored.params)
+    if "model" not in restored.config:  # a fine-tuning run, whose heads are not InfMAE's
+        params = {"encoder": params["encoder"]}
     expected = abstract_params(described.config)
     for name, tree in params.items():
         have, want = _leaves(tree), _leaves(expected.get(name, {}))
@@ -192,7 +194,8 @@ def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
 def _described(run: str) -> TrainedModel:
     """What the config of a run says, without weights."""
     config = read_config(run)
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+    model = config.get("model", {"encoder": config.get("encoder")})
+    if not isinstance(model, dict) or not model.get("encoder"):
         weights = sorted(Path(run).glob("*.safetensors"))
         raise InputError(
             f"{run} is not a run folder of this project: its config.json has no section 'model'; give a run folder, or "
@@ -201,7 +204,7 @@ def _described(run: str) -> TrainedModel:
     data = config.get("data", {})
     size = data.get("image_size", DEFAULT_SIZE)
     return TrainedModel(
-        from_config(InfMAEConfig, config["model"], "model."),
+        from_config(InfMAEConfig, model, "model."),
         {},
         from_config(MaskConfig, data.get("mask", {}), "data.mask."),
         tuple(size),
@@ -288,7 +291,7 @@ def untrained(config: InfMAEConfig, image_size: tuple[int, int] = DEFAULT_SIZE, 
 
 def same_encoder(a: EncoderConfig, b: EncoderConfig) -> bool:
     """Whether weights of one are weights of the other: the architecture, not how it is computed."""
-    return all(getattr(a, field) == getattr(b, field) for field in _ARCHITECTURE)
+    return all(getattr(a, field) == getattr(b, field) for field in ARCHITECTURE)
 
 
 def _variant(name: str) -> InfMAEConfig:

@@ -149,6 +149,15 @@ class Layout:
         return tokens if self.packed or self.ids_keep is None else patches.take_tokens(tokens, self.ids_keep)
 
 
+def drop_path(module: nn.Module, branch: jax.Array, rate: float) -> jax.Array:
+    """Stochastic depth (arXiv 1603.09382): `branch` of a residual block, zero in a share `rate` of the samples (axis 0)
+    and 1 / (1 - rate) times itself in the others, if the random stream "drop_path" is given; else `branch`."""
+    if not rate or not module.has_rng("drop_path"):
+        return branch
+    kept = jax.random.bernoulli(module.make_rng("drop_path"), 1 - rate, (len(branch), *(1,) * (branch.ndim - 1)))
+    return (branch * (kept / (1 - rate)).astype(float_dtype(branch.dtype))).astype(branch.dtype)
+
+
 class NonOverlappingConv(nn.Module):
     """Convolution with kernel = stride = `patch`: (..., r*patch, s*patch, C) -> (..., r, s, features).
 
@@ -262,12 +271,16 @@ def linear(features: int, fan_in: int, dtype: str, convolutional: bool = False, 
 
 
 class ConvBlock(nn.Module):
-    """x + conv1x1(dwconv5x5(m * conv1x1(LN(x)))), then x + MLP(LN(x)); m is the visibility of the layout."""
+    """x + conv1x1(dwconv5x5(m * conv1x1(LN(x)))), then x + MLP(LN(x)); m is the visibility of the layout.
+
+    `drop_path` is the rate of stochastic depth, on each of the two branches.
+    """
 
     width: int
     mlp_ratio: int
     dtype: str
     depthwise: str
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, layout: Layout) -> jax.Array:
@@ -275,9 +288,10 @@ class ConvBlock(nn.Module):
         x = residual(x)
         y = pointwise("conv1")(layer_norm(self.dtype, CONV_EPS, "norm1")(x))
         y = DepthwiseConv(self.dtype, self.depthwise, name="dwconv")(y, layout)
-        x = residual(x + pointwise("conv2")(y))
+        x = residual(x + drop_path(self, pointwise("conv2")(y), self.drop_path))
         y = layer_norm(self.dtype, CONV_EPS, "norm2")(x)
-        return x + Mlp(self.width * self.mlp_ratio, self.dtype, convolutional=True, name="mlp")(y)
+        y = Mlp(self.width * self.mlp_ratio, self.dtype, convolutional=True, name="mlp")(y)
+        return x + drop_path(self, y, self.drop_path)
 
 
 class Attention(nn.Module):
@@ -312,18 +326,20 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block; `drop_path` is its rate of stochastic depth, on each of its two branches."""
 
     heads: int
     mlp_ratio: int
     dtype: str
     attention: str = "xla"
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
         """(B,N,D) -> (B,N-first,D): the tokens from `first` on, which attend to all."""
         x = residual(x)
         y = layer_norm(self.dtype, TOKEN_EPS, "norm1")(x)
-        x = residual(x[:, first:] + Attention(self.heads, self.dtype, self.attention, name="attn")(y, first))
+        attention = Attention(self.heads, self.dtype, self.attention, name="attn")
+        x = residual(x[:, first:] + drop_path(self, attention(y, first), self.drop_path))
         y = layer_norm(self.dtype, TOKEN_EPS, "norm2")(x)
-        return x + Mlp(x.shape[-1] * self.mlp_ratio, self.dtype, name="mlp")(y)
+        return x + drop_path(self, Mlp(x.shape[-1] * self.mlp_ratio, self.dtype, name="mlp")(y), self.drop_path)

@@ -7,6 +7,9 @@ ENCODERS = ("hybrid", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
 DEPTHWISE_METHODS = ("shift", "conv")
 ATTENTION_METHODS = ("xla", "cudnn")
+POSITIONS = ("recompute", "interpolate")
+SEGMENTATION_HEADS = ("upernet", "fcn")
+HEAD_NORMS = ("group", "layer")
 _DECODER_KEYS = ("decoder_width", "decoder_depth", "decoder_heads", "predict_masked_only")
 
 
@@ -37,6 +40,11 @@ class EncoderConfig:
         published. Same values and gradients.
       depthwise: how the 5 x 5 depthwise convolutions are computed, see `blocks.DepthwiseConv`.
       attention: "xla", or "cudnn" in bfloat16 on NVIDIA GPUs, see `blocks.Attention`.
+      drop_path: stochastic depth: how often the last block is left out in training, [0, 1). The share grows linearly
+        from 0 in the first block. Active only where a random stream "drop_path" is given.
+      position: position embeddings of other grids than `position_grid`: "recompute" the sines and cosines, or
+        "interpolate" those of `position_grid` (MCMAE), which keeps to the phases seen in pretraining.
+      position_grid: token rows and columns of the images in pretraining.
     """
 
     kind: str = "hybrid"
@@ -51,6 +59,9 @@ class EncoderConfig:
     visible_only: bool = True
     depthwise: str = "shift"
     attention: str = "xla"
+    drop_path: float = 0.0
+    position: str = "recompute"
+    position_grid: tuple[int, int] = (14, 14)
 
     def __post_init__(self):
         for field, allowed in (
@@ -59,6 +70,7 @@ class EncoderConfig:
             ("dtype", DTYPES),
             ("depthwise", DEPTHWISE_METHODS),
             ("attention", ATTENTION_METHODS),
+            ("position", POSITIONS),
         ):
             value = getattr(self, field)
             if value not in allowed:
@@ -67,9 +79,18 @@ class EncoderConfig:
             raise ValueError(f"model.encoder needs three widths and depths, not {self.widths} and {self.depths}")
         if self.mlp_ratio < 1:
             raise ValueError(f"model.encoder.mlp_ratio={self.mlp_ratio} must be at least 1")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"model.encoder.drop_path={self.drop_path} must be in [0, 1)")
+        if len(self.position_grid) != 2 or min(self.position_grid) < 1:
+            raise ValueError(f"model.encoder.position_grid={self.position_grid} must be token rows, columns")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"model.encoder.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
         _check_heads(self.widths[-1], self.heads, self.attention)
+
+    @property
+    def position_source(self) -> tuple[int, int] | None:
+        """The grid whose position embeddings are interpolated, None where they are recomputed."""
+        return self.position_grid if self.position == "interpolate" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +148,84 @@ class InfMAEConfig:
             decoder=dataclasses.replace(self.decoder, **decoder),
             **whole,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentationHeadConfig:
+    """Head of semantic segmentation, see `heads.segmentation`.
+
+    Attributes:
+      kind: "upernet" (all stages; MCMAE) or "fcn" (one map).
+      channels: its width; 768 in MCMAE, at 8.6 times the cost of 256.
+      norm: "group" (up to 32 groups) or "layer".
+      dropout: share of the channels dropped before the last convolution, in training, [0, 1).
+      auxiliary_weight: of the auxiliary loss on stage 3; 0 is without that head.
+      auxiliary_channels: its width.
+      fcn_stage: the map that FCN reads: 1, 2, 3, or 4 for stride 32.
+      fcn_convs: its convolutions before the one that reads the map again.
+      pool_scales: bins per side of UperNet's pyramid pooling.
+    """
+
+    kind: str = "upernet"
+    channels: int = 256
+    norm: str = "group"
+    dropout: float = 0.1
+    auxiliary_weight: float = 0.4
+    auxiliary_channels: int = 256
+    fcn_stage: int = 3
+    fcn_convs: int = 2
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+
+    def __post_init__(self):
+        scales = self.pool_scales
+        for field, valid, allowed in (
+            ("kind", self.kind in SEGMENTATION_HEADS, f"one of {', '.join(SEGMENTATION_HEADS)}"),
+            ("channels", self.channels >= 8, "at least 8"),
+            ("norm", self.norm in HEAD_NORMS, f"one of {', '.join(HEAD_NORMS)}"),
+            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
+            ("auxiliary_weight", 0 <= self.auxiliary_weight < float("inf"), "a number of at least 0"),
+            ("auxiliary_channels", self.auxiliary_channels >= 8, "at least 8"),
+            ("fcn_stage", self.fcn_stage in (1, 2, 3, 4), "one of 1, 2, 3, 4"),
+            ("fcn_convs", self.fcn_convs >= 1, "at least 1"),
+            ("pool_scales", all(n >= 1 for n in scales) and len({*scales}) == len(scales), "different numbers >= 1"),
+        ):
+            if not valid:
+                raise ValueError(f"model.head.{field}={getattr(self, field)!r} must be {allowed}")
+
+    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+        """ValueError if the head reads maps that the encoder does not have."""
+        if encoder.kind != "vit":
+            return
+        if fuse_stages:
+            raise ValueError("fuse_stages adds stages 1 and 2, which a vit encoder lacks; set it to False")
+        if self.kind == "upernet" or self.fcn_stage in (1, 2):
+            reads = "kind=upernet" if self.kind == "upernet" else f"fcn_stage={self.fcn_stage}"
+            raise ValueError(f"model.head.{reads} reads stages that a vit encoder lacks; use kind=fcn, fcn_stage=3")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallTargetHeadConfig:
+    """Decoder of small-target detection, see `heads.small_targets`.
+
+    Attributes:
+      widths: at strides 16, 8, 4, 2 and 1.
+      norm: "group" (up to 32 groups) or "layer".
+      deep_supervision: predict at strides 2 and 4 too, in training.
+      prior: probability of a target with which every pixel begins, (0, 1).
+    """
+
+    widths: tuple[int, int, int, int, int] = (256, 128, 64, 32, 16)
+    norm: str = "group"
+    deep_supervision: bool = True
+    prior: float = 0.01
+
+    def __post_init__(self):
+        if len(self.widths) != 5 or min(self.widths) < 8:
+            raise ValueError(f"model.head.widths={self.widths} must be five numbers of at least 8")
+        if self.norm not in HEAD_NORMS or not 0 < self.prior < 1:
+            raise ValueError(
+                f"model.head.norm={self.norm} must be one of {', '.join(HEAD_NORMS)}, prior={self.prior} in (0, 1)"
+            )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

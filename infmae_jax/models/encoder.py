@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from infmae_jax.models import blocks, patches
 from infmae_jax.models.config import EncoderConfig
@@ -23,13 +24,14 @@ class HybridEncoder(nn.Module):
         block = nn.remat(blocks.ConvBlock) if c.remat else blocks.ConvBlock
         transformer = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
         width1, width2, width3 = c.widths
+        drops = iter(np.linspace(0.0, c.drop_path, sum(c.depths)).tolist())
         self.patch_embed1 = blocks.PatchEmbed(width1, 4, c.in_channels, c.dtype)
         self.patch_embed2 = blocks.PatchEmbed(width2, 2, width1, c.dtype)
         self.patch_embed3 = blocks.PatchEmbed(width3, 2, width2, c.dtype, blocks.flattened_xavier_uniform)
         self.patch_embed4 = blocks.linear(width3, width3, c.dtype)
-        self.blocks1 = [block(width1, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[0])]
-        self.blocks2 = [block(width2, c.mlp_ratio, c.dtype, c.depthwise) for _ in range(c.depths[1])]
-        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.depths[2])]
+        self.blocks1 = [block(width1, c.mlp_ratio, c.dtype, c.depthwise, next(drops)) for _ in range(c.depths[0])]
+        self.blocks2 = [block(width2, c.mlp_ratio, c.dtype, c.depthwise, next(drops)) for _ in range(c.depths[1])]
+        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype, c.attention, rate) for rate in drops]
         if c.fuse_stages:
             self.stage1_output_decode = blocks.NonOverlappingConv(width3, 4, width1, c.dtype)
             self.stage2_output_decode = blocks.NonOverlappingConv(width3, 2, width2, c.dtype)
@@ -87,5 +89,6 @@ class HybridEncoder(nn.Module):
         return stage1, stage2, tokens
 
     def _positions(self, layout: blocks.Layout, dtype: jnp.dtype) -> jax.Array:
-        positions = jnp.asarray(patches.position_embedding(layout.grid, self.config.widths[-1]), dtype)
+        c = self.config
+        positions = jnp.asarray(patches.position_embedding(layout.grid, c.widths[-1], c.position_source), dtype)
         return positions[None] if layout.ids_keep is None else positions[layout.ids_keep]

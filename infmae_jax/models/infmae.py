@@ -13,7 +13,7 @@ from infmae_jax.models.decoder import Decoder
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.vit import ViTEncoder
 
-_ENCODERS = {"hybrid": HybridEncoder, "vit": ViTEncoder}
+ENCODER_MODULES = {"hybrid": HybridEncoder, "vit": ViTEncoder}
 
 
 @flax.struct.dataclass
@@ -35,7 +35,7 @@ class InfMAE(nn.Module):
     config: InfMAEConfig = InfMAEConfig()
 
     def setup(self):
-        self.encoder = _ENCODERS[self.config.encoder.kind](self.config.encoder)
+        self.encoder = ENCODER_MODULES[self.config.encoder.kind](self.config.encoder)
         self.decoder = Decoder(self.config.decoder, self.config.encoder)
 
     def __call__(self, images: jax.Array, ids_keep: jax.Array) -> InfMAEOutput:

@@ -94,15 +94,36 @@ def masked_ids(ids_keep: jax.Array, num_tokens: int) -> jax.Array:
     return in_order[:, ids_keep.shape[1] :].astype(ids_keep.dtype)
 
 
-def position_embedding(grid: tuple[int, int], width: int) -> np.ndarray:
-    """Fixed 2-D sin-cos position embedding, (N, D) float32, for any grid (never interpolated).
+def position_embedding(grid: tuple[int, int], width: int, source: tuple[int, int] | None = None) -> np.ndarray:
+    """Fixed 2-D sin-cos position embedding, (N, D) float32, for any grid.
 
     The first half of the channels encodes the token's column (x), the second its row (y); each half is the sines, then
     the cosines, of the coordinate times 10000 ** (-i / (D/4)).
+
+    Args:
+      grid: token rows and columns (h, w).
+      width: D.
+      source: a grid whose table is stretched to `grid` by bicubic interpolation; None: the table is made for `grid`.
     """
+    if source is not None and source != grid:
+        table = position_embedding(source, width).astype(np.float64).reshape(*source, width)
+        rows, columns = (_bicubic_matrix(*sizes) for sizes in zip(source, grid, strict=True))
+        return np.einsum("hwd,ih,jw->ijd", table, rows, columns, optimize=True).reshape(-1, width).astype(np.float32)
     if width % 4:
         raise ValueError(f"a 2-D sin-cos position embedding needs a width divisible by 4, got {width}")
     frequency = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     angles = [np.outer(axis.reshape(-1).astype(np.float64), frequency) for axis in (columns, rows)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def _bicubic_matrix(size: int, out: int) -> np.ndarray:
+    """(out, size) weights of bicubic interpolation as PyTorch defines it: half-pixel centres, a = -0.75, edge values
+    repeated outside, no smoothing before shrinking."""
+    a, matrix = -0.75, np.zeros((out, size))
+    for row, centre in zip(matrix, (np.arange(out) + 0.5) * size / out - 0.5, strict=True):
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            x = abs(centre - tap)
+            near, far = ((a + 2) * x - (a + 3)) * x * x + 1, a * (((x - 5) * x + 8) * x - 4)
+            row[min(max(tap, 0), size - 1)] += near if x <= 1 else far
+    return matrix

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from infmae_jax.models import blocks, patches
 from infmae_jax.models.config import EncoderConfig
@@ -23,7 +24,8 @@ class ViTEncoder(nn.Module):
         self.cls_token = self.param(
             "cls_token", nn.initializers.normal(0.02), (1, 1, width), blocks.float_dtype(c.dtype)
         )
-        self.blocks = [block(c.heads, c.mlp_ratio, c.dtype, c.attention) for _ in range(c.depths[-1])]
+        drops = np.linspace(0.0, c.drop_path, c.depths[-1]).tolist()
+        self.blocks = [block(c.heads, c.mlp_ratio, c.dtype, c.attention, rate) for rate in drops]
         self.norm = blocks.layer_norm(c.dtype, blocks.TOKEN_EPS)
 
     def __call__(self, images: jax.Array, ids_keep: jax.Array) -> jax.Array:
@@ -39,10 +41,11 @@ class ViTEncoder(nn.Module):
         return {"stage3": stage3, "tokens": tokens, "pooled": tokens[:, 1:].mean(axis=1)}
 
     def _tokens(self, images: jax.Array, ids_keep: jax.Array | None) -> jax.Array:
-        grid = patches.check_images(images, self.config.in_channels)
+        c = self.config
+        grid = patches.check_images(images, c.in_channels)
         layout = blocks.Layout(grid, ids_keep, packed=ids_keep is not None)
         tokens = layout.tokens(self.patch_embed(layout.gather(images)))
-        positions = jnp.asarray(patches.position_embedding(layout.grid, tokens.shape[-1]), tokens.dtype)
+        positions = jnp.asarray(patches.position_embedding(layout.grid, c.widths[-1], c.position_source), tokens.dtype)
         tokens = tokens + (positions[None] if ids_keep is None else positions[ids_keep])
         cls = jnp.broadcast_to(self.cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
         tokens = jnp.concatenate([cls, tokens], axis=1)

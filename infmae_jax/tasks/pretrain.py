@@ -19,12 +19,12 @@ from infmae_jax.interop.load import graft, load
 from infmae_jax.models import patches
 from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.models.infmae import InfMAE
+from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.training.config import Count, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
 
 _PICTURE_ROWS = 6
-_ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +121,8 @@ class PretrainTask(Task):
         samples = len(batch["image"])
         return Loss(out.loss * samples, samples, {})
 
-    def train_batches(self, at: Position) -> _Batches:
-        return _Batches(self._ordered(at.order), at.step)
-
-    def _ordered(self, order: int) -> PipelineConfig:
-        """The data config with another seed for every order but the first."""
-        data = self.config.data
-        return dataclasses.replace(data, seed=(data.seed + order * _ORDER_STRIDE) % 2**32) if order else data
+    def train_batches(self, at: Position) -> PipelineBatches:
+        return PipelineBatches(self.config.data, at)
 
     def evaluators(self) -> dict[str, Evaluator]:
         return {"reconstruction": Evaluator(self.config.picture_every, self._picture)}
@@ -153,22 +148,3 @@ class PretrainTask(Task):
             return jax.lax.with_sharding_constraint(pred, layout)  # whole on every host, whatever cuts the weights
 
         return jax.jit(predict, static_argnames="layout")
-
-
-class _Batches:
-    """This host's batches of a data set in one order, see `training.task.Batches`."""
-
-    def __init__(self, data: PipelineConfig, start_step: int):
-        self._data = data
-        self._batches = pipeline.train_batches(data, start_step, jax.process_index(), jax.process_count())
-        self.close = self._batches.close
-
-    @property
-    def substituted(self) -> int:
-        return self._batches.substituted
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._batches)
-
-    def keys(self, step: int) -> list[str]:
-        return pipeline.record_keys(self._data, step)

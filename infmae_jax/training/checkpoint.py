@@ -286,10 +286,7 @@ class Checkpointer:
         return (state, step, record["metadata"]), ""
 
     def _stored_metric(self, step: int) -> float | None:
-        try:
-            return _finite(storage.read_record(storage.checkpoint_path(self._run, step))["metrics"].get(self._metric))
-        except (storage.Damaged, OSError):
-            return None
+        return _stored_metric(self._run, step, self._metric)
 
     def _set_aside(self, step: int) -> None:
         self._metrics.pop(step, None)
@@ -340,6 +337,19 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
         except OSError as error:
             raise InputError(f"{path} cannot be read: {storage.reason(error)}") from error
     raise InputError(f"{run} has only damaged checkpoints: {', '.join(damaged)}; restore one from a copy")
+
+
+def best_checkpoint(run: str | Path, metric: str, mode: str) -> int | None:
+    """Step of the stored checkpoint whose metric is the lowest ("min") or highest ("max"); None where none has it."""
+    known = {step: value for step in storage.steps_of(run) if (value := _stored_metric(run, step, metric)) is not None}
+    return (min if mode == "min" else max)(sorted(known), key=known.__getitem__, default=None)
+
+
+def _stored_metric(run: str | Path, step: int, metric: str) -> float | None:
+    try:
+        return _finite(storage.read_record(storage.checkpoint_path(run, step))["metrics"].get(metric))
+    except (storage.Damaged, OSError):
+        return None
 
 
 def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import jax
 from ml_collections import ConfigDict, config_dict
 
 from data_pipelines.errors import InputError
@@ -173,6 +175,13 @@ class RunConfig:
         )  # fmt: skip
         for duration in durations:
             in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
+
+
+def use_compilation_cache(config: RunConfig) -> None:
+    """Keeps compiled programs where the config says, unless the environment says where."""
+    if config.compilation_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
 
 
 def to_config(value: Any) -> ConfigDict:

@@ -293,3 +293,22 @@ def test_boxes_that_are_hardly_visible_are_left_out():
     np.testing.assert_array_equal(boxes[:2], [[9, 0, 10, 10], [2, 2, 4, 4]])
     assert geometry.boxes([[9, 0, 19, 10]])[1].all()
     assert geometry.boxes(np.zeros((0, 4)))[0].shape == (0, 4)
+
+
+@hypothesis.given(height=sides, width=sides, seed=st.integers(0, 99), low=st.floats(0.3, 1), data=st.data())
+@hypothesis.settings(deadline=None)
+def test_zoomed_parts_keep_the_aspect_ratio_and_contain_the_point(height, width, seed, low, data):
+    point = data.draw(st.none() | st.tuples(st.integers(0, height - 1), st.integers(0, width - 1)))
+    geometry = Geometry.zoomed(np.random.default_rng(seed), height, width, (48, 64), (low, 2.0), True, point)
+    crop, (rows, columns) = geometry.crop, geometry.size
+    assert 0 <= crop.top and crop.top + crop.height <= height and 0 <= crop.left and crop.left + crop.width <= width
+    assert 0 < rows <= 48 and 0 < columns <= 64
+    # one factor for both sides, up to the rounding of both ends
+    least = max((rows - 0.5) / (crop.height + 0.5), (columns - 0.5) / (crop.width + 0.5))
+    most = min((rows + 0.5) / max(crop.height - 0.5, 0.1), (columns + 0.5) / max(crop.width - 0.5, 0.1))
+    assert least <= most
+    # it fills the canvas, or shows the whole image along that side
+    assert crop.height == height or rows >= 46
+    assert crop.width == width or columns >= 62
+    if point is not None:
+        assert 0 <= point[0] - crop.top < crop.height and 0 <= point[1] - crop.left < crop.width

@@ -1,0 +1,23 @@
+"""Base with FCN on the stride-16 map on MSRS, infrared images alone: the published transfer's network and recipe.
+
+Command:   python -m infmae_jax.finetune --config=configs/segment/msrs_fcn.py --checkpoint=ENCODER --workdir=RUN
+           --config.data.shards=SHARDS
+Hardware:  one host of 4 to 8 GPUs, or a TPU slice of 8 chips
+Hours:     not measured
+Result:    not measured; published for InfMAE: mIoU 72.6, mAcc 80.5 (FCN, pretrained on Inf-590K)
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig
+from infmae_jax.tasks.segment import SegmentConfig
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = SegmentConfig(
+        variant="base",
+        encoder=EncoderConfig(fuse_stages=False, drop_path=0.2, dtype="bfloat16", position="interpolate"),
+        head=SegmentationHeadConfig(kind="fcn", channels=512),
+    )
+    return common.finetune(config, arg)

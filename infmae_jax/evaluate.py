@@ -1,0 +1,85 @@
+"""Measures of a fine-tuned model on a labelled split.
+
+    python -m infmae_jax.evaluate --checkpoint=RUN --output=DIR [--shards=SHARDS] [--split=test]
+
+Prints a table with the protocol that its numbers follow. DIR gets scores.json, the table and pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from PIL import Image
+
+from data_pipelines.commands import run_command
+from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write, local_path
+from data_pipelines.remote import local_folders
+from data_pipelines.shards import read_manifest
+from infmae_jax.tasks.finetuned import load_finetuned
+
+
+def evaluate(
+    run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", step: int | None = None
+) -> str:
+    """Writes the measures of a run on a split, and returns them as a table.
+
+    Args:
+      run: folder of a fine-tuning run; its best checkpoint on its validation split unless `step` is given.
+      output: folder for scores.json, scores.txt and pictures.
+      shards: labelled shard sets with the classes of the run, in their order; by default the run's own.
+      split: of them; the validation split by default.
+
+    Raises:
+      InputError: not such a run, no such split, other classes, or an output that cannot be written.
+    """
+    output = Path(output)
+    model, params, step = load_finetuned(run, step)
+    config = model.config
+    shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
+    for name, folder in zip(shards, local_folders(shards), strict=True):
+        classes = tuple(read_manifest(folder).classes.get(config.LABELS, ()))
+        if classes != model.classes:
+            theirs, ours = ", ".join(classes) or "none", ", ".join(model.classes)
+            raise InputError(f"{name} has the classes {theirs}; {run} knows {ours}: build the set with the same table")
+    found = model.evaluate(params, shards, split)
+    table, drawn = model.report(found["scores"])
+    text = f"{run}, step {step}; split {split} of {', '.join(shards)}, {found['scores']['images']} images\n{table}"
+    origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
+    try:
+        for name, content in (
+            ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
+            ("scores.txt", text),
+        ):
+            with atomic_write(output / name) as partial:
+                partial.write_text(content + "\n")
+        for name, pixels in {**drawn, "worst": found["worst"]}.items():
+            with atomic_write(output / f"{name}.png") as partial:
+                Image.fromarray(pixels).save(partial, "PNG")
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    return text
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder of a fine-tuning run.", required=True)
+    flags.DEFINE_string("output", None, "Folder for scores and pictures.", required=True)
+    flags.DEFINE_list("shards", [], "Labelled shard sets (default: those of the run).")
+    flags.DEFINE_string("split", "", "Of the shard sets (default: the run's validation split).")
+    flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
+    print(evaluate(values.checkpoint, output, values.shards, values.split, values.step))
+    print(f"scores.json, scores.txt and pictures are in {output}")
+
+
+if __name__ == "__main__":
+    run_command(main, define_flags=_define_flags)

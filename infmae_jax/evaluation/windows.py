@@ -1,0 +1,165 @@
+"""Scores of every pixel of images of any size: whole, or by overlapping windows whose scores are averaged.
+
+Shape letters: N images, H W rows and columns of their canvas, K scores per pixel (classes).
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data_pipelines.errors import InputError
+from data_pipelines.transforms import PAD_GRAY
+from infmae_jax.models.patches import normalize
+
+MULTIPLE = 32  # of a canvas: the coarsest map of the heads has stride 32
+T = TypeVar("T")
+Scores = Callable[[Any, jax.Array], jax.Array]  # (params, (N,h,w,1) float32 normalised) -> (N,h,w,K) float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """How large images are looked at.
+
+    Attributes:
+      size: rows and columns of a window; (0, 0): images are looked at whole.
+      stride: rows and columns from one window to the next.
+      batch_size: windows per device call, and device.
+    """
+
+    size: tuple[int, int] = (512, 512)
+    stride: tuple[int, int] = (341, 341)
+    batch_size: int = 4
+
+    def __post_init__(self):
+        if any(side < 0 or side % MULTIPLE for side in self.size) or (0 in self.size) != (self.size == (0, 0)):
+            raise InputError(f"windows.size={self.size} must be rows, columns, multiples of {MULTIPLE}; 0,0 is whole")
+        if self.batch_size < 1 or (
+            self.size != (0, 0) and not all(0 < s <= w for s, w in zip(self.stride, self.size, strict=True))
+        ):
+            raise InputError(
+                f"windows.stride={self.stride} must be from 1 to the size {self.size}, windows.batch_size at least 1"
+            )
+
+    def __str__(self) -> str:
+        if self.size == (0, 0):
+            return "whole images"
+        return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}, scores averaged"
+
+
+def canvas_of(height: int, width: int) -> tuple[int, int]:
+    """The sides of an image rounded up to multiples of 32: one program serves all images of a canvas."""
+    return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
+
+
+def on_canvas(image: np.ndarray, canvas: tuple[int, int], fill: int = PAD_GRAY) -> np.ndarray:
+    """(h,w) -> (H,W): the image in the first corner, the rest filled."""
+    out = np.full(canvas, fill, image.dtype)
+    out[: image.shape[0], : image.shape[1]] = image
+    return out
+
+
+def window_starts(extent: int, window: int, stride: int) -> list[int]:
+    """First pixels of the windows along one side: a stride apart, the last one shifted back inside."""
+    if extent <= window:
+        return [0]
+    count = -(-(extent - window) // stride) + 1
+    return [min(number * stride, extent - window) for number in range(count)]
+
+
+def window_scores(scores: Scores, params: Any, images: jax.Array, windows: Windows) -> jax.Array:
+    """(N,H,W) uint8 -> (N,H,W,K) float32: the mean over all windows that show a pixel. To be jitted."""
+    count, height, width = images.shape
+    pixels = normalize(images)[..., None]
+    if windows.size == (0, 0):
+        return scores(params, pixels)
+    size = min(windows.size[0], height), min(windows.size[1], width)
+    rows, columns = (window_starts(*sides) for sides in zip((height, width), size, windows.stride, strict=True))
+    corners = [(row, column) for row in rows for column in columns]
+    if len(corners) == 1:
+        return scores(params, pixels)
+    at_once = min(max(1, windows.batch_size // count), len(corners))
+    spare = -len(corners) % at_once  # the last group is filled up with windows that do not count
+    groups = np.array(corners + corners[:1] * spare).reshape(-1, at_once, 2)
+    weights = np.array([1.0] * len(corners) + [0.0] * spare, np.float32).reshape(-1, at_once)
+
+    def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        places = [(0, row, column, 0) for row, column in group[0]]
+        cut = [jax.lax.dynamic_slice(pixels, place, (count, *size, 1)) for place in places]
+        found = scores(params, jnp.concatenate(cut)).reshape(at_once, count, *size, -1)
+        for place, part, weight in zip(places, found, group[1], strict=True):
+            before = jax.lax.dynamic_slice(total, place, part.shape)
+            total = jax.lax.dynamic_update_slice(total, before + weight * part, place)
+        return total, None
+
+    seen = np.zeros((height, width, 1), np.float32)
+    for row, column in corners:
+        seen[row : row + size[0], column : column + size[1]] += 1
+    outputs = jax.eval_shape(scores, params, pixels[:, : size[0], : size[1]]).shape[-1]
+    total, _ = jax.lax.scan(add, jnp.zeros((count, height, width, outputs), jnp.float32), (groups, weights))
+    return total / seen[None]
+
+
+class HostPrograms:
+    """Runs functions of (params, batch) on this host's devices, the batch spread over them.
+
+    Every host works through its own share of the images with programs of its own, so that no host waits for another.
+    """
+
+    def __init__(self):
+        self._mesh = Mesh(np.array(jax.local_devices()), ("images",))
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._spread = NamedSharding(self._mesh, PartitionSpec("images"))
+
+    def batch_size(self, wanted: int) -> int:
+        """`wanted` images per device, as images."""
+        return wanted * self._mesh.size
+
+    def params(self, params: Any) -> Any:
+        """Parameters of any layout (arrays of NumPy, or over all hosts) on each of this host's devices."""
+        if jax.process_count() > 1:
+            everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+            whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
+            params = jax.tree.map(lambda array: array.addressable_data(0), whole)
+        return jax.device_put(params, self._everywhere)
+
+    def put(self, batch: Any) -> Any:
+        """Arrays with a leading dimension, a multiple of the devices, spread over them."""
+        return jax.device_put(batch, self._spread)
+
+
+def in_groups(items: Iterable[T], kind: Callable[[T], Hashable], size: int) -> Iterator[list[T]]:
+    """The items, those of a kind together, at most `size` at once; what is left of a kind comes at the end."""
+    waiting: dict[Hashable, list[T]] = {}
+    for item in items:
+        group = waiting.setdefault(kind(item), [])
+        group.append(item)
+        if len(group) == size:
+            yield waiting.pop(kind(item))
+    yield from waiting.values()
+
+
+def ahead(function: Callable[[Any], T], items: Sequence[Any], threads: int = 4, most: int = 32) -> Iterator[T]:
+    """`map` in threads, in order, with at most `most` results waiting."""
+    rest = iter(items)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        waiting = collections.deque(pool.submit(function, item) for item in itertools.islice(rest, most))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
+
+
+@functools.cache
+def host_programs() -> HostPrograms:
+    """Those of this process."""
+    return HostPrograms()

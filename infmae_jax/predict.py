@@ -1,0 +1,178 @@
+"""A fine-tuned model on images and folders of images; no labels are needed.
+
+    python -m infmae_jax.predict --checkpoint=RUN --output=DIR IMAGES_OR_FOLDER...
+
+Every image is looked at by itself, in its own pixels. Segmentation writes class numbers (DIR/classes, PNG), overlays
+(DIR/overlays) and a line of JSON per image (DIR/predictions.jsonl: size, files, share of each class). The same command
+again goes on where it was. Images that cannot be read are named and left out.
+
+Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines.commands import printable, progress_bar, run_command
+from data_pipelines.decode import read_image_file
+from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write, images_in, local_path
+from infmae_jax.embed import EXIT_LEFT_OUT
+from infmae_jax.evaluation import windows
+from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
+from infmae_jax.training.config import use_compilation_cache
+
+RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
+
+
+class _Image(NamedTuple):
+    name: str
+    pixels: np.ndarray
+
+
+def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path, progress: bool = True) -> list[str]:
+    """Writes predictions for image files.
+
+    Args:
+      tuned: the model.
+      sources: image files, and folders that are searched for images.
+      output: folder; what it holds of an earlier call with the same model is kept.
+      progress: show a progress line.
+
+    Returns:
+      One line per image that was left out.
+
+    Raises:
+      InputError: no images, none that can be read, two of the same name, or an output that is in the way.
+    """
+    output, files = Path(output), named(sources)
+    done = _begun(output, tuned)
+    left_out: list[str] = []
+    todo = [(name, path) for name, path in files.items() if name not in done]
+    programs = windows.host_programs()
+    params, size = programs.params(tuned.params), programs.batch_size(tuned.model.config.windows.batch_size)
+    intensity = tuned.model.config.data.intensity
+
+    def read(item: tuple[str, Path]) -> _Image | str:
+        try:
+            return _Image(item[0], read_image_file(item[1], intensity))
+        except InputError as error:
+            return str(error)
+
+    def readable() -> Iterator[_Image]:
+        for found in windows.ahead(read, todo):
+            if isinstance(found, str):
+                left_out.append(found)
+                bar.update(1)
+            else:
+                yield found
+
+    try:
+        with (
+            (output / RESULTS_NAME).open("a") as results,
+            progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
+        ):
+            for group in windows.in_groups(readable(), lambda image: windows.canvas_of(*image.pixels.shape), size):
+                canvas = windows.canvas_of(*group[0].pixels.shape)
+                batch = np.zeros((size, *canvas), np.uint8)
+                for place, image in enumerate(group):
+                    batch[place] = windows.on_canvas(image.pixels, canvas)
+                for image, found in zip(group, tuned.model.predict(params, programs.put(batch)), strict=False):
+                    height, width = image.pixels.shape
+                    noted = tuned.model.write(output, image.name, image.pixels, found[:height, :width])
+                    row = {"image": image.name, "height": height, "width": width, **noted}
+                    results.write(json.dumps(row) + "\n")
+                    results.flush()
+                    bar.update(1)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    if len(left_out) == len(files):
+        raise InputError(f"none of the {len(files)} images can be read; the first: {left_out[0]}")
+    return left_out
+
+
+def named(sources: Sequence[str | Path]) -> dict[str, Path]:
+    """Image files by name: of a folder's images the path inside it, without suffix, of single files their stem.
+
+    Raises:
+      InputError: no images, or two of the same name.
+    """
+    files: dict[str, Path] = {}
+    for source in map(Path, sources):
+        source = source.expanduser()
+        if not source.exists():
+            raise InputError(f"{source} does not exist: name image files, or a folder of them")
+        for path in images_in([source]):
+            name = str(path.relative_to(source).with_suffix("")) if source.is_dir() else path.stem
+            if name in files:
+                raise InputError(f"{files[name]} and {path} would both be called {name}: predict them into two folders")
+            files[name] = path
+    if not files:
+        where = ", ".join(map(str, sources)) or "nothing"
+        raise InputError(f"no images in {where}: name image files, or a folder of them")
+    return files
+
+
+def _begun(output: Path, tuned: FineTuned) -> set[str]:
+    """Makes the folder, or returns the names of the images that it has; InputError where they are another model's."""
+    digest = hashlib.sha256(repr(tuned.model.config).encode())
+    for leaf in jax.tree.leaves(tuned.params):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    settings = {"model": digest.hexdigest(), "classes": list(tuned.model.classes), "step": tuned.step}
+    path = output / SETTINGS_NAME
+    try:
+        if path.is_file():
+            if json.loads(path.read_text()).get("model") != settings["model"]:
+                raise InputError(f"{output} holds predictions of another model: name another --output or remove it")
+        elif output.is_dir() and any(output.iterdir()):
+            raise InputError(f"{output} is not empty and holds no predictions: name another --output")
+        else:
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(settings, indent=1) + "\n")
+        return _finished(output / RESULTS_NAME)
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{output} cannot be used ({error}): name another --output") from error
+
+
+def _finished(path: Path) -> set[str]:
+    """Names in the results; a last line that a kill cut off is removed."""
+    if not path.is_file():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with atomic_write(path) as partial:
+            partial.write_bytes(whole)
+    return {json.loads(line)["image"] for line in whole.splitlines()}
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", None, "Folder of a fine-tuning run.", required=True)
+    flags.DEFINE_string("output", None, "Folder for predictions; what is there already is kept.", required=True)
+    flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
+    tuned = load_finetuned(values.checkpoint, values.step)
+    use_compilation_cache(tuned.model.config)
+    left_out = predict(tuned, argv[1:], output)
+    for line in left_out:
+        print(f"left out: {printable(line)}", file=sys.stderr)
+    print(f"{output}: {RESULTS_NAME} and pictures{f', {len(left_out)} images left out' if left_out else ''}")
+    return EXIT_LEFT_OUT if left_out else 0
+
+
+if __name__ == "__main__":
+    run_command(main, define_flags=_define_flags)

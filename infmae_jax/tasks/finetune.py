@@ -1,0 +1,307 @@
+"""What all fine-tuning tasks share: an encoder from a checkpoint, layer-wise learning rates, labelled shards.
+
+The recipe is the one that MCMAE's transfer uses (AdamW, weight decay 0.05, layer decay 0.75, drop path, polynomial
+decay of the learning rate), with the encoder's own pixel normalisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import jax
+import numpy as np
+
+from data_pipelines import pipeline
+from data_pipelines.errors import InputError
+from data_pipelines.intensity import Intensity
+from data_pipelines.pipeline import PipelineConfig
+from data_pipelines.remote import local_folders
+from data_pipelines.shards import Manifest, read_manifest
+from data_pipelines.synthetic import write_shards
+from data_pipelines.transforms import InfraredAugment
+from data_pipelines.views import LabelledView
+from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.models.config import EncoderConfig
+from infmae_jax.models.patches import token_grid
+from infmae_jax.tasks.batches import PipelineBatches
+from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
+from infmae_jax.training.duration import in_steps
+from infmae_jax.training.task import Group, Position, Task
+
+AUTO = "auto"
+_FULL_EPOCHS, _FULL_IMAGES = 100, 1000  # the usual hundred epochs belong to data sets of a thousand images
+_FEWEST_EPOCHS, _MOST_EPOCHS = 20, 400
+Config = TypeVar("Config", bound="FineTuneConfig")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledData:
+    """Where labelled images come from, and the crops to train on.
+
+    Attributes:
+      shards: folders of shard sets with labels.
+      train_split, val_split, test_split: their splits; validation chooses the best checkpoint, the test split, if there
+        is one of this name, is looked at once, at the end.
+      weights: share of each shard set, see `PipelineConfig`.
+      image_size: rows and columns of a training crop, multiples of 16.
+      batch_size: images per step, over all hosts.
+      seed: of order and crops.
+      zoom: crops are enlarged by a factor uniform between these two, relative to the stored image.
+      focus: probability that a crop contains a pixel of a class drawn evenly among the image's, background left out.
+      flip: mirror left and right half of the time.
+      augment: gain (contrast) and offset (brightness) vary as cameras do; hue and saturation mean nothing in infrared.
+      intensity: stored integers to 8 bit; left at its default, that of the encoder's checkpoint.
+      max_corrupt, workers, threads, prefetch: see `PipelineConfig`.
+    """
+
+    shards: tuple[str, ...] = ()
+    train_split: str = "train"
+    val_split: str = "val"
+    test_split: str = "test"
+    weights: tuple[float, ...] = ()
+    image_size: tuple[int, int] = (512, 512)
+    batch_size: Annotated[int, "[1, inf)"] = 16
+    seed: Annotated[int, "[0, 4294967295]"] = 0
+    zoom: tuple[float, float] = (0.5, 2.0)
+    focus: Annotated[float, "[0, 1]"] = 0.0
+    flip: bool = True
+    augment: InfraredAugment = InfraredAugment(gain=0.5, offset=32.0)
+    intensity: Intensity = Intensity()
+    max_corrupt: Annotated[float, "[0, 1]"] = 0.01
+    workers: Count = 0
+    threads: Count = 2
+    prefetch: Annotated[int, "[1, inf)"] = 4
+
+    def __post_init__(self):
+        assert self.pipeline and self.view()  # they check their own values
+
+    @property
+    def pipeline(self) -> PipelineConfig:
+        """What reads the training split."""
+        names = (
+            "shards",
+            "weights",
+            "image_size",
+            "batch_size",
+            "seed",
+            "max_corrupt",
+            "workers",
+            "threads",
+            "prefetch",
+        )
+        return PipelineConfig(split=self.train_split, **{name: getattr(self, name) for name in names})
+
+    def view(self, **labels: Any) -> LabelledView:
+        """A training crop, with the labels that are asked for."""
+        return LabelledView(
+            self.image_size, zoom=self.zoom, focus=self.focus, flip=self.flip, augment=self.augment,
+            intensity=self.intensity, **labels,
+        )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedLabels:
+    """Synthetic scenes with labels of all kinds, made where `images` > 0 and no shards are named."""
+
+    images: Count = 0
+    height: Annotated[int, "[16, inf)"] = 192
+    width: Annotated[int, "[16, inf)"] = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneConfig(RunConfig):
+    """A fine-tuning run, whatever its task.
+
+    Attributes:
+      checkpoint: the encoder: a run folder, a published `.pth` or `.safetensors` file, or "random".
+      variant: of a random encoder; for a checkpoint, the variant that it must be, if given.
+      encoder: how the encoder is computed (dtype, remat, drop_path, position, fuse_stages, ...). Its architecture
+        (kind, channels, widths, depths, heads, MLP ratio) is that of the checkpoint.
+      freeze: "encoder" trains the head alone, without drop path.
+      layer_decay: the learning rate of each earlier layer is multiplied by this once more; 1 is off.
+      classes: names in the order of their numbers, taken from the shards.
+      evaluate_every: duration between evaluations on the validation split.
+      data: labelled images.
+      embedded: synthetic ones in their place.
+      duration: "auto" is 100 epochs of a thousand images, fewer of more and more of fewer (from 20 to 400).
+    """
+
+    task: str = ""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        base_learning_rate=1.6e-3, warmup="5 percent", schedule="polynomial", b2=0.999
+    )
+    duration: str = AUTO
+    log_every: str = "20 steps"
+    checkpoint_every: str = "10 percent"
+    keep_checkpoints: Annotated[int, "[1, inf)"] = 1
+    keep_best: Count = 1
+    best_mode: Annotated[str, "min, max"] = "max"
+    checkpoint: str = ""
+    variant: str = ""
+    encoder: EncoderConfig = EncoderConfig(fuse_stages=False, drop_path=0.2)
+    freeze: Annotated[str, "none, encoder"] = "none"
+    layer_decay: Annotated[float, "(0, 1]"] = 0.75
+    classes: tuple[str, ...] = ()
+    evaluate_every: str = "10 percent"
+    data: LabelledData = LabelledData()
+    embedded: EmbeddedLabels = EmbeddedLabels()
+
+    # What `resolved` finds in checkpoint and shards is compared all the same, under `encoder` and `data_set`.
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (
+        *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch", "data.max_corrupt",
+        "evaluate_every",
+    )  # fmt: skip
+    LABELS: ClassVar[str] = ""  # of the shards: which class names the task learns
+    SYNTHETIC_MASK: ClassVar[str] = "surfaces"
+
+    def __post_init__(self):
+        if self.duration == AUTO:
+            dataclasses.replace(self, duration="1 epochs")
+        else:
+            super().__post_init__()
+        in_steps(self.evaluate_every, batch_size=1, num_examples=1, total_steps=1)
+
+
+def with_embedded(config: Config, workdir: str | Path) -> Config:
+    """The config with shards of synthetic scenes, made on first use, where it names no shards."""
+    embedded = config.embedded
+    if config.data.shards or not embedded.images:
+        return config
+    shards = Path(workdir) / "data" / "scenes"
+    if not shards.is_dir():
+        print(f"making {embedded.images} labelled synthetic scenes in {shards}", flush=True)
+        size = embedded.height, embedded.width
+        write_shards(shards, embedded.images, size=size, mask=config.SYNTHETIC_MASK)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=(str(shards),)))
+
+
+def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
+    """Fills in what checkpoint and shards say: architecture, intensity mapping, classes, duration.
+
+    Args:
+      options: of `interop.load.load`.
+
+    Returns:
+      The whole config, and the encoder to start with.
+
+    Raises:
+      InputError: no checkpoint or one that cannot be read; shards without such labels, or with different classes.
+    """
+    if not config.checkpoint:
+        raise InputError("no encoder to start from: give --checkpoint=RUN, a .pth or .safetensors file, or random")
+    classes = class_names(config)
+    trained = load_encoder(config.checkpoint, config.variant, **options)
+    architecture = {name: getattr(trained.config.encoder, name) for name in ARCHITECTURE}
+    architecture["position_grid"] = token_grid(*trained.image_size)
+    data = config.data
+    if data.intensity == Intensity():
+        data = dataclasses.replace(data, intensity=trained.intensity)
+    elif data.intensity != trained.intensity:
+        print(f"images by {data.intensity}, not by the checkpoint's own {trained.intensity}", flush=True)
+    duration = config.duration
+    if duration == AUTO:
+        images = pipeline.num_examples(data.pipeline)
+        epochs = round(_FULL_EPOCHS * math.sqrt(_FULL_IMAGES / images))
+        duration = f"{min(max(epochs, _FEWEST_EPOCHS), _MOST_EPOCHS)} epochs"
+    try:
+        encoder = dataclasses.replace(config.encoder, **architecture)
+    except ValueError as error:
+        raise InputError(f"config {error}") from error
+    return dataclasses.replace(config, encoder=encoder, data=data, duration=duration, classes=classes), trained
+
+
+def class_names(config: FineTuneConfig) -> tuple[str, ...]:
+    """The classes of the shards, the same in all; InputError where there are none or the splits are missing."""
+    if not config.data.shards:
+        raise InputError("data.shards is empty; name a shard set with labels, made by `infmae build`")
+    manifests = dict(zip(config.data.shards, manifests_of(config), strict=True))
+    first = None
+    for name, manifest in manifests.items():
+        classes = manifest.classes.get(config.LABELS)
+        if not classes:
+            known = ", ".join(manifest.classes) or "none"
+            raise InputError(f"{name} has no labels of the kind {config.LABELS!r} (it has {known}): build it with them")
+        if first not in (None, tuple(classes)):
+            raise InputError(f"{name} has the classes {', '.join(classes)}, the sets before it {', '.join(first)}")
+        first = tuple(classes)
+        for split in (config.data.train_split, config.data.val_split):
+            if split not in manifest.splits or not manifest.splits[split].count:
+                raise InputError(
+                    f"{name} has no images in a split {split!r} (it has {', '.join(manifest.splits)}): set "
+                    "data.train_split and data.val_split, or build it with one"
+                )
+    return first
+
+
+def manifests_of(config: FineTuneConfig) -> list[Manifest]:
+    return [read_manifest(folder) for folder in local_folders(config.data.shards)]
+
+
+class FineTuneTask(Task):
+    """See `training.task.Task`. The parameters are those of a Flax module, the encoder below "encoder".
+
+    A subclass sets `name` and `view`, and defines `module`, `init`, `loss` and `evaluators`.
+    """
+
+    view: LabelledView
+
+    def __init__(self, config: FineTuneConfig, trained: TrainedModel):
+        """Both from `resolved`."""
+        self.config, self.trained = config, trained
+        self.batch_size, self.dtype = config.data.batch_size, config.encoder.dtype
+        self.batch_spec = {k: ((self.batch_size, *shape), dtype) for k, (shape, dtype) in self.view.spec.items()}
+
+    @functools.cached_property
+    def num_examples(self) -> int:
+        return pipeline.num_examples(self.config.data.pipeline)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"fingerprints": [manifest.fingerprint for manifest in manifests_of(self.config)]}
+
+    def initial(self, shapes: Any) -> Any:
+        """The encoder of the checkpoint under a new head; what was taken is printed."""
+        fresh = jax.device_get(jax.jit(self.init)(jax.random.key(self.config.seed)))
+        params, account = graft(fresh, self.trained, self.config.encoder)
+        if jax.process_index() == 0:
+            print(f"{self.config.checkpoint}: {account}", flush=True)
+        return params
+
+    def group(self, path: str) -> Group:
+        """Learning-rate factor layer_decay ** (layers + 1 - layer); the convolution stages and embeddings are layer 0,
+        transformer block i is layer i + 1, heads and what follows the blocks have factor 1."""
+        encoder = self.config.encoder
+        if not path.startswith("encoder/"):
+            return Group()
+        if self.config.freeze == "encoder":
+            return Group(frozen=True)
+        return Group(learning_rate=self.config.layer_decay ** (encoder.depths[-1] + 1 - layer_of(path, encoder)))
+
+    def train_batches(self, at: Position) -> PipelineBatches:
+        return PipelineBatches(self.config.data.pipeline, at, self.view)
+
+    def noise(self, key: jax.Array) -> dict[str, jax.Array]:
+        """Random streams of dropout and, where the encoder trains, of drop path."""
+        names = ("dropout", "drop_path") if self.config.freeze == "none" else ("dropout",)
+        return dict(zip(names, jax.random.split(key, len(names)), strict=True))
+
+    def batch_of_zeros(self) -> dict[str, np.ndarray]:
+        """One image of the training size, to initialise with."""
+        return {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec.items()}
+
+
+def layer_of(path: str, encoder: EncoderConfig) -> int:
+    """The layer, from 0, of an encoder's parameter such as "encoder/blocks3_4/attn/qkv/kernel"."""
+    part = path.split("/")[1]
+    blocks = "blocks3" if encoder.kind == "hybrid" else "blocks"
+    if found := re.fullmatch(rf"{blocks}_(\d+)", part):
+        return int(found[1]) + 1
+    if part.startswith(("patch_embed", "cls_token", "blocks1", "blocks2")):
+        return 0
+    return encoder.depths[-1] + 1

@@ -1,0 +1,71 @@
+"""The fine-tuning tasks by name, and fine-tuned runs read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipelines.errors import InputError
+from infmae_jax.tasks.finetune import FineTuneConfig
+from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
+from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask
+from infmae_jax.training.checkpoint import best_checkpoint, restore_params
+from infmae_jax.training.config import from_config
+from infmae_jax.training.run_folder import read_config
+
+
+class Kind(NamedTuple):
+    """A fine-tuning task: its config, what trains, and what evaluates and predicts."""
+
+    config: type[FineTuneConfig]
+    task: type
+    model: type
+
+
+KINDS = {
+    "segment": Kind(SegmentConfig, SegmentTask, SegmentationModel),
+    "small_target": Kind(SmallTargetConfig, SmallTargetTask, SmallTargetModel),
+}
+
+
+class FineTuned(NamedTuple):
+    """A fine-tuned model: its kind's `model`, parameters as NumPy arrays, and the checkpoint they come from."""
+
+    model: Any
+    params: Any
+    step: int
+
+
+def kind_of(config: Any, where: str) -> Kind:
+    """Of a run's or a file's config; InputError where it is not that of a fine-tuning task."""
+    name = config.get("task", "") if hasattr(config, "get") else ""
+    if name not in KINDS:
+        raise InputError(f"{where} is not of a fine-tuning task ({', '.join(KINDS)}) but of {name or 'none'!r}")
+    return KINDS[name]
+
+
+def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
+    """A fine-tuned run: its checkpoint `step`, or the best one on its validation split, or else the latest.
+
+    Raises:
+      InputError: not the folder of a fine-tuning run, or no whole checkpoint.
+    """
+    run = Path(run).expanduser()
+    stored = read_config(run)
+    kind = kind_of(stored, f"{run}")
+    known = {field.name for field in dataclasses.fields(kind.config)}
+    config = from_config(kind.config, {key: value for key, value in stored.items() if key in known})
+    shards = tuple(_found(name, run) for name in config.data.shards)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    if step is None:
+        step = best_checkpoint(run, config.best_metric, config.best_mode)
+    restored = restore_params(run, step=step)
+    return FineTuned(kind.model(config), restored.params, restored.step)
+
+
+def _found(shards: str, run: Path) -> str:
+    """Shards as a run's config names them: relative to the run where they could be (see `run_folder.claim`)."""
+    inside = os.path.normpath(run / shards)
+    return inside if os.path.isdir(inside) else shards

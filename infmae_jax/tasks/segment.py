@@ -1,0 +1,209 @@
+"""Semantic segmentation: a class for every pixel of an infrared image, by UperNet or FCN on the encoder's maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from data_pipelines.examples import IGNORE
+from data_pipelines.files import atomic_write
+from infmae_jax import pictures
+from infmae_jax.evaluation import segmentation
+from infmae_jax.evaluation.labelled import LabelledImages
+from infmae_jax.evaluation.windows import Windows, host_programs, window_scores
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.models.config import SegmentationHeadConfig
+from infmae_jax.models.heads.segmentation import Segmenter, resize
+from infmae_jax.models.patches import normalize
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask
+from infmae_jax.training.task import Evaluator, Loss
+
+_WORST = 10  # images of an evaluation that are drawn
+_MOST_WEIGHT = 10.0  # of a class, times the mean: a class of a few pixels must not be all that counts
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentLossConfig:
+    """Cross-entropy over the pixels that have a class.
+
+    Attributes:
+      mean_over: "valid" divides by the pixels with a class; "all" by all, ignored and padding included (as
+        mmsegmentation does by default).
+      class_weights: "" for none, "auto" (inverse frequency in the training split, capped, mean 1 over its pixels), or a
+        number for each class.
+    """
+
+    mean_over: Annotated[str, "valid, all"] = "valid"
+    class_weights: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class SegmentConfig(FineTuneConfig):
+    """A segmentation run.
+
+    Attributes:
+      head: decode head and auxiliary head.
+      loss: see there.
+      windows: how images are looked at in evaluation and prediction.
+      background: class that the second mean of the measures leaves out; -1: none.
+    """
+
+    task: str = "segment"
+    best_metric: str = "val_miou"
+    head: SegmentationHeadConfig = SegmentationHeadConfig()
+    loss: SegmentLossConfig = SegmentLossConfig()
+    windows: Windows = Windows()
+    background: Annotated[int, "[-1, 254]"] = 0
+
+    LABELS: ClassVar[str] = "mask"
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (*FineTuneConfig.FREE_KEYS, "windows.", "background")
+
+
+class SegmentTask(FineTuneTask):
+    """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and mask (B,H,W) uint8, 255 = ignore."""
+
+    name = "segment"
+
+    def __init__(self, config: SegmentConfig, trained: TrainedModel):
+        self.view = config.data.view(mask=True)
+        super().__init__(config, trained)
+        self.model = SegmentationModel(config)
+
+    def init(self, key: jax.Array) -> Any:
+        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
+        out = self.model.module.apply({"params": params}, normalize(batch["image"]), rngs=self.noise(key))
+        labels = batch["mask"].astype(jnp.int32)
+        valid = labels != IGNORE
+        weights = jnp.asarray(self._class_weights)[jnp.where(valid, labels, 0)] * valid
+
+        def cross_entropy(logits: jax.Array) -> jax.Array:
+            found = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(valid, labels, 0))
+            return (found * weights).sum()
+
+        logits = resize(out["logits"], labels.shape[1:])
+        total = cross_entropy(logits)
+        if "auxiliary" in out:
+            total += self.config.head.auxiliary_weight * cross_entropy(resize(out["auxiliary"], labels.shape[1:]))
+        right = ((logits.argmax(axis=-1) == labels) & valid).sum()
+        count = valid.sum() if self.config.loss.mean_over == "valid" else labels.size
+        return Loss(total, count, {"pixel_accuracy": right})
+
+    @functools.cached_property
+    def _class_weights(self) -> np.ndarray:
+        """(classes,) float32."""
+        given, count = self.config.loss.class_weights, len(self.config.classes)
+        return np.array([float(weight) for weight in given] or [1.0] * count, np.float32)
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
+
+    def _evaluate(self, params: Any) -> dict[str, Any]:
+        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
+        scores = found["scores"]
+        names = {"val_miou": "mIoU", "val_macc": "mAcc", "val_aacc": "aAcc"}
+        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
+        return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
+
+
+class SegmentationModel:
+    """What a segmentation run computes, apart from its weights."""
+
+    def __init__(self, config: SegmentConfig):
+        """`config`: with classes and architecture filled in, see `finetune.resolved`."""
+        self.config, self.classes = config, config.classes
+        self.module = Segmenter(config.encoder, config.head, len(config.classes), config.encoder.fuse_stages)
+
+    @property
+    def protocol(self) -> str:
+        """How evaluation looks at images: what makes its numbers comparable."""
+        return f"{self.config.windows}; stored size, one scale, no mirroring; pixels of class 255 do not count"
+
+    def evaluate(self, params: Any, shards: Sequence[str], split: str) -> dict[str, Any]:
+        """Measures of a split, every image at its stored size; the same scores on all hosts.
+
+        Returns:
+          scores: see `evaluation.segmentation.scores`, and `protocol`, `confusion`, `images`, `damaged` (left out).
+          worst: picture of the images with the smallest share of right pixels, of this host.
+
+        Raises:
+          InputError: no such split, or an example without mask.
+        """
+        programs, count = host_programs(), len(self.classes)
+        params = programs.params(params)
+        labelled = LabelledImages(
+            shards, split, self.config.data.intensity, programs.batch_size(self.config.windows.batch_size)
+        )
+        totals = np.zeros(count * count + 2, np.int64)  # confusion matrix, images, damaged
+        worst: list[tuple[float, int, Any]] = []
+        for images, masks, group in labelled:
+            placed = programs.put((images, masks))
+            predicted, confusion = jax.device_get(_evaluated(self.module, self.config.windows, count, params, *placed))
+            totals[:-2] += confusion.reshape(-1)
+            for image, classes in zip(group, predicted, strict=False):
+                totals[-2] += 1
+                classes = classes[: image.mask.shape[0], : image.mask.shape[1]]
+                valid = image.mask != IGNORE
+                right = float((classes == image.mask)[valid].mean()) if valid.any() else 1.0
+                add = heapq.heappush if len(worst) < _WORST else heapq.heappushpop
+                add(worst, (-right, int(totals[-2]), (image, classes)))
+        totals[-1] = len(labelled.damaged)
+        if jax.process_count() > 1:
+            totals = multihost_utils.process_allgather(totals).sum(axis=0)
+        matrix = totals[:-2].reshape(count, count)
+        background = self.config.background if self.config.background >= 0 else None
+        scores = segmentation.scores(matrix, self.classes, background)
+        known = {"images": int(totals[-2]), "damaged": int(totals[-1]), "protocol": self.protocol}
+        rows = [(x.key, x.image, x.mask, classes) for _, _, (x, classes) in sorted(worst, key=lambda w: -w[0])]
+        drawn = pictures.segmentation_panel(rows, self.classes)
+        return {"scores": {**scores, **known, "confusion": matrix.tolist()}, "worst": drawn}
+
+    def report(self, scores: dict[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
+        """The scores as a table for people, and as pictures by name."""
+        confusion = pictures.confusion_matrix(np.array(scores["confusion"]), self.classes)
+        return segmentation.table_text(scores, self.protocol), {"confusion": confusion}
+
+    def predict(self, params: Any, images: jax.Array) -> np.ndarray:
+        """(N,H,W) uint8 on a canvas -> (N,H,W) uint8 class numbers; both arguments from `host_programs`."""
+        return np.asarray(_predicted(self.module, self.config.windows, params, images))
+
+    def write(self, folder: Path, name: str, image: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
+        """Writes the prediction of one image, class numbers and a picture, and returns what is to be noted of it."""
+        files = {"class_map": folder / "classes" / f"{name}.png", "overlay": folder / "overlays" / f"{name}.png"}
+        with atomic_write(files["class_map"]) as path:
+            pictures.class_map(classes).save(path, "PNG")
+        with atomic_write(files["overlay"]) as path:
+            pictures.class_overlay(image, classes, self.classes).save(path, "PNG")
+        numbers, pixels = np.unique(classes, return_counts=True)
+        shares = {self.classes[n]: round(p / classes.size, 6) for n, p in zip(numbers, pixels.tolist(), strict=True)}
+        return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "shares": shares}
+
+
+def _scores(module: Segmenter, params: Any, pixels: jax.Array) -> jax.Array:
+    logits = module.apply({"params": params}, pixels, auxiliary=False)["logits"]
+    return resize(logits, pixels.shape[1:3])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _predicted(module: Segmenter, how: Windows, params: Any, images: jax.Array) -> jax.Array:
+    scores = window_scores(functools.partial(_scores, module), params, images, how)
+    return scores.argmax(axis=-1).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _evaluated(
+    module: Segmenter, how: Windows, classes: int, params: Any, images: jax.Array, masks: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    predicted = _predicted(module, how, params, images)
+    return predicted, segmentation.confusion(masks, predicted, classes)

@@ -1,0 +1,243 @@
+"""Infrared small-target detection: which pixels belong to targets of a few pixels, and which targets there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from data_pipelines.examples import IGNORE
+from data_pipelines.files import atomic_write
+from data_pipelines.transforms import InfraredAugment
+from infmae_jax import pictures
+from infmae_jax.evaluation import small_targets
+from infmae_jax.evaluation.labelled import LabelledImages
+from infmae_jax.evaluation.windows import Windows, host_programs, window_scores
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.models.config import SmallTargetHeadConfig
+from infmae_jax.models.heads.segmentation import resize
+from infmae_jax.models.heads.small_targets import TargetDetector
+from infmae_jax.models.patches import normalize
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask, LabelledData
+from infmae_jax.training.task import Evaluator, Loss
+
+CLASSES = 2
+LOSSES = ("soft_iou_bce", "sls", "focal")
+_WORST = 10  # images of an evaluation that are drawn
+_SMOOTH = 1.0  # added to intersection and union: without it, an image without target has no gradient
+_FOCAL_ALPHA, _FOCAL_GAMMA = 0.75, 2.0
+_DEEP_WEIGHT = 0.5  # of each coarser prediction in the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallTargetConfig(FineTuneConfig):
+    """A small-target run.
+
+    Attributes:
+      head: the decoder.
+      loss: "soft_iou_bce": 1 - soft IoU of each image, plus the mean cross-entropy of its pixels; "sls": scale and
+        location sensitive (MSHNet, CVPR 2024); "focal".
+      threshold: probability above which a pixel is target in measures and predictions.
+      windows: how images are looked at in evaluation and prediction: whole, by default.
+      data: crops contain a target with probability `focus` at least, and are mirrored and transposed at random.
+    """
+
+    task: str = "small_target"
+    best_metric: str = "val_iou"
+    head: SmallTargetHeadConfig = SmallTargetHeadConfig()
+    loss: Annotated[str, ", ".join(LOSSES)] = "soft_iou_bce"
+    threshold: Annotated[float, "(0, 1)"] = small_targets.THRESHOLD
+    windows: Windows = Windows((0, 0))
+    data: LabelledData = LabelledData(zoom=(1.0, 1.0), focus=0.5, augment=InfraredAugment(gain=0.3, offset=20.0))
+
+    LABELS: ClassVar[str] = "mask"
+    SYNTHETIC_MASK: ClassVar[str] = "targets"
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (*FineTuneConfig.FREE_KEYS, "windows.", "threshold")
+
+
+class SmallTargetTask(FineTuneTask):
+    """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and mask (B,H,W) uint8: 1 target, 255 = ignore."""
+
+    name = "small_target"
+
+    def __init__(self, config: SmallTargetConfig, trained: TrainedModel):
+        """Both from `resolved`; InputError where the masks are not of background and target."""
+        self.view = config.data.view(mask=True)
+        super().__init__(config, trained)
+        self.model = SmallTargetModel(config)
+
+    def init(self, key: jax.Array) -> Any:
+        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
+        turn, noise = jax.random.split(key)
+        images, masks = turned(turn, batch["image"][..., 0], batch["mask"])
+        logits = self.model.module.apply({"params": params}, normalize(images)[..., None], rngs=self.noise(noise))
+        valid, target = masks != IGNORE, (masks == 1).astype(jnp.float32)
+        measure = _LOSSES[self.config.loss]
+        total, weights = jnp.zeros(len(images)), 0.0
+        for level, found in enumerate(logits):
+            weight = _DEEP_WEIGHT if level else 1.0
+            whole = resize(found[..., None], masks.shape[1:])[..., 0]
+            total += weight * measure(whole, target, valid)
+            weights += weight
+        return Loss((total / weights).sum(), len(images), {"soft_iou": soft_iou(logits[0], target, valid).sum()})
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
+
+    def _evaluate(self, params: Any) -> dict[str, Any]:
+        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
+        scores = found["scores"]
+        names = {"val_iou": "IoU", "val_niou": "nIoU", "val_pd": "Pd", "val_fa": "Fa", "val_auc": "AUC"}
+        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
+        return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
+
+
+def turned(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B,H,W) each: every sample upside down half of the time and, where H = W, transposed half of the time."""
+    down, across = jax.random.bernoulli(key, 0.5, (2, len(images), 1, 1))
+
+    def turn(x: jax.Array) -> jax.Array:
+        x = jnp.where(down, x[:, ::-1], x)
+        return jnp.where(across, jnp.swapaxes(x, 1, 2), x) if x.shape[1] == x.shape[2] else x
+
+    return turn(images), turn(masks)
+
+
+def soft_iou(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """(B,H,W) each -> (B,): intersection over union of probabilities, both plus 1 (Rahman and Wang 2016)."""
+    p = jax.nn.sigmoid(logits) * valid
+    both, either = (p * target).sum(axis=(1, 2)), (p + target - p * target).sum(axis=(1, 2))
+    return (both + _SMOOTH) / (either + _SMOOTH)
+
+
+def _soft_iou_bce(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    entropy = optax.sigmoid_binary_cross_entropy(logits, target) * valid
+    return 1 - soft_iou(logits, target, valid) + entropy.sum(axis=(1, 2)) / jnp.maximum(valid.sum(axis=(1, 2)), 1)
+
+
+def _focal(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """Focal loss (Lin et al. 2017), summed over an image's pixels and divided by its target pixels."""
+    found = optax.sigmoid_focal_loss(logits, target, alpha=_FOCAL_ALPHA, gamma=_FOCAL_GAMMA) * valid
+    return found.sum(axis=(1, 2)) / jnp.maximum(target.sum(axis=(1, 2)), 1)
+
+
+def _sls(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """Scale and location sensitive loss (Liu et al. 2024), with centroids in place of moments that grow with the mass.
+
+    1 - w IoU + location: w compares the predicted mass with the true one; location compares length and angle of the
+    two centroids, seen from the image's first corner; it is left out of images without target.
+    """
+    p = jax.nn.sigmoid(logits) * valid
+    mass, true = p.sum(axis=(1, 2)), target.sum(axis=(1, 2))
+    apart = ((mass - true) / 2) ** 2
+    scale = (jnp.minimum(mass, true) + apart + _SMOOTH) / (jnp.maximum(mass, true) + apart + _SMOOTH)
+    height, width = logits.shape[1:]
+    places = jnp.meshgrid((jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / width, indexing="ij")
+
+    def centroid(weights: jax.Array) -> jax.Array:
+        total = jnp.maximum(weights.sum(axis=(1, 2)), 1e-6)
+        return jnp.stack([(weights * place[None]).sum(axis=(1, 2)) / total for place in places])
+
+    ours, theirs = centroid(p), centroid(target)
+    lengths = [jnp.sqrt((point**2).sum(axis=0) + 1e-12) for point in (ours, theirs)]
+    angles = [jnp.arctan2(point[0], point[1] + 1e-12) for point in (ours, theirs)]
+    length = jnp.minimum(*lengths) / jnp.maximum(jnp.maximum(*lengths), 1e-6)
+    location = 1 - length + (4 / jnp.pi**2) * (angles[0] - angles[1]) ** 2
+    return 1 - scale * soft_iou(logits, target, valid) + jnp.where(true > 0, location, 0.0)
+
+
+_LOSSES = {"soft_iou_bce": _soft_iou_bce, "sls": _sls, "focal": _focal}
+
+
+class SmallTargetModel:
+    """What a small-target run computes, apart from its weights."""
+
+    def __init__(self, config: SmallTargetConfig):
+        """`config`: with architecture filled in, see `finetune.resolved`."""
+        self.config, self.classes = config, config.classes
+        self.module = TargetDetector(config.encoder, config.head)
+
+    def evaluate(self, params: Any, shards: Sequence[str], split: str) -> dict[str, Any]:
+        """Measures of a split, every image at its stored size; the same scores on all hosts.
+
+        Returns:
+          scores: see `evaluation.small_targets`; worst: a picture of the images with the smallest IoU, of this host.
+        """
+        programs = host_programs()
+        params = programs.params(params)
+        size = programs.batch_size(self.config.windows.batch_size)
+        labelled = LabelledImages(shards, split, self.config.data.intensity, size)
+        counts = small_targets.SmallTargetCounts(self.config.threshold)
+        worst: list[tuple[float, int, Any]] = []
+        seen = 0
+        for images, _, group in labelled:
+            found = self.predict(params, programs.put(images))
+            for image, scores in zip(group, found, strict=False):
+                scores = scores[: image.mask.shape[0], : image.mask.shape[1]]
+                iou = counts.add(scores, image.mask)
+                seen += 1
+                entry = (
+                    -iou,
+                    seen,
+                    (image.key, image.image, image.mask, (scores > self.config.threshold).astype(np.uint8)),
+                )
+                (heapq.heappush if len(worst) < _WORST else heapq.heappushpop)(worst, entry)
+        damaged = np.float64(len(labelled.damaged))
+        if jax.process_count() > 1:
+            counts.values = multihost_utils.process_allgather(counts.values).sum(axis=0)
+            damaged = multihost_utils.process_allgather(damaged).sum()
+        rows = [row for _, _, row in sorted(worst, key=lambda entry: -entry[0])]
+        drawn = pictures.segmentation_panel(rows, self.classes)
+        return {
+            "scores": {**counts.scores(), "damaged": int(damaged), "windows": str(self.config.windows)},
+            "worst": drawn,
+        }
+
+    def report(self, scores: dict[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
+        """The scores as a table for people; no further pictures."""
+        return small_targets.table_text(scores), {}
+
+    def predict(self, params: Any, images: jax.Array) -> np.ndarray:
+        """(N,H,W) uint8 on a canvas -> (N,H,W) float32 probabilities; both arguments from `host_programs`."""
+        return np.asarray(_probabilities(self.module, self.config.windows, params, images))
+
+    def write(self, folder: Path, name: str, image: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
+        """Writes mask, probabilities (16 bit) and picture of one image, and returns what is to be noted of it."""
+        found = scores > self.config.threshold
+        targets = small_targets.components(found, scores)
+        drawn = {
+            "masks": Image.fromarray(found.astype(np.uint8) * 255),
+            "probabilities": Image.fromarray(np.rint(scores * small_targets.LEVELS).astype(np.uint16)),
+            "overlays": pictures.target_overlay(image, found, [(t.row, t.column) for t in targets]),
+        }
+        files = {kind: folder / kind / f"{name}.png" for kind in drawn}
+        for kind, picture in drawn.items():
+            with atomic_write(files[kind]) as path:
+                picture.save(path, "PNG")
+        listed = [
+            {"row": round(t.row, 2), "column": round(t.column, 2), "area": t.area, "peak": round(t.peak, 4)}
+            for t in targets
+        ]
+        return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "targets": listed}
+
+
+def _scores(module: TargetDetector, params: Any, pixels: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, pixels, deep=False)[0][..., None]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(module: TargetDetector, how: Windows, params: Any, images: jax.Array) -> jax.Array:
+    scores = window_scores(functools.partial(_scores, module), params, images, how)
+    return jax.nn.sigmoid(scores[..., 0].astype(jnp.float32))

@@ -1,0 +1,268 @@
+"""Fine-tuning tasks through the commands and the loop, at the smallest sizes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.segment import masks_tiny_cpu
+from configs.small_target import targets_tiny_cpu
+from data_pipelines.errors import InputError
+from data_pipelines.synthetic import write_shards
+from infmae_jax.interop.load import load_encoder
+from infmae_jax.models.config import variant
+from infmae_jax.tasks.batches import PipelineBatches
+from infmae_jax.tasks.finetune import layer_of, resolved
+from infmae_jax.tasks.finetuned import KINDS, load_finetuned
+from infmae_jax.training import loop, sharding
+from infmae_jax.training.config import MeshConfig, from_config
+from infmae_jax.training.program import Program
+from infmae_jax.training.task import Position
+from infmae_jax.training.writers import read_metrics
+from tests.commands import run
+
+CASES = {"segment": (masks_tiny_cpu, "surfaces"), "small_target": (targets_tiny_cpu, "targets")}
+
+
+def task_of(kind, checkpoint, labelled, **changes):
+    """The task of a smoke config, and its resolved config."""
+    module, mask = CASES[kind]
+    config = from_config(KINDS[kind].config, module.get_config("smoke"))
+    data = dataclasses.replace(config.data, shards=(str(labelled / mask),), **changes.pop("data", {}))
+    config = dataclasses.replace(config, checkpoint=str(checkpoint), data=data, **changes)
+    config, trained = resolved(config)
+    return KINDS[kind].task(config, trained), config
+
+
+@pytest.fixture(scope="module")
+def runs(encoder, labelled, tmp_path_factory):
+    """kind -> (run folder, what the command printed)."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder, (module, mask) = tmp_path_factory.mktemp(kind) / "run", CASES[kind]
+            done = run(
+                "infmae_jax.finetune", f"--config={module.__file__}:smoke", f"--checkpoint={encoder}",
+                f"--workdir={folder}", f"--config.data.shards={labelled / mask}", "--config.compilation_cache=",
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            made[kind] = folder, done.stdout
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_command_trains_evaluates_and_says_what_it_loaded(runs, kind):
+    folder, out = runs(kind)
+    assert "weights: loaded encoder; new" in out and "split val" in out
+    best = {"segment": "mIoU", "small_target": "IoU"}[kind]
+    scores = json.loads((folder / "evaluation" / "scores.json").read_text())
+    rows = [row for row in read_metrics(folder) if f"val_{best.lower()}" in row]
+    assert [row["step"] for row in rows] == [0, 3, 6]
+    saved = {row["step"]: row[f"val_{best.lower()}"] for row in rows if row["step"]}
+    assert scores[best] == pytest.approx(max(saved.values()), abs=1e-6) and scores["images"] == 6
+    assert "stored size" in scores["protocol"] and (folder / "report.html").exists()
+    assert Image.open(folder / "evaluation" / "worst.png").width > 100
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_evaluate_gives_the_run_s_numbers_again(runs, kind, tmp_path):
+    folder, _ = runs(kind)
+    done = run("infmae_jax.evaluate", f"--checkpoint={folder}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    again, first = (
+        json.loads((place / "scores.json").read_text()) for place in (tmp_path / "out", folder / "evaluation")
+    )
+    assert again == first
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 70), np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(20000, 30000, (40, 33)).astype(np.uint16)).save(folder / "deep" / "b.png")
+    Image.fromarray(rng.integers(0, 256, (12, 9), np.uint8)).save(folder / "tiny.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return folder
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_predict_writes_original_pixels_and_goes_on_where_it_was(runs, kind, images, tmp_path):
+    folder, _ = runs(kind)
+    command = "infmae_jax.predict", f"--checkpoint={folder}", f"--output={tmp_path / 'out'}", images
+    done = run(*command)
+    assert done.returncode == 4 and "broken.png" in done.stderr and "Traceback" not in done.stderr
+    results = tmp_path / "out" / "predictions.jsonl"
+    rows = {row["image"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert set(rows) == {"a", "deep/b", "tiny"}
+    sizes = {"a": (50, 70), "deep/b": (40, 33), "tiny": (12, 9)}
+    for name, row in rows.items():
+        assert (row["height"], row["width"]) == sizes[name]
+        picture = np.asarray(Image.open(tmp_path / "out" / row["class_map" if kind == "segment" else "masks"]))
+        assert picture.shape == sizes[name]
+        if kind == "segment":
+            classes = load_finetuned(folder).model.classes
+            numbers, counts = np.unique(picture, return_counts=True)
+            truth = {
+                classes[n]: pytest.approx(c / picture.size, abs=1e-6) for n, c in zip(numbers, counts, strict=True)
+            }
+            assert row["shares"] == truth
+        else:
+            probabilities = np.asarray(Image.open(tmp_path / "out" / row["probabilities"])) / 65535
+            assert ((probabilities > 0.5) == (picture > 0)).all()
+    # cut off inside a line, as a kill leaves it: what is missing is made again, what is there is not
+    text = results.read_text().splitlines(keepends=True)
+    results.write_text(text[0] + text[1][:20])
+    first = json.loads(text[0])["image"]
+    done = run(*command)
+    assert done.returncode == 4
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert again[0] == rows[first] and {row["image"]: row for row in again} == rows
+
+
+def test_predictions_of_another_model_and_folders_in_the_way_are_refused(runs, images, tmp_path):
+    segment, targets = runs("segment")[0], runs("small_target")[0]
+    out = tmp_path / "out"
+    assert run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={out}", images / "a.png").returncode == 0
+    done = run("infmae_jax.predict", f"--checkpoint={targets}", f"--output={out}", images / "a.png")
+    assert done.returncode == 2 and "another model" in done.stderr
+    done = run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={images}", images / "a.png")
+    assert done.returncode == 2 and "not empty" in done.stderr
+    done = run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={tmp_path / 'new'}", tmp_path / "none")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "does not exist" in done.stderr
+
+
+def test_another_encoder_run_or_a_fine_tuned_one_gives_its_encoder(runs, encoder):
+    folder, _ = runs("segment")
+    tuned, first = load_encoder(str(folder)), load_encoder(str(encoder))
+    assert set(tuned.params) == {"encoder"} and tuned.config.encoder.widths == first.config.encoder.widths
+    assert tuned.features(np.zeros((1, 64, 64), np.uint8))["stage3"].shape == (1, 4, 4, 16)
+
+
+def test_learning_rates_fall_with_depth_as_published(encoder, labelled):
+    """The table of MCMAE's transfer: 12 layers, decay 0.75."""
+    task, config = task_of("segment", encoder, labelled)
+    base = dataclasses.replace(config, encoder=variant("base").encoder)
+    task.config = base
+    factors = {
+        "encoder/patch_embed1/proj/kernel": 0.0317, "encoder/patch_embed4/bias": 0.0317,
+        "encoder/blocks1_0/conv1/kernel": 0.0317, "encoder/blocks2_1/mlp/fc1/kernel": 0.0317,
+        "encoder/blocks3_0/attn/qkv/kernel": 0.0422, "encoder/blocks3_5/attn/qkv/kernel": 0.178,
+        "encoder/blocks3_10/mlp/fc2/kernel": 0.75, "encoder/norm/scale": 1.0, "stride32/conv/kernel": 1.0,
+        "head/fuse/conv/kernel": 1.0, "auxiliary/conv1/conv/kernel": 1.0,
+    }  # fmt: skip
+    for path, factor in factors.items():
+        assert task.group(path).learning_rate == pytest.approx(factor, rel=5e-3), path
+    task.config = dataclasses.replace(base, freeze="encoder")
+    assert task.group("encoder/blocks3_0/attn/qkv/kernel").frozen and not task.group("head/fuse/conv/kernel").frozen
+    assert set(task.noise(jax.random.key(0))) == {"dropout"}  # a frozen encoder drops no paths either
+    assert layer_of("encoder/blocks_3/mlp/fc1/kernel", dataclasses.replace(base.encoder, kind="vit")) == 4
+
+
+def first_losses(task, config, batches, mesh=MeshConfig(data=1), devices=1):
+    program = Program.build(task, config, sharding.make_mesh(mesh, jax.devices()[:devices]))
+    state, losses = program.start(task.initial(None)), []
+    for batch in batches:
+        state, metrics = program.step(state, program.place(batch))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), jax.device_get(state.params)
+
+
+def test_ignored_pixels_micro_batches_and_devices_change_nothing(encoder, labelled):
+    """Every labelled pixel counts the same wherever it lies, however many a micro-batch or device has."""
+    _, config = task_of("segment", encoder, labelled)
+    quiet = dict(
+        encoder=dataclasses.replace(config.encoder, drop_path=0.0),
+        head=dataclasses.replace(config.head, dropout=0.0, kind="fcn", fcn_convs=1),
+    )
+    task, config = task_of("segment", encoder, labelled, **quiet)
+    with contextlib.closing(task.train_batches(Position())) as found:
+        batches = [next(found) for _ in range(2)]
+    for place, batch in enumerate(batches):
+        batch["mask"][:, : 8 + 20 * place] = 255
+        batch["mask"][0] = 255
+    once, params = first_losses(task, config, batches)
+    parted = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulate=2))
+    spread, others = first_losses(task, parted, batches, MeshConfig(data=4), 4)
+    np.testing.assert_allclose(spread, once, rtol=2e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), params, others)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(runs, encoder, labelled, tmp_path, monkeypatch):
+    class Stopping(PipelineBatches):
+        count = 0
+
+        def __next__(self):
+            if self.count == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.count += 1
+            return super().__next__()
+
+    monkeypatch.setattr("infmae_jax.tasks.finetune.PipelineBatches", Stopping)
+    stopped = loop.train(*task_of("segment", encoder, labelled), tmp_path)
+    assert stopped.interrupted and 2 < stopped.step < 6
+    monkeypatch.undo()
+    resumed = loop.train(*task_of("segment", encoder, labelled), tmp_path)
+    assert resumed.step == 6
+    whole = load_finetuned(runs("segment")[0], step=6)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, jax.device_get(resumed.state.params))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(checkpoint=""), "--checkpoint"),
+        (dict(data=dict(val_split="nothing")), "no images in a split 'nothing'"),
+        (dict(data=dict(shards=())), "data.shards is empty"),
+        (dict(variant="base"), "is not the variant 'base'"),
+    ],
+)
+def test_mistakes_are_one_line(encoder, labelled, changes, message):
+    module, mask = CASES["segment"]
+    config = from_config(KINDS["segment"].config, module.get_config("smoke"))
+    data = dict(shards=(str(labelled / mask),)) | changes.pop("data", {})
+    config = dataclasses.replace(
+        config, **dict(checkpoint=str(encoder)) | changes, data=dataclasses.replace(config.data, **data)
+    )
+    with pytest.raises(InputError, match=message) as refused:
+        resolved(config)
+    assert "\n" not in str(refused.value)
+
+
+def test_shards_without_masks_or_with_other_classes_are_named(runs, shards, encoder, labelled, tmp_path):
+    module, _ = CASES["segment"]
+    config = from_config(KINDS["segment"].config, module.get_config("smoke"))
+    plain = dataclasses.replace(
+        config, checkpoint=str(encoder), data=dataclasses.replace(config.data, shards=(str(shards),))
+    )
+    with pytest.raises(InputError, match="no labels of the kind 'mask'"):
+        resolved(plain)
+    folder, _ = runs("segment")
+    done = run(
+        "infmae_jax.evaluate", f"--checkpoint={folder}", f"--output={tmp_path}", f"--shards={labelled / 'targets'}"
+    )
+    assert done.returncode == 2 and "classes background, target" in done.stderr
+    done = run("infmae_jax.evaluate", f"--checkpoint={folder}", f"--output={tmp_path}", "--split=test")
+    assert done.returncode == 2 and "test" in done.stderr
+    done = run("infmae_jax.predict", f"--checkpoint={encoder}", f"--output={tmp_path / 'x'}", tmp_path)
+    assert done.returncode == 2 and "fine-tuning" in done.stderr
+
+
+def test_one_class_never_seen_in_val_is_skipped_in_means(runs, tmp_path):
+    folder, _ = runs("segment")
+    tuned = load_finetuned(folder)
+    write_shards(tmp_path / "few", 2, size=(64, 64))
+    found = tuned.model.evaluate(tuned.params, [str(tmp_path / "few")], "train")["scores"]
+    absent = [row for row in found["classes"] if not row["share"]]
+    assert absent and all(row["recall"] is None for row in absent)
+    assert json.dumps(found)  # no NaN, no NumPy numbers
