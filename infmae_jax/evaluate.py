@@ -46,7 +46,7 @@ def evaluate(
         if classes != model.classes:
             theirs, ours = ", ".join(classes) or "none", ", ".join(model.classes)
             raise InputError(f"{name} has the classes {theirs}; {run} knows {ours}: build the set with the same table")
-    found = model.evaluate(params, shards, split)
+    found = model.evaluate(params, shards, split, thorough=True)
     table, drawn = model.report(found["scores"])
     text = f"{run}, step {step}; split {split} of {', '.join(shards)}, {found['scores']['images']} images\n{table}"
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}

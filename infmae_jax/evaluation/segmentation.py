@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IGNORE = 255  # label of pixels that count nowhere
+from data_pipelines.examples import IGNORE
+
 _MEANS = ("mIoU", "mAcc", "aAcc")
 
 
@@ -132,6 +133,8 @@ def table_text(scores: dict[str, Any], protocol: str) -> str:
     for title, part in (("all classes", scores), ("without background", scores.get("without_background"))):
         if part:
             lines.append(f"{title}: " + ", ".join(f"{key} {_percent(part[key]).strip()}" for key in _MEANS))
+    if "boundary_f1" in scores:
+        lines.append(f"boundary F1 within 3 pixels: {_percent(scores['boundary_f1']['mean']).strip()}")
     return "\n".join([*lines, f"in per cent of {scores['pixels']:,} labelled pixels; {protocol}"])
 
 

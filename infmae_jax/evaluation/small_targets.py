@@ -21,6 +21,7 @@ resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 25
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,13 @@ class SmallTargetCounts:
       values: (n,) float64: everything that was counted.
     """
 
-    def __init__(self, threshold: float = THRESHOLD):
-        self.threshold = threshold
+    def __init__(self, threshold: float = THRESHOLD, sweep: Sequence[float] = SWEEP):
+        """`threshold`: score above which a pixel is target; `sweep`: others to measure at."""
+        self.threshold, self._thresholds = threshold, (threshold, *sweep)
         self._images = np.zeros(2)  # images, sum of their IoU
-        self._targets = np.zeros((1 + len(SWEEP), 3))  # targets, found, pixels of false components; at each threshold
+        self._targets = np.zeros(
+            (len(self._thresholds), 3)
+        )  # targets, found, pixels of false components; at each threshold
         self._histograms = np.zeros((2, LEVELS + 1))  # scores of background pixels, of target pixels
 
     def add(self, scores: np.ndarray, truth: np.ndarray) -> float:
@@ -98,7 +102,7 @@ class SmallTargetCounts:
         for kind, chosen in enumerate((counts & ~target, target)):
             self._histograms[kind] += np.bincount(levels[chosen], minlength=LEVELS + 1)
         truths = components(target)
-        for place, threshold in enumerate((self.threshold, *SWEEP)):
+        for place, threshold in enumerate(self._thresholds):
             found = (levels > threshold * LEVELS) & counts
             predicted = components(found)
             pairs = [match for match in matched(truths, predicted) if match is not None]
@@ -125,7 +129,7 @@ class SmallTargetCounts:
         """The measures by name, and their sweep over thresholds; None where they have no meaning (no targets)."""
         pixels = self._histograms.sum()
         images, sum_of_ious = self._images
-        rows = [self._at(threshold, *counts) for threshold, counts in zip((self.threshold, *SWEEP), self._targets)]
+        rows = [self._at(threshold, *counts) for threshold, counts in zip(self._thresholds, self._targets, strict=True)]
         return {
             **rows[0],
             "nIoU": _ratio(sum_of_ious, images),

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write
 from infmae_jax import pictures
@@ -122,6 +123,10 @@ class SegmentationModel:
 
     def __init__(self, config: SegmentConfig):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
+        try:
+            config.head.check_encoder(config.encoder, config.encoder.fuse_stages)
+        except ValueError as error:
+            raise InputError(f"{config.checkpoint}: {error}") from error
         self.config, self.classes = config, config.classes
         self.module = Segmenter(config.encoder, config.head, len(config.classes), config.encoder.fuse_stages)
 
@@ -130,8 +135,11 @@ class SegmentationModel:
         """How evaluation looks at images: what makes its numbers comparable."""
         return f"{self.config.windows}; stored size, one scale, no mirroring; pixels of class 255 do not count"
 
-    def evaluate(self, params: Any, shards: Sequence[str], split: str) -> dict[str, Any]:
+    def evaluate(self, params: Any, shards: Sequence[str], split: str, thorough: bool = False) -> dict[str, Any]:
         """Measures of a split, every image at its stored size; the same scores on all hosts.
+
+        Args:
+          thorough: also measure the boundary F1, which takes longer than all else on the host.
 
         Returns:
           scores: see `evaluation.segmentation.scores`, and `protocol`, `confusion`, `images`, `damaged` (left out).
@@ -146,6 +154,7 @@ class SegmentationModel:
             shards, split, self.config.data.intensity, programs.batch_size(self.config.windows.batch_size)
         )
         totals = np.zeros(count * count + 2, np.int64)  # confusion matrix, images, damaged
+        edges = np.zeros((count, 4), np.int64)
         worst: list[tuple[float, int, Any]] = []
         for images, masks, group in labelled:
             placed = programs.put((images, masks))
@@ -154,17 +163,21 @@ class SegmentationModel:
             for image, classes in zip(group, predicted, strict=False):
                 totals[-2] += 1
                 classes = classes[: image.mask.shape[0], : image.mask.shape[1]]
+                if thorough:
+                    edges += segmentation.boundary_counts(image.mask, classes, count)
                 valid = image.mask != IGNORE
                 right = float((classes == image.mask)[valid].mean()) if valid.any() else 1.0
                 add = heapq.heappush if len(worst) < _WORST else heapq.heappushpop
                 add(worst, (-right, int(totals[-2]), (image, classes)))
         totals[-1] = len(labelled.damaged)
         if jax.process_count() > 1:
-            totals = multihost_utils.process_allgather(totals).sum(axis=0)
+            totals, edges = (multihost_utils.process_allgather(found).sum(axis=0) for found in (totals, edges))
         matrix = totals[:-2].reshape(count, count)
         background = self.config.background if self.config.background >= 0 else None
         scores = segmentation.scores(matrix, self.classes, background)
         known = {"images": int(totals[-2]), "damaged": int(totals[-1]), "protocol": self.protocol}
+        if thorough:
+            known["boundary_f1"] = segmentation.boundary_f1(edges)
         rows = [(x.key, x.image, x.mask, classes) for _, _, (x, classes) in sorted(worst, key=lambda w: -w[0])]
         drawn = pictures.segmentation_panel(rows, self.classes)
         return {"scores": {**scores, **known, "confusion": matrix.tolist()}, "worst": drawn}

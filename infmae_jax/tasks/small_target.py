@@ -169,8 +169,10 @@ class SmallTargetModel:
         self.config, self.classes = config, config.classes
         self.module = TargetDetector(config.encoder, config.head)
 
-    def evaluate(self, params: Any, shards: Sequence[str], split: str) -> dict[str, Any]:
+    def evaluate(self, params: Any, shards: Sequence[str], split: str, thorough: bool = False) -> dict[str, Any]:
         """Measures of a split, every image at its stored size; the same scores on all hosts.
+
+        `thorough`: also at thresholds from 0.1 to 0.9.
 
         Returns:
           scores: see `evaluation.small_targets`; worst: a picture of the images with the smallest IoU, of this host.
@@ -179,7 +181,7 @@ class SmallTargetModel:
         params = programs.params(params)
         size = programs.batch_size(self.config.windows.batch_size)
         labelled = LabelledImages(shards, split, self.config.data.intensity, size)
-        counts = small_targets.SmallTargetCounts(self.config.threshold)
+        counts = small_targets.SmallTargetCounts(self.config.threshold, small_targets.SWEEP if thorough else ())
         worst: list[tuple[float, int, Any]] = []
         seen = 0
         for images, _, group in labelled:
