@@ -25,9 +25,9 @@ from absl import flags  # noqa: E402
 
 # Begun first, so that no process is left with one of them when the others have nothing more to do.
 _LONGEST_FILES = (
-    "training/test_loop.py", "training/test_hosts.py", "training/test_resume.py", "test_configs.py",
-    "bench/test_step.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
-    "models/test_bfloat16.py", "bench/test_flops.py", "training/test_task.py",
+    "training/test_hosts.py", "test_configs.py", "training/test_loop.py", "training/test_chaos.py",
+    "training/test_resume.py", "bench/test_step.py", "models/test_exactness.py", "training/test_collectives.py",
+    "bench/test_flops.py", "models/test_bfloat16.py", "training/test_task.py",
 )  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -36,7 +36,7 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more hosts in tests/training/test_hosts.py, test_chaos.py")
+    parser.addoption("--long", action="store_true", help="larger models, more hosts, every form: where short ones cover it too")
     help_chaos = "faults in tests/training/test_chaos.py; half as many with two hosts"
     parser.addoption("--chaos", type=int, default=2, help=help_chaos)
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
