@@ -25,9 +25,9 @@ from absl import flags  # noqa: E402
 
 # Begun first, so that no process is left with one of them when the others have nothing more to do.
 _LONGEST_FILES = (
-    "training/test_loop.py", "training/test_hosts.py", "training/test_resume.py", "test_configs.py",
-    "bench/test_step.py", "training/test_chaos.py", "models/test_exactness.py", "training/test_collectives.py",
-    "models/test_bfloat16.py", "bench/test_flops.py", "training/test_task.py",
+    "training/test_hosts.py", "test_configs.py", "training/test_loop.py", "training/test_chaos.py",
+    "training/test_resume.py", "bench/test_step.py", "models/test_exactness.py", "training/test_collectives.py",
+    "bench/test_flops.py", "models/test_bfloat16.py", "training/test_task.py",
 )  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -36,7 +36,7 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags, which 
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more hosts in tests/training/test_hosts.py, test_chaos.py")
+    parser.addoption("--long", action="store_true", help="also what short forms cover: larger models, more hosts")
     help_chaos = "faults in tests/training/test_chaos.py; half as many with two hosts"
     parser.addoption("--chaos", type=int, default=2, help=help_chaos)
     parser.addoption("--chaos-seed", type=int, default=0, help="which faults, when and where")
@@ -81,7 +81,8 @@ _NOT_COMPILED = ("checkpoint_every", "log_every", "picture_every", "on_save_fail
 
 @pytest.fixture(scope="module")
 def steps_compiled_once():
-    """Runs of this module with the same step share the compiled one; those with the same model, the first state."""
+    """Pretraining runs of a module with the same step share the compiled one; with the same model, the first state."""
+    from infmae_jax.tasks.pretrain import PretrainTask
     from infmae_jax.training.program import Program
 
     build, start, steps, states = Program.compiled.func, Program.start, {}, {}
@@ -89,12 +90,14 @@ def steps_compiled_once():
     def compiled(program):
         settings = {name: value for name, value in vars(program.config).items() if name not in _NOT_COMPILED}
         key = type(program.task).loss, getattr(program.task, "what", ""), repr(settings), program.mesh
+        if not isinstance(program.task, PretrainTask):
+            key = program
         if key not in steps:
             steps[key] = build(program)
         return steps[key]
 
     def first_state(program, initial=None):
-        if initial is not None:
+        if initial is not None or not isinstance(program.task, PretrainTask):
             return start(program, initial)
         key = repr(program.config.model), program.config.seed, program.mesh
         if key not in states:
