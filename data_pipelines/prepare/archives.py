@@ -254,7 +254,7 @@ class SourceReader(contextlib.ExitStack):
                 return file.read(max_bytes)
         if _is_zip(source.path):
             return _read_zip_member(source)
-        if self._tar[0] != source.path:
+        if self._tar[0] != source.path or self._tar[1].closed:
             self.close()
             self._tar = source.path, self.enter_context(_open_unpacked(source.path)[0])
         self._tar[1].seek(source.position)

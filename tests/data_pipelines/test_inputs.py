@@ -184,6 +184,18 @@ def test_large_and_vanished_files_are_refused(tmp_path):
             reader.read(by_key["set/b.png"], LIMIT)
 
 
+def test_a_vanished_archive_does_not_spoil_the_reading_of_the_one_before(tmp_path):
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, "w")
+    first, second = (list_sources([tmp_path / name]).sources[0] for name in ("a.tar", "b.tar"))
+    (tmp_path / "b.tar").unlink()
+    with SourceReader() as reader:
+        before = reader.read(first, LIMIT)
+        with pytest.raises(SourceUnreadable, match="b.tar: No such file"):
+            reader.read(second, LIMIT)
+        assert reader.read(first, LIMIT) == before
+
+
 def test_names_of_any_bytes_become_printable_keys(tmp_path):
     folder = os.fsencode(tmp_path / "set")
     os.mkdir(folder)
