@@ -52,7 +52,7 @@ def read_object(path: Path) -> dict[str, Any]:
     reason: object = "it holds no object"
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(_LARGEST_JSON))
+            found = json.loads(file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_JSON)))
         if isinstance(found, dict):
             return found
     except (OSError, ValueError, RecursionError) as error:
