@@ -233,7 +233,7 @@ def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainVie
     """The view that the config describes: random crops, or the evaluation view of whole images."""
     whole, augment = ("center", InfraredAugment()) if centered else ("", config.augment)
     crop = config.image_size, whole, config.scale, config.ratio, config.flip
-    return PretrainView(*crop, augment, config.intensity, config.mask)
+    return PretrainView(*crop, augment, config.intensity, mask=config.mask)
 
 
 def num_examples(config: PipelineConfig) -> int:

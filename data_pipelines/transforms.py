@@ -164,8 +164,8 @@ class Geometry:
     ) -> Geometry:
         """A random part of the image that fills the canvas, enlarged by a factor uniform in `zoom`.
 
-        Where the enlarged image is smaller than the canvas, all of it lies in the first corner (as with mmsegmentation's
-        resize, crop and pad). With `point`, a row and column of the image, the part contains that pixel.
+        Where the enlarged image is smaller than the canvas, all of it lies in the first corner (as mmsegmentation's
+        resize, crop and pad do). With `point`, a row and column of the image, the part contains that pixel.
         """
         factor = rng.uniform(*zoom)
         part, first, size = [], [], []

@@ -32,10 +32,10 @@ class View:
       whole: "center", "stretch" or "fit" (see `transforms.Geometry`): the whole image, without randomness; "" for a
         random crop.
       scale, ratio, flip: of the random crop.
-      zoom: least and greatest factor by which a crop is enlarged, see `Geometry.zoomed`, in place of `scale` and
-        `ratio`; () is off.
       augment: infrared augmentations.
       intensity: stored integers to 8 bit.
+      zoom: least and greatest factor by which a crop is enlarged, see `Geometry.zoomed`, in place of `scale` and
+        `ratio`; () is off.
     """
 
     spec: ClassVar[Spec]
@@ -44,9 +44,9 @@ class View:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
-    zoom: tuple[float, ...] = ()
     augment: InfraredAugment = dataclasses.field(default_factory=InfraredAugment)
     intensity: Intensity = dataclasses.field(default_factory=Intensity)
+    zoom: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.whole and self.whole not in WHOLE:

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
 from infmae_jax.evaluate import evaluate
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.report import write_report_if_possible
@@ -28,7 +29,6 @@ from infmae_jax.training import loop
 from infmae_jax.training.config import from_config, to_config, use_compilation_cache
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
-from infmae_jax.training.run_folder import local_path
 
 _DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "segment" / "masks_tiny_cpu.py"
 
@@ -43,7 +43,7 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    clock, workdir = Goodput(), local_path(flags.FLAGS.workdir)
+    clock, workdir = Goodput(), Path(local_path(flags.FLAGS.workdir, "--workdir"))
     kind = kind_of(flags.FLAGS.config, "--config")
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:
