@@ -102,7 +102,7 @@ def test_an_encoder_alone_is_loaded_where_no_decoder_is_needed(tmp_path, mae):
     assert infmae_jax.load(tmp_path / "run").digest == whole.digest
     with pytest.raises(InputError, match="encoder.pth is an encoder alone"):
         alone.reconstruct(np.zeros((16, 16), np.uint8))
-    with pytest.raises(InputError, match="lacks decoder_embed.weight"):
+    with pytest.raises(InputError, match="lacks decoder_"):
         convert("torch", "safetensors", path, tmp_path / "out.safetensors", **TINY_HEADS)
     assert not (tmp_path / "out.safetensors").exists()
 
