@@ -25,6 +25,7 @@ from infmae_jax.training.writers import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRETRAIN = sorted(path.stem for path in (CONFIGS / "pretrain").glob("*.py") if path.stem != "__init__")
+FINE_TUNING = ("segment", "small_target")  # trained in tasks/test_finetune.py
 PROBES = sorted(path.stem for path in (CONFIGS / "linear_probe").glob("*.py") if path.stem != "__init__")
 
 
@@ -37,7 +38,7 @@ def load(folder, name, arg="smoke"):
 
 def test_no_folder_of_configs_is_left_out():
     with_files = {path.parent.name for path in CONFIGS.glob("*/*.py") if path.stem != "__init__"}
-    assert with_files == {"pretrain", "linear_probe"}
+    assert with_files == {"pretrain", "linear_probe", *FINE_TUNING}
 
 
 class Interrupted(PretrainTask):
@@ -92,8 +93,7 @@ def test_a_config_trains_is_interrupted_resumes_and_is_evaluated(scenes, shards,
     assert result["label"]["confusion"] and result["label"]["top1"]["mean"] > 0
 
 
-# The runs of training/test_resume.py are tiny_cpu's.
-@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"inf30_base", "tiny_cpu"}))
+@pytest.mark.parametrize("name", sorted(set(PRETRAIN) - {"inf30_base"}))
 def test_the_other_configs_train(name, shards, tmp_path):
     config = dataclasses.replace(smoke(name, shards), duration="2 steps", picture_every="0 steps")
     assert loop.train(PretrainTask(config), config, tmp_path).step == 2

@@ -1,7 +1,4 @@
-"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work.
-
-With --long every way to compute alone; without it, some of them two at a time.
-"""
+"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work."""
 
 import functools
 
@@ -51,21 +48,11 @@ def evaluate(config, params, images, ids_keep):
     return out, grads
 
 
-WAYS = [
-    ({"visible_only": False}, False), ({"depthwise": "conv"}, False),
-    ({"predict_masked_only": False, "remat": True}, True),
-]  # fmt: skip
-MORE_WAYS = [
-    ({"visible_only": False}, True), ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
-    ({"predict_masked_only": False}, False),
-]  # fmt: skip
-
-
-def pytest_generate_tests(metafunc):
-    if "norm_pix" in metafunc.fixturenames:
-        metafunc.parametrize("change, norm_pix", WAYS + MORE_WAYS * metafunc.config.getoption("--long"))
-
-
+@pytest.mark.parametrize("change, norm_pix", [
+    ({"visible_only": False}, False), ({"visible_only": False}, True), ({"depthwise": "conv"}, False),
+    ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
+    ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
+])  # fmt: skip
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
     config, inputs, (out, grads) = default_way(norm_pix)
     other, other_grads = evaluate(config.replace(**change), *inputs)

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import json
 import os
+import runpy
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from infmae_jax.training.task import Position
 from infmae_jax.training.writers import read_metrics
 from tests.commands import run
 
+CONFIGS = Path(masks_tiny_cpu.__file__).parents[1]
 CASES = {"segment": (masks_tiny_cpu, "surfaces"), "small_target": (targets_tiny_cpu, "targets")}
 
 
@@ -167,6 +170,28 @@ def test_learning_rates_fall_with_depth_as_published(encoder, labelled):
     assert task.group("encoder/blocks3_0/attn/qkv/kernel").frozen and not task.group("head/fuse/conv/kernel").frozen
     assert set(task.noise(jax.random.key(0))) == {"dropout"}  # a frozen encoder drops no paths either
     assert layer_of("encoder/blocks_3/mlp/fc1/kernel", dataclasses.replace(base.encoder, kind="vit")) == 4
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("s*/[!_]*.py")), ids=lambda path: path.stem)
+def test_every_config_fits_its_encoder(path, encoder, labelled):
+    """Traced, not compiled: the smoke form on the small encoder, the full form on the variant that it is for."""
+    module = runpy.run_path(str(path))
+    for form in ("smoke", ""):
+        values = module["get_config"](form)
+        kind = KINDS[values.task]
+        config = from_config(kind.config, values)
+        data = dataclasses.replace(config.data, shards=(str(labelled / CASES[values.task][1]),))
+        config = dataclasses.replace(config, checkpoint=str(encoder), data=data, variant="")
+        config, trained = resolved(config)
+        if not form:
+            base = variant(values.variant or "tiny").encoder
+            widths = {name: getattr(base, name) for name in ("widths", "depths", "heads")}
+            config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, **widths))
+        task = kind.task(config, trained)
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in task.batch_spec.items()}
+        found = jax.eval_shape(task.loss, params, batch, jax.random.key(0))
+        assert found.sum.shape == () and found.sum.dtype == np.float32
 
 
 def first_losses(task, config, batches, mesh=MeshConfig(data=1), devices=1):
