@@ -2,122 +2,177 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders
+from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features
+from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
-from data_pipelines.examples import IGNORE, MASK
+from data_pipelines.examples import IGNORE, MASK, Example
 from data_pipelines.prepare.labelled import labelled_image
 
 _UNKNOWN = 254  # in a table from values to class numbers
+_THRESHOLD = 127  # of gray values, above which a pixel is target
 
 
 class ClassMasks(InfraredBuilder):
     """Infrared images with a class per pixel.
 
-    `manual_dir` holds `images/SPLIT/`, `class_masks/SPLIT/` or `masks/SPLIT/` with 8-bit PNG files of the same stem
-    (gray or palette: the values are the classes), and `classes.json`: {"classes": [{"value": 0, "name": "…"}, …]}.
-    Stored are class numbers: places in that list. The value 255 means "ignore" where the list does not name it; with
-    the two classes 0 and 1 this must be said ("ignore": 255 beside "classes").
+    `manual_dir` holds images and masks of the same size and stem in one of the layouts of `builders.layouts`:
+    `images/SPLIT` and `masks/SPLIT`, those of MSRS, PST900 and MFNet (whose thermal image is the fourth channel), or
+    VOC's with lists of names; and `classes.json`: {"classes": [{"value": 0, "name": "…", "color": [0, 0, 0]}, …]}.
+    Masks are 8-bit gray or palette files of these values, or RGB files of these colours ("color" may be left out where
+    there are none). Stored are class numbers: places in that list. The value 255 means "ignore" where the list does not
+    name it; with the two classes 0 and 1 this must be said ("ignore": 255 beside "classes"). Without lists or folders
+    of splits, the last fifth of the images by name is the split val.
     """
-
-    _folders = ("class_masks", "masks")
 
     def label_features(self) -> dict:
         return {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
-        values, ignore = self._class_values(root)
-        self.class_names[MASK] = list(values.values())
-        images, masks = split_folders(root, "images"), split_folders(root, *self._folders)
-        numbers = np.full(256, _UNKNOWN, np.uint8)
-        numbers[IGNORE] = IGNORE
-        numbers[list(values)] = range(len(values))
-        if isinstance(self, SmallTargets):
-            numbers[1:] = 1
-        # Of two classes 0 and 1, a file of 0 and 255 more likely means the second class than "ignore".
-        doubtful = not ignore and list(values) == [0, 1]
-        return {split: self._generate_examples(images[split], masks.get(split), numbers, doubtful) for split in images}
+        self.class_names[MASK], table = self._table(root)
+        pairs, note = find_pairs(root, targets=isinstance(self, SmallTargets))
+        if note:
+            logging.warning("%s", note)
+        make = functools.partial(_example, table=table, bit_depth=self.builder_config.bit_depth)
+        return {split: self._generate(part, make) for split, part in pairs.items()}
 
-    def _class_values(self, root: Path) -> tuple[dict[int, str], bool]:
-        """Value in the files -> name; and whether 255 is said to mean "ignore"."""
-        path = root / "classes.json"
-        try:
-            content = json.loads(path.read_text())
-            classes = content["classes"]
-            values = {int(entry["value"]): str(entry["name"]) for entry in classes}
-            if len(values) != len(classes) or len(set(values.values())) != len(classes):
-                raise ValueError("a value or a name is there twice")
-            if not 0 < len(values) < _UNKNOWN or not 0 <= min(values) <= max(values) <= 255:
-                raise ValueError("values are 0 to 255, of at most 253 classes")
-            return values, content.get("ignore") == IGNORE
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path} does not list the classes ({error!r}): see the builder's description") from error
-
-    def _generate_examples(self, images: Path, masks: Path | None, numbers: np.ndarray, doubtful: bool):
-        if masks is None:
-            raise InputError(f"{images} has no folder of masks beside it: every split needs {self._folders[-1]}/SPLIT")
-        by_stem = {path.stem: path for path in sorted(masks.iterdir())}
-        pairs = [(path, by_stem.get(path.stem)) for path in sorted(images.iterdir()) if path.is_file()]
-        make = functools.partial(_example, numbers=numbers, doubtful=doubtful, bit_depth=self.builder_config.bit_depth)
-        return self._generate(pairs, make)
+    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
+        table = read_classes(root / "classes.json")
+        return list(table.names), table
 
 
 class SmallTargets(ClassMasks):
-    """Infrared images with a mask of small targets: not 0 on a target.
+    """Infrared images with a mask of small targets.
 
-    `manual_dir` holds `images/SPLIT/` and `target_masks/SPLIT/` or `masks/SPLIT/` with PNG files of the same stem.
-    Masks are stored with the classes 0 (background) and 1 (target).
+    `manual_dir` as for `class_masks`, without `classes.json`; also the layouts of SIRST, IRSTD-1k and NUDT-SIRST. A
+    mask pixel is target above 127, or at 1 in files of 0 and 1; of files with several channels, the first counts. Masks
+    are stored with the classes 0 (background) and 1 (target); an image may be without targets.
     """
 
-    _folders = ("target_masks", "masks")
-
-    def _class_values(self, root: Path) -> tuple[dict[int, str], bool]:
-        return {0: "background", 1: "target"}, True
+    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
+        return ["background", "target"], None
 
 
-def _example(pair: tuple[Path, Path | None], numbers: np.ndarray, doubtful: bool, bit_depth: int):
-    path, mask_path = pair
-    if mask_path is None:
-        raise InputError(f"{path} has no mask of the same stem: add it or remove the image")
-    example = labelled_image(path, f"{path.parent.name}/{path.name}", bit_depth=bit_depth)
-    values = read_mask(mask_path)
-    if values.shape != (example.height, example.width):
+@dataclasses.dataclass(frozen=True)
+class ClassTable:
+    """What values and colours in mask files mean.
+
+    Attributes:
+      names: of the classes, in the order of their numbers.
+      numbers: (256,) uint8: value in a file -> class number, `IGNORE`, or `_UNKNOWN`.
+      colours: (r, g, b) -> class number; empty where the table has none.
+      doubtful: a file with 255 and without 1 is to be refused, see `ClassMasks`.
+    """
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+    colours: Mapping[tuple[int, int, int], int]
+    doubtful: bool
+
+
+def read_classes(path: Path) -> ClassTable:
+    """Reads classes.json; InputError where it does not list the classes."""
+    try:
+        content = json.loads(path.read_text())
+        classes = content["classes"]
+        values = {int(entry["value"]): str(entry["name"]) for entry in classes}
+        colours = {tuple(map(int, e["color"])): place for place, e in enumerate(classes) if "color" in e}
+        if len(values) != len(classes) or len(set(values.values())) != len(classes):
+            raise ValueError("a value or a name is there twice")
+        if not 0 < len(values) < _UNKNOWN or not 0 <= min(values) <= max(values) <= 255:
+            raise ValueError("values are 0 to 255, of at most 253 classes")
+        if colours and (len(colours) != len(classes) or any(len(colour) != 3 for colour in colours)):
+            raise ValueError("colors are [r, g, b], one of its own for every class")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} does not list the classes ({error!r}): see the builder's description") from error
+    numbers = np.full(256, _UNKNOWN, np.uint8)
+    numbers[IGNORE] = IGNORE
+    numbers[list(values)] = range(len(values))
+    # Of two classes 0 and 1, a file of 0 and 255 more likely means the second class than "ignore".
+    doubtful = content.get("ignore") != IGNORE and list(values) == [0, 1]
+    return ClassTable(tuple(values.values()), numbers, colours, doubtful)
+
+
+def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
+    example = _image(pair, bit_depth)
+    values, notes = read_mask(pair.mask), dict(example.attributes.get(NOTES, {}))
+    if values.shape[:2] != (example.height, example.width):
         stated = f"{values.shape[1]}x{values.shape[0]}, its image {example.width}x{example.height}"
-        raise InputError(f"{mask_path} is {stated}: make them equal")
-    found = np.unique(values)
-    mask = numbers[values]
-    if (mask == _UNKNOWN).any():
-        unknown = found[numbers[found] == _UNKNOWN][0]
-        raise InputError(f"{mask_path} holds the value {unknown}, which classes.json does not list")
-    if doubtful and 255 in found and 1 not in found:
-        raise InputError(
-            f'{mask_path} holds 255 and no 1: list 255 in classes.json in the place of 1, or "ignore": 255'
-        )
+        raise InputError(f"{pair.mask} is {stated}: make them equal")
+    if table is None:
+        values = values if values.ndim == 2 else values[..., 0]
+        whole = np.isin(values, (0, 1)).all()
+        mask = (values == 1 if whole else values > _THRESHOLD).astype(np.uint8)
+        if not whole and not np.isin(values, (0, 255)).all():
+            notes["masks with values between 0 and 255, cut at 127"] = 1
+    else:
+        mask = _class_numbers(values, table, pair.mask, notes)
+    if notes:
+        example = dataclasses.replace(example, attributes={**example.attributes, NOTES: notes})
     yield example.key, {**image_features(example), MASK: encode_png(mask)}
 
 
+def _class_numbers(values: np.ndarray, table: ClassTable, path: Path, notes: dict[str, int]) -> np.ndarray:
+    """(H,W) values or (H,W,3) colours -> (H,W) uint8 class numbers; InputError for one that the table does not list."""
+    if values.ndim == 3 and (values == values[..., :1]).all() and not table.colours:
+        values = values[..., 0]
+    if values.ndim == 3:
+        if not table.colours:
+            raise InputError(f'{path} is a colour picture: give every class its "color" in classes.json')
+        mask = np.full(values.shape[:2], _UNKNOWN, np.uint8)
+        for colour, number in table.colours.items():
+            mask[(values == colour).all(axis=-1)] = number
+        if (mask == _UNKNOWN).any():
+            unknown = values[mask == _UNKNOWN][0].tolist()
+            raise InputError(f"{path} holds the colour {unknown}, which classes.json does not list")
+        notes["masks translated from colours"] = 1
+        return mask
+    mask, found = table.numbers[values], np.unique(values)
+    if (mask == _UNKNOWN).any():
+        unknown = found[table.numbers[found] == _UNKNOWN][0]
+        raise InputError(f"{path} holds the value {unknown}, which classes.json does not list")
+    if table.doubtful and 255 in found and 1 not in found:
+        raise InputError(f'{path} holds 255 and no 1: list 255 in classes.json in the place of 1, or "ignore": 255')
+    return mask
+
+
+def _image(pair: Pair, bit_depth: int) -> Example:
+    """The example of the image; of a four-channel one in MFNet's layout, of its last channel, the thermal one."""
+    if pair.fourth:
+        with Image.open(pair.image) as image:
+            if image.mode == "RGBA":
+                pixels = np.asarray(image.getchannel(3))
+                attributes = {"format": "PNG", NOTES: {"thermal images taken from the fourth channel": 1}}
+                return Example(pair.key, encode_png(pixels), "png", *pixels.shape, 8, attributes)
+    return labelled_image(pair.image, pair.key, bit_depth=bit_depth)
+
+
 def read_mask(path: Path) -> np.ndarray:
-    """Values (H, W) uint8 of a mask file; of a palette file its indices.
+    """Values (H, W) uint8 of a mask file, of a palette file its indices; of a colour file (H, W, 3).
 
     Raises:
-      InputError: it cannot be read or is not 8-bit with one channel.
+      InputError: it cannot be read, or its values do not fit 8 bit.
     """
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            mask = np.asarray(image)
-            mode = image.mode
+            if image.mode in ("RGB", "RGBA", "LA"):
+                return np.asarray(image.convert("RGB"))
+            mask, mode = np.asarray(image), image.mode
     except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"mask {path} cannot be read ({error}): replace it") from error
-    if mode not in ("1", "L", "P"):
-        raise InputError(f"mask {path} has mode {mode}: masks are 8-bit with one channel")
+    if mode not in ("1", "L", "P", "I;16", "I") or (mask.size and not 0 <= mask.min() <= mask.max() <= 255):
+        raise InputError(f"mask {path} has mode {mode}: masks are 8-bit with one channel, or colours of classes.json")
     return mask.astype(np.uint8)
