@@ -46,8 +46,10 @@ class ClassMasks(InfraredBuilder):
         pairs, note = find_pairs(root, targets=isinstance(self, SmallTargets))
         if note:
             logging.warning("%s", note)
-        make = functools.partial(_example, table=table, bit_depth=self.builder_config.bit_depth)
-        return {split: self._generate(part, make) for split, part in pairs.items()}
+        return {split: self._generate_examples(part, table) for split, part in pairs.items()}
+
+    def _generate_examples(self, pairs: list[Pair], table: ClassTable | None):
+        return self._generate(pairs, functools.partial(_example, table=table, bit_depth=self.builder_config.bit_depth))
 
     def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
         table = read_classes(root / "classes.json")

@@ -269,7 +269,7 @@ def spoil(root, what):
     elif what == "value":
         Image.fromarray(np.full(SIZE, 200, np.uint8)).save(root / "class_masks/train" / image.name)
     elif what == "colour":
-        Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(root / "class_masks/train" / image.name)
+        Image.fromarray(np.full((*SIZE, 3), (0, 1, 2), np.uint8)).save(root / "class_masks/train" / image.name)
     elif what == "classes":
         (root / "classes.json").unlink()
     elif what == "images":
@@ -281,8 +281,8 @@ def spoil(root, what):
     [("coco_boxes", "image", "is not usable"), ("coco_boxes", "annotations", "val.json is not a COCO file"),
      ("coco_boxes", "outside", "leaves the folder"), ("class_masks", "mask", "no mask of the same stem"),
      ("class_masks", "size", "5x5, its image 80x64"), ("class_masks", "value", "value 200"),
-     ("class_masks", "colour", "mode RGB"), ("class_masks", "classes", "classes.json"),
-     ("small_targets", "images", "no folder images")],
+     ("class_masks", "colour", "colour picture"), ("class_masks", "classes", "classes.json"),
+     ("small_targets", "images", "known layout")],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_leave_no_set(scenes, tmp_path, name, what, message):
     root = tmp_path / "set"
