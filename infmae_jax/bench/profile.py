@@ -43,6 +43,11 @@ def sources(program: str) -> dict[str, str]:
     return found
 
 
+def part_of(source: str) -> str:
+    """The part of the model that an operation's source belongs to."""
+    return next(part for pattern, part in _PARTS if re.search(pattern, source))
+
+
 def seconds_of(profile: Any, names: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of all runs of each operation on all devices and threads, from a `jax.profiler.ProfileData`."""
     seconds: dict[str, float] = collections.defaultdict(float)
@@ -70,7 +75,7 @@ def profile(config: PretrainConfig, batch: int, steps: int) -> dict[str, Any]:
     seconds = seconds_of(data, origin)
     parts: dict[str, float] = collections.defaultdict(float)
     for name, spent in seconds.items():
-        parts[next(part for pattern, part in _PARTS if re.search(pattern, origin[name]))] += spent
+        parts[part_of(origin[name])] += spent
     rows = [{"by": "part", **row} for row in _shares(parts, steps)]
     for row in list(_shares(seconds, steps))[:_SLOWEST]:
         rows.append({"by": "operation", **row, "source": origin[row["what"]]})
