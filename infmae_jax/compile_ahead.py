@@ -170,8 +170,8 @@ def _work(told: dict[str, Any]) -> list[str]:
     counted = ""
     if told["gflop_counted"]:
         counted = (
-            f"; XLA counts {told['gflop_counted']:,.0f} GFLOP and {told['gigabytes_counted']:,.1f} GB read and written, "
-            "bodies of loops once"
+            f"; XLA counts {told['gflop_counted']:,.0f} GFLOP and {told['gigabytes_counted']:,.1f} GB read and "
+            "written, bodies of loops once"
         )
     exchanged = ", ".join(
         f"{each['times']} {kind} ({each['bytes'] / 2**20:,.1f} MiB)" for kind, each in told["collectives"].items()

@@ -73,7 +73,8 @@ class Operation:
     @property
     def called(self) -> list[tuple[str, str]]:
         """(role, computation) of every computation that it names."""
-        return [(role, name) for role, names in _CALLED.findall(self.rest) for name in re.findall(r"%([\w.\-]+)", names)]
+        roles = _CALLED.findall(self.rest)
+        return [(role, name) for role, names in roles for name in re.findall(r"%([\w.\-]+)", names)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +250,8 @@ def array_bytes(shapes: str) -> int:
 def _array_sizes(shapes: str) -> list[int]:
     sizes = []
     for dtype, dims in _ARRAY.findall(shapes):
+        if dtype == "token":  # an order, not an array
+            continue
         match = _BITS.match(dtype)
         if match is None:
             raise ValueError(f"unknown HLO type {dtype}")

@@ -1,4 +1,4 @@
-"""Devices that are only described: TPU slices and GPUs by name, what each chip has, and the compiler that knows them."""
+"""Devices that are only described: TPU slices and GPUs by name, what each chip has, and how to find their compiler."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Target:
 
     @property
     def link(self) -> float:
-        """Bytes/s that a device can send: over all links of its chip, or its host's network where GPUs are on several."""
+        """Bytes/s that a device can send: over its own links, or its host's network where GPUs are on several hosts."""
         return _GPU_NETWORK if self.gpu and self.shape[0] > _GPUS_A_HOST else self.chip.link
 
     def devices(self, compilers: str) -> list[jax.Device]:
@@ -104,7 +104,8 @@ class Target:
         find = _find_gpu_compiler if self.gpu else _find_tpu_compiler
         folder = Path(compilers or os.environ.get(COMPILERS, ""))
         if not find(folder):
-            what, packages = ("the CUDA plugin", _gpu_packages()) if self.gpu else ("libtpu", [_pinned("jax", "libtpu")])
+            what = "the CUDA plugin" if self.gpu else "libtpu"
+            packages = _gpu_packages() if self.gpu else [_pinned("jax", "libtpu")]
             given = f" (none in {folder})" if str(folder) != "." else ""
             raise InputError(
                 f"compiling for {self.name} needs {what}{given}: pip install --no-deps --target FOLDER "

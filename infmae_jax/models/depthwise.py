@@ -5,9 +5,15 @@ make the backward pass cheap. Spreading visible patches over a zero map and gath
 other, so the gradient with respect to the cells is the same operation with the kernel turned by 180 degrees: it gathers
 and never scatters. And the kernel's gradient is summed over the r x r cells of a patch before the (slow) reduction over
 patches.
+
+How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`), the numbers do not. CPUs and
+GPUs scatter them to a whole map and cut windows out. TPUs move arrays whose last two dimensions are tiles of 8 x 128:
+there zero maps, pads and windows of r x r cells cost several times their bytes. So cells come first, (r,r,B,K,C), and
+every neighbour is taken by a product with a matrix of zeros and ones, which is exact.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +68,7 @@ def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[
     Returns:
       (B,K,r,r,C).
     """
-    return _multiply_add(_windows(cells, ids, grid), kernel)
+    return _on_backend(_FORWARD, grid, cells, kernel, ids)
 
 
 def _on_visible_forward(cells, kernel, ids, grid):
@@ -70,15 +76,98 @@ def _on_visible_forward(cells, kernel, ids, grid):
 
 
 def _on_visible_backward(grid, saved, grad):
-    cells, kernel, ids = saved
-    return (
-        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
-        None,
-    )
+    return *_on_backend(_BACKWARD, grid, *saved, grad), None
 
 
 on_visible.defvjp(_on_visible_forward, _on_visible_backward)
+
+
+def forward_by_scatter(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """`on_visible`: patches are put on a whole map, of which windows are cut out."""
+    return _multiply_add(_windows(cells, ids, grid), kernel)
+
+
+def backward_by_scatter(
+    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `on_visible` with respect to cells and kernel, computed as `forward_by_scatter`."""
+    return (
+        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
+    )
+
+
+def forward_by_products(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """`on_visible`: every patch takes its neighbours by matrix products.
+
+    A cell that is not finite makes its whole sample so, not only what is near it.
+    """
+    return _cells_last(_tap_sum(_surroundings(_cells_first(cells), ids, grid), kernel))
+
+
+def backward_by_products(
+    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `backward_by_scatter`. The surroundings of the gradient serve both: the kernel's gradient is a sum over pairs
+    of a cell and a neighbour, whichever of the two is at the centre."""
+    around, cells = _surroundings(_cells_first(grad), ids, grid), _cells_first(cells)
+    wide = cells.astype(jnp.promote_types(cells.dtype, jnp.float32))
+    turned = jnp.stack([(tap.astype(wide.dtype) * wide).sum(axis=(0, 1, 2, 3)) for tap in _taps(around)])
+    kernel_grad = turned[::-1].reshape(kernel.shape).astype(kernel.dtype)
+    return _cells_last(_tap_sum(around, kernel[::-1, ::-1])).astype(cells.dtype), kernel_grad
+
+
+# The form on each backend, chosen when a program is lowered for it, so that another machine can compile for it too.
+_FORWARD = {"tpu": forward_by_products, "default": forward_by_scatter}
+_BACKWARD = {"tpu": backward_by_products, "default": backward_by_scatter}
+
+
+def _on_backend(forms: dict[str, Callable], grid: tuple[int, int], *arrays: jax.Array):
+    return jax.lax.platform_dependent(*arrays, **{name: functools.partial(form, grid) for name, form in forms.items()})
+
+
+def _cells_first(cells: jax.Array) -> jax.Array:
+    """(B,K,r,r,C) -> (r,r,B,K,C)."""
+    return cells.transpose(2, 3, 0, 1, 4)
+
+
+def _cells_last(cells: jax.Array) -> jax.Array:
+    return cells.transpose(2, 3, 0, 1, 4)  # its own inverse
+
+
+def _surroundings(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(r,r,B,K,C) -> (r+4,r+4,B,K,C): each visible patch with its surroundings, zero where nothing is visible."""
+    rows, columns = ids // grid[1], ids % grid[1]
+    exact = None if cells.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST  # TPUs round float32 factors otherwise
+
+    def neighbour(down: int, right: int, part: jax.Array) -> jax.Array:
+        is_row = rows[:, None, :] == rows[:, :, None] + down
+        chosen = (is_row & (columns[:, None, :] == columns[:, :, None] + right)).astype(part.dtype)
+        return jnp.einsum("bkj,yxbjc->yxbkc", chosen, part, precision=exact, preferred_element_type=part.dtype)
+
+    near = {-1: slice(-RADIUS, None), 0: slice(None), 1: slice(None, RADIUS)}  # what is within reach of the centre
+    strips = []
+    for down, of_rows in near.items():
+        parts = [
+            cells if down == right == 0 else neighbour(down, right, cells[of_rows, of_columns])
+            for right, of_columns in near.items()
+        ]
+        strips.append(jnp.concatenate(parts, axis=1))
+    return jnp.concatenate(strips, axis=0)
+
+
+def _taps(around: jax.Array) -> list[jax.Array]:
+    """(r+4,r+4,...) -> what each of the 25 kernel positions reads, (r,r,...)."""
+    rows, columns = around.shape[0] - 2 * RADIUS, around.shape[1] - 2 * RADIUS
+    return [around[i : i + rows, j : j + columns] for i, j in _TAPS]
+
+
+def _tap_sum(around: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(r+4,r+4,B,K,C), (5,5,C) -> (r,r,B,K,C), accumulated at least in float32."""
+    accumulate = jnp.promote_types(around.dtype, jnp.float32)
+    weights = kernel.astype(accumulate).reshape(len(_TAPS), 1, 1, 1, 1, -1)
+    products = (tap.astype(accumulate) * weight for tap, weight in zip(_taps(around), weights, strict=True))
+    return functools.reduce(jnp.add, products).astype(around.dtype)
 
 
 def _pad(cells: jax.Array) -> jax.Array:
