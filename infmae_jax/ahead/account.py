@@ -29,6 +29,7 @@ KINDS = ("copies", "zero fills", "depthwise", "products", "other")
 _FREE = re.compile(
     r"(parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|iota|.*-done)$"
 )
+_NO_WORK = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -177,8 +178,7 @@ def cycles(program: hlo.Program) -> dict[str, Any]:
 def _moves(operation: hlo.Operation) -> bool:
     """Whether an operation without an estimate touches memory: neither free, nor an exchange, nor asynchronous."""
     known = operation.opcode.removesuffix("-start") in hlo.COLLECTIVES or operation.opcode.endswith("-start")
-    allocates = 'custom_call_target="AllocateBuffer"' in operation.rest
-    return not (_FREE.match(operation.opcode) or known or allocates)
+    return not (_FREE.match(operation.opcode) or known or _NO_WORK.search(operation.rest))
 
 
 def kind_of(program: hlo.Program, operation: hlo.Operation) -> str:

@@ -6,10 +6,10 @@ other, so the gradient with respect to the cells is the same operation with the 
 and never scatters. And the kernel's gradient is summed over the r x r cells of a patch before the (slow) reduction over
 patches.
 
-How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`), the numbers do not. CPUs and
-GPUs scatter them to a whole map and cut windows out. TPUs move arrays whose last two dimensions are tiles of 8 x 128:
-there zero maps, pads and windows of r x r cells cost several times their bytes. So cells come first, (r,r,B,K,C), and
-every neighbour is taken by a product with a matrix of zeros and ones, which is exact.
+How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`); the values do not. CPUs and
+GPUs scatter them to a whole map, cut windows out and add shifted products. TPUs hold the last two dimensions of an array
+in tiles of 8 x 128: zero maps, pads and windows of r x r cells cost several times their bytes there. Products with
+matrices of zeros and ones, which are exact, place and take patches for less, and whole maps suit XLA's convolution.
 """
 
 import functools
@@ -98,23 +98,20 @@ def backward_by_scatter(
 
 
 def forward_by_products(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
-    """`on_visible`: every patch takes its neighbours by matrix products.
+    """`on_visible`: matrix products put patches on a whole map, and take them from what XLA's convolution makes of it.
 
     A cell that is not finite makes its whole sample so, not only what is near it.
     """
-    return _cells_last(_tap_sum(_surroundings(_cells_first(cells), ids, grid), kernel))
+    return _take(_convolve(_place(cells, ids, grid), kernel), ids, grid)
 
 
 def backward_by_products(
     grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """As `backward_by_scatter`. The surroundings of the gradient serve both: the kernel's gradient is a sum over pairs
-    of a cell and a neighbour, whichever of the two is at the centre."""
-    around, cells = _surroundings(_cells_first(grad), ids, grid), _cells_first(cells)
-    wide = cells.astype(jnp.promote_types(cells.dtype, jnp.float32))
-    turned = jnp.stack([(tap.astype(wide.dtype) * wide).sum(axis=(0, 1, 2, 3)) for tap in _taps(around)])
-    kernel_grad = turned[::-1].reshape(kernel.shape).astype(kernel.dtype)
-    return _cells_last(_tap_sum(around, kernel[::-1, ::-1])).astype(cells.dtype), kernel_grad
+    """As `backward_by_scatter`, computed as `forward_by_products`."""
+    whole, whole_grad = _place(cells, ids, grid), _place(grad, ids, grid)
+    _, kernel_gradient = jax.vjp(lambda weights: _convolve(whole, weights), kernel)
+    return _take(_convolve(whole_grad, kernel[::-1, ::-1]), ids, grid), kernel_gradient(whole_grad)[0]
 
 
 # The form on each backend, chosen when a program is lowered for it, so that another machine can compile for it too.
@@ -126,48 +123,36 @@ def _on_backend(forms: dict[str, Callable], grid: tuple[int, int], *arrays: jax.
     return jax.lax.platform_dependent(*arrays, **{name: functools.partial(form, grid) for name, form in forms.items()})
 
 
-def _cells_first(cells: jax.Array) -> jax.Array:
-    """(B,K,r,r,C) -> (r,r,B,K,C)."""
-    return cells.transpose(2, 3, 0, 1, 4)
+def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B,R,S,C), (5,5,C) -> (B,R,S,C) by XLA's grouped convolution."""
+    return jax.lax.conv_general_dilated(
+        whole, kernel[:, :, None, :], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=kernel.shape[-1], precision=_exact(whole),
+    )  # fmt: skip
 
 
-def _cells_last(cells: jax.Array) -> jax.Array:
-    return cells.transpose(2, 3, 0, 1, 4)  # its own inverse
+def _place(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B,K,r,r,C) -> (B,h*r,w*r,C), zero where no patch is visible."""
+    batch, _, r, _, channels = cells.shape
+    whole = jnp.einsum("bkhw,bkyxc->bhywxc", _positions(ids, grid, cells.dtype), cells, precision=_exact(cells))
+    return whole.reshape(batch, grid[0] * r, grid[1] * r, channels)
 
 
-def _surroundings(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """(r,r,B,K,C) -> (r+4,r+4,B,K,C): each visible patch with its surroundings, zero where nothing is visible."""
-    rows, columns = ids // grid[1], ids % grid[1]
-    exact = None if cells.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST  # TPUs round float32 factors otherwise
-
-    def neighbour(down: int, right: int, part: jax.Array) -> jax.Array:
-        is_row = rows[:, None, :] == rows[:, :, None] + down
-        chosen = (is_row & (columns[:, None, :] == columns[:, :, None] + right)).astype(part.dtype)
-        return jnp.einsum("bkj,yxbjc->yxbkc", chosen, part, precision=exact, preferred_element_type=part.dtype)
-
-    near = {-1: slice(-RADIUS, None), 0: slice(None), 1: slice(None, RADIUS)}  # what is within reach of the centre
-    strips = []
-    for down, of_rows in near.items():
-        parts = [
-            cells if down == right == 0 else neighbour(down, right, cells[of_rows, of_columns])
-            for right, of_columns in near.items()
-        ]
-        strips.append(jnp.concatenate(parts, axis=1))
-    return jnp.concatenate(strips, axis=0)
+def _take(whole: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B,h*r,w*r,C) -> (B,K,r,r,C): the visible patches."""
+    batch, rows, columns, channels = whole.shape
+    whole = whole.reshape(batch, grid[0], rows // grid[0], grid[1], columns // grid[1], channels)
+    return jnp.einsum("bkhw,bhywxc->bkyxc", _positions(ids, grid, whole.dtype), whole, precision=_exact(whole))
 
 
-def _taps(around: jax.Array) -> list[jax.Array]:
-    """(r+4,r+4,...) -> what each of the 25 kernel positions reads, (r,r,...)."""
-    rows, columns = around.shape[0] - 2 * RADIUS, around.shape[1] - 2 * RADIUS
-    return [around[i : i + rows, j : j + columns] for i, j in _TAPS]
+def _positions(ids: jax.Array, grid: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """(B,K) -> (B,K,h,w): one where a patch lies."""
+    return jax.nn.one_hot(ids, grid[0] * grid[1], dtype=dtype).reshape(*ids.shape, *grid)
 
 
-def _tap_sum(around: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(r+4,r+4,B,K,C), (5,5,C) -> (r,r,B,K,C), accumulated at least in float32."""
-    accumulate = jnp.promote_types(around.dtype, jnp.float32)
-    weights = kernel.astype(accumulate).reshape(len(_TAPS), 1, 1, 1, 1, -1)
-    products = (tap.astype(accumulate) * weight for tap, weight in zip(_taps(around), weights, strict=True))
-    return functools.reduce(jnp.add, products).astype(around.dtype)
+def _exact(factor: jax.Array) -> jax.lax.Precision | None:
+    """TPUs round wider factors than bfloat16 unless told otherwise."""
+    return None if factor.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
 
 def _pad(cells: jax.Array) -> jax.Array:
