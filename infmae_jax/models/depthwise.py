@@ -7,7 +7,7 @@ and never scatters. And the kernel's gradient is summed over the r x r cells of 
 patches.
 
 How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`); the values do not. CPUs and
-GPUs scatter them to a whole map, cut windows out and add shifted products. TPUs hold the last two dimensions of an array
+GPUs scatter them to a whole map, cut windows out and add shifted products. TPUs hold the last two dimensions of arrays
 in tiles of 8 x 128: zero maps, pads and windows of r x r cells cost several times their bytes there. Products with
 matrices of zeros and ones, which are exact, place and take patches for less, and whole maps suit XLA's convolution.
 """

@@ -93,15 +93,16 @@ def test_whole_map_against_nested_loops():
         np.testing.assert_allclose(got, slow_depthwise(sample, kernel), atol=1e-12)
 
 
-def test_products_take_neighbours_exactly_in_bfloat16():
+def test_products_place_and_take_patches_exactly_in_bfloat16():
     """Ones and zeros times bfloat16, summed in float32: not one value is rounded on its way."""
-    rng = np.random.default_rng(0)
-    ids = np.stack([rng.permutation(12)[:7] for _ in range(2)]).astype(np.int32)
+    rng, grid = np.random.default_rng(0), (3, 4)
+    ids = jnp.asarray(np.stack([rng.permutation(12)[:7] for _ in range(2)]), jnp.int32)
     cells = jnp.asarray(rng.standard_normal((2, 7, 4, 4, 3)), jnp.bfloat16)
-    kernel = jnp.asarray(rng.standard_normal((5, 5, 3)), jnp.bfloat16)
-    one, other = (jax.jit(form, static_argnums=0)((3, 4), cells, kernel, ids) for form, _ in FORMS.values())
-    assert one.dtype == other.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+    whole = depthwise._place(cells, ids, grid)
+    assert whole.dtype == jnp.bfloat16 and whole.shape == (2, 12, 16, 3)
+    scattered = patches.place_tokens(cells, ids, jnp.zeros((2, 12, 4, 4, 3), jnp.bfloat16))
+    np.testing.assert_array_equal(whole, patches.tokens_to_grid(scattered, grid))
+    np.testing.assert_array_equal(depthwise._take(whole, ids, grid), cells)
 
 
 def test_bfloat16_is_rounded_once():
