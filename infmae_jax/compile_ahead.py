@@ -36,6 +36,7 @@ from infmae_jax.training.run_folder import package_versions
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
 _LONG = 10**9  # steps
+_MOST_IMAGES = 2**20  # a batch, see `PipelineConfig`
 _GRANULE = 8  # images a device between the batches that --largest_batch tries
 
 
@@ -76,12 +77,12 @@ def compile_ahead(config: PretrainConfig, target: targets.Target, devices: Seque
             "fits": False,
             "memory_bytes": needed,
             "chip_memory_bytes": error.capacity or target.chip.memory,
-            "help": _helps(config, each),
+            "help": _helps(config, each, len(devices)),
         }
     model = config.model
     useful = useful_gflop(model, config.data.image_size, visible_tokens(config)) * images / len(devices)
     told |= account.account(compiled, target, useful, model.encoder.dtype)
-    return told if told["fits"] else told | {"help": _helps(config, each)}
+    return told if told["fits"] else told | {"help": _helps(config, each, len(devices))}
 
 
 def largest_batch(config: PretrainConfig, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -91,11 +92,14 @@ def largest_batch(config: PretrainConfig, target: targets.Target, devices: Seque
     tried: dict[int, float] = {}
 
     def needed(each: int) -> float:
+        if each * parts > _MOST_IMAGES:
+            return math.inf
         try:
             program = _program(_with_batch(config, each * parts), devices)
             tried[each * parts] = account.compile_step(program).memory["needed"]
         except account.DoesNotFit as error:
-            tried[each * parts] = error.needed or math.inf
+            # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
+            tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)
         print(f"batch {each * parts}: {_gib(tried[each * parts])} a device", file=sys.stderr, flush=True)
         return tried[each * parts]
 
@@ -127,10 +131,11 @@ def _program(config: PretrainConfig, devices: Sequence[jax.Device]) -> Program:
     return Program.build(PretrainTask(run), run, sharding.make_mesh(config.mesh, devices))
 
 
-def _helps(config: PretrainConfig, each: int) -> list[str]:
+def _helps(config: PretrainConfig, each: int, devices: int) -> list[str]:
     """What would make a program smaller, the cheapest first."""
     remat = [] if config.model.encoder.remat else ["--config.model.encoder.remat=True (recomputes activations)"]
-    fsdp = [] if config.mesh.fsdp > 1 else ["--config.mesh.fsdp=8 (cuts weights and optimizer state)"]
+    cut = min(8, devices)
+    fsdp = [] if cut == 1 or config.mesh.fsdp > 1 else [f"--config.mesh.fsdp={cut} (cuts weights and optimizer state)"]
     accumulate = ["--config.optimizer.accumulate=2 (half the activations)"] if each > 1 else []
     return [*(["a smaller --batch"] if each > 1 else []), *accumulate, *remat, *fsdp]
 
@@ -162,7 +167,9 @@ def _memory(told: dict[str, Any]) -> str:
     needed = memory.get("needed", math.inf)
     if told["fits"]:
         return f"fits: {_gib(needed)} of {_gib(chip)} a device ({parts})"
-    over = f"by {_gib(needed - chip)}: needs {_gib(needed)}" if math.isfinite(needed) else "by an unknown amount"
+    over = "by an unknown amount"
+    if math.isfinite(needed):
+        over = f"by {_gib(needed - chip)}: needs {_gib(needed)} at least"
     return f"does not fit a device's {_gib(chip)} {over}{f' ({parts})' if parts else ''}; try {'; '.join(told['help'])}"
 
 

@@ -30,7 +30,11 @@ _FREE = re.compile(
     r"(parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|iota|.*-done)$"
 )
 _NO_WORK = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
-_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# The TPU compiler's two ways to refuse a program; the second counts temporaries alone.
+_REFUSED = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
+    re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", re.IGNORECASE),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -38,12 +42,12 @@ class DoesNotFit(Exception):
     """The compiler refused a program for want of device memory.
 
     Attributes:
-      needed, capacity: bytes a device; None where the compiler does not say.
+      needed, capacity: bytes a device, of temporaries at least; None where the compiler does not say.
     """
 
     def __init__(self, text: str):
         super().__init__(text)
-        found = _USED.search(text)
+        found = next(filter(None, (pattern.search(text) for pattern in _REFUSED)), None)
         sizes = found and [float(found[i]) * _UNITS[found[i + 1].upper()] for i in (1, 3)]
         self.needed, self.capacity = (int(sizes[0]), int(sizes[1])) if sizes else (None, None)
 

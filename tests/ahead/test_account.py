@@ -62,12 +62,14 @@ def test_estimated_time_adds_up():
     ("text", "needed", "capacity"),
     [
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5, 15.75),
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (56.95G) exceeds "
+         "available HBM (15.75G).", 56.95, 15.75),
         ("RESOURCE_EXHAUSTED: something else", None, None),
     ],
-)
+)  # fmt: skip
 def test_a_compilers_refusal_says_by_how_much(text, needed, capacity):
     error = account.DoesNotFit(text)
-    assert error.needed == (needed and needed * 2**30) and error.capacity == (capacity and capacity * 2**30)
+    assert error.needed == (needed and int(needed * 2**30)) and error.capacity == (capacity and capacity * 2**30)
 
 
 @given(
