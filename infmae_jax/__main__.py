@@ -24,6 +24,7 @@ JOBS = {
     "embed": ("infmae_jax.embed", "features of a folder of images, as .npz or .parquet"),
     "convert": ("infmae_jax.convert", "published checkpoints to run folders, and those to .safetensors or StableHLO"),
     "report": ("infmae_jax.report", "a page about a run"),
+    "compile_ahead": ("infmae_jax.compile_ahead", "compile a run for TPUs or GPUs that are not here: memory, time"),
     "bench": ("infmae_jax.bench", "measure speed and memory on this machine"),
 }
 

@@ -6,7 +6,8 @@ step        the training step: images/s, MFU, memory, compile time over --batch_
             .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
-all         each of them
+all         each of them, the most telling first: --minutes (none begins later), --output (a folder: JSON and tables
+            after each); one that fails does not stop the others
 
 --quick shrinks model and sizes until a CPU runs it in seconds. It only checks that the benchmark runs; ignore its
 figures.
@@ -15,6 +16,7 @@ figures.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -31,6 +33,7 @@ from ml_collections import config_flags
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax.bench.data import data
+from infmae_jax.bench.every import run_all
 from infmae_jax.bench.features import features
 from infmae_jax.bench.flops import flops
 from infmae_jax.bench.results import on_accelerator, text
@@ -56,6 +59,8 @@ def _define_flags() -> None:
     flags.DEFINE_multi_enum("torch_forms", list(TORCH_FORMS), TORCH_FORMS, "step --torch: forms of the PyTorch model.")
     flags.DEFINE_list("shards", [], "data: shard sets to read; without any, synthetic scenes are made.")
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
+    flags.DEFINE_float("minutes", 0.0, "all: no subject begins later; 0: no limit.", lower_bound=0.0)
+    flags.DEFINE_string("output", "", "all: folder for bench.json and bench.txt, written anew after every subject.")
     flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
 
@@ -101,23 +106,30 @@ SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
 }
 
 
-def main(argv: list[str]) -> None:
-    subjects = list(SUBJECTS) if argv[1:] == ["all"] else argv[1:]
-    if len(argv) != 2 or subjects[0] not in SUBJECTS:
+def main(argv: list[str]) -> int:
+    """Exit code 0, or 1 where a subject of `all` failed."""
+    if len(argv) != 2 or argv[1] not in (*SUBJECTS, "all"):
         raise InputError(f"say what to measure: python -m infmae_jax.bench {'|'.join(SUBJECTS)}|all")
     # So that PyTorch and child processes find memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.quick:  # compiling is most of the time then
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    settings, results = _Settings(), []
+    settings, folder = _Settings(), Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="infmae-bench-cache-") as cache:
         jax.config.update("jax_compilation_cache_dir", cache)  # fresh: compile times are those of the first time
-        for subject in subjects:
-            since = time.perf_counter()
-            results.append(SUBJECTS[subject](settings))
-            results[-1]["measuring_took_seconds"] = round(time.perf_counter() - since, 1)
-            print(text(results[-1]), end="\n\n", file=sys.stderr, flush=True)
-    print(json.dumps(results if argv[1] == "all" else results[0], indent=1))
+        if argv[1] == "all":
+            calls = {name: functools.partial(measure, settings) for name, measure in SUBJECTS.items()}
+            results = run_all(calls, flags.FLAGS.minutes, folder)
+            print(json.dumps(results, indent=1))
+            return int(any(result.get("failed") for result in results))
+        since = time.perf_counter()
+        result = SUBJECTS[argv[1]](settings)
+        result["measuring_took_seconds"] = round(time.perf_counter() - since, 1)
+        print(text(result), end="\n\n", file=sys.stderr, flush=True)
+        print(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":

@@ -182,10 +182,8 @@ class NonOverlappingConv(nn.Module):
         if channels < self.channels:
             kernel = kernel.sum(axis=2, keepdims=True)
         x = x.reshape(*lead, rows // p, p, columns // p, p, channels)
-        x = jnp.swapaxes(x, -4, -3).reshape(*lead, rows // p, columns // p, -1)
         dtype = jnp.dtype(self.dtype)
-        out = x.astype(dtype) @ kernel.reshape(-1, self.features).astype(dtype)
-        return _add_bias(out, bias)
+        return _add_bias(jnp.einsum("...yaxbc,abcf->...yxf", x.astype(dtype), kernel.astype(dtype)), bias)
 
 
 class PatchEmbed(nn.Module):
@@ -222,9 +220,9 @@ class DepthwiseConv(nn.Module):
         if self.method == "conv":
             out = layout.gather(_grouped_convolution(layout.spread(cells), kernel))
         elif layout.packed:
-            out = depthwise.convolve(cells, kernel, layout.grid, layout.ids_keep)
+            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid)
         else:
-            out = depthwise.convolve(layout.spread(cells), kernel, layout.grid)
+            out = depthwise.on_map(layout.spread(cells), kernel, cells.shape[1] // layout.grid[0])
         return _add_bias(out, bias)
 
 
@@ -310,7 +308,7 @@ class Attention(nn.Module):
         """(B,N,D) -> (B,N-first,D): what the tokens from `first` on read from all tokens."""
         batch, n, width = x.shape
         qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, n, 3, self.heads, width // self.heads), 2, 0)
+        q, k, v = (part.reshape(batch, n, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1))
         if self.method == "cudnn" and n % 2 == 0:
             out = dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
         else:

@@ -5,9 +5,15 @@ make the backward pass cheap. Spreading visible patches over a zero map and gath
 other, so the gradient with respect to the cells is the same operation with the kernel turned by 180 degrees: it gathers
 and never scatters. And the kernel's gradient is summed over the r x r cells of a patch before the (slow) reduction over
 patches.
+
+How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`); the values do not. CPUs and
+GPUs scatter them to a whole map, cut windows out and add shifted products. TPUs hold the last two dimensions of arrays
+in tiles of 8 x 128: zero maps, pads and windows of r x r cells cost several times their bytes there. Products with
+matrices of zeros and ones, which are exact, place and take patches for less, and whole maps suit XLA's convolution.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,41 +26,133 @@ _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def convolve(cells: jax.Array, kernel: jax.Array, grid: tuple[int, int], ids: jax.Array | None = None) -> jax.Array:
-    """Depthwise convolution with zero padding of whole maps, or at visible patches with masked ones reading as zero.
+def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int) -> jax.Array:
+    """Zero-padded depthwise convolution of whole maps.
 
     Args:
-      cells: (B,h*r,w*r,C), or (B,K,r,r,C), the cells of the visible patches.
+      cells: (B,R,S,C).
       kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
-      grid: token rows and columns (h, w).
-      ids: (B,K) int32, which patches are visible, no repeats; None: `cells` are whole maps.
+      patch_cells: r, a divisor of R and S; how the kernel's gradient is summed.
 
     Returns:
-      The shape of `cells`.
+      (B,R,S,C).
     """
-    return _multiply_add(_surrounded(cells, grid, ids), kernel)
+    return _multiply_add(_pad(cells), kernel)
 
 
-def _convolve_forward(cells, kernel, grid, ids):
-    return convolve(cells, kernel, grid, ids), (cells, kernel, ids)
+def _on_map_forward(cells, kernel, patch_cells):
+    return on_map(cells, kernel, patch_cells), (cells, kernel)
 
 
-def _convolve_backward(grid, saved, grad):
-    cells, kernel, ids = saved
-    side = cells.shape[1] // grid[0] if ids is None else cells.shape[2]
+def _on_map_backward(patch_cells, saved, grad):
+    cells, kernel = saved
     return (
-        _multiply_add(_surrounded(grad, grid, ids), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_surrounded(cells, grid, ids), grad, side).astype(kernel.dtype),
-        None,
+        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_pad(cells), grad, patch_cells).astype(kernel.dtype),
     )
 
 
-convolve.defvjp(_convolve_forward, _convolve_backward)
+on_map.defvjp(_on_map_forward, _on_map_backward)
 
 
-def _surrounded(cells: jax.Array, grid: tuple[int, int], ids: jax.Array | None) -> jax.Array:
-    """Cells with what the kernel reads beyond their edge."""
-    return _pad(cells) if ids is None else _windows(cells, ids, grid)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The same at visible patches alone, masked ones reading as zero.
+
+    Args:
+      cells: (B,K,r,r,C), the cells of the visible patches.
+      kernel: (5,5,C).
+      ids: (B,K) int32, which patches they are; no repeats.
+      grid: token rows and columns.
+
+    Returns:
+      (B,K,r,r,C).
+    """
+    return _on_backend(_FORWARD, grid, cells, kernel, ids)
+
+
+def _on_visible_forward(cells, kernel, ids, grid):
+    return on_visible(cells, kernel, ids, grid), (cells, kernel, ids)
+
+
+def _on_visible_backward(grid, saved, grad):
+    return *_on_backend(_BACKWARD, grid, *saved, grad), None
+
+
+on_visible.defvjp(_on_visible_forward, _on_visible_backward)
+
+
+def forward_by_scatter(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """`on_visible`: patches are put on a whole map, of which windows are cut out."""
+    return _multiply_add(_windows(cells, ids, grid), kernel)
+
+
+def backward_by_scatter(
+    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients of `on_visible` with respect to cells and kernel, computed as `forward_by_scatter`."""
+    return (
+        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
+    )
+
+
+def forward_by_products(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """`on_visible`: matrix products put patches on a whole map, and take them from what XLA's convolution makes of it.
+
+    A cell that is not finite makes its whole sample so, not only what is near it.
+    """
+    return _take(_convolve(_place(cells, ids, grid), kernel), ids, grid)
+
+
+def backward_by_products(
+    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `backward_by_scatter`, computed as `forward_by_products`."""
+    whole, whole_grad = _place(cells, ids, grid), _place(grad, ids, grid)
+    _, kernel_gradient = jax.vjp(lambda weights: _convolve(whole, weights), kernel)
+    return _take(_convolve(whole_grad, kernel[::-1, ::-1]), ids, grid), kernel_gradient(whole_grad)[0]
+
+
+# The form on each backend, chosen when a program is lowered for it, so that another machine can compile for it too.
+_FORWARD = {"tpu": forward_by_products, "default": forward_by_scatter}
+_BACKWARD = {"tpu": backward_by_products, "default": backward_by_scatter}
+
+
+def _on_backend(forms: dict[str, Callable], grid: tuple[int, int], *arrays: jax.Array):
+    return jax.lax.platform_dependent(*arrays, **{name: functools.partial(form, grid) for name, form in forms.items()})
+
+
+def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B,R,S,C), (5,5,C) -> (B,R,S,C) by XLA's grouped convolution."""
+    return jax.lax.conv_general_dilated(
+        whole, kernel[:, :, None, :], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=kernel.shape[-1], precision=_exact(whole),
+    )  # fmt: skip
+
+
+def _place(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B,K,r,r,C) -> (B,h*r,w*r,C), zero where no patch is visible."""
+    batch, _, r, _, channels = cells.shape
+    whole = jnp.einsum("bkhw,bkyxc->bhywxc", _positions(ids, grid, cells.dtype), cells, precision=_exact(cells))
+    return whole.reshape(batch, grid[0] * r, grid[1] * r, channels)
+
+
+def _take(whole: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """(B,h*r,w*r,C) -> (B,K,r,r,C): the visible patches."""
+    batch, rows, columns, channels = whole.shape
+    whole = whole.reshape(batch, grid[0], rows // grid[0], grid[1], columns // grid[1], channels)
+    return jnp.einsum("bkhw,bhywxc->bkyxc", _positions(ids, grid, whole.dtype), whole, precision=_exact(whole))
+
+
+def _positions(ids: jax.Array, grid: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """(B,K) -> (B,K,h,w): one where a patch lies."""
+    return jax.nn.one_hot(ids, grid[0] * grid[1], dtype=dtype).reshape(*ids.shape, *grid)
+
+
+def _exact(factor: jax.Array) -> jax.lax.Precision | None:
+    """TPUs round wider factors than bfloat16 unless told otherwise."""
+    return None if factor.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
 
 
 def _pad(cells: jax.Array) -> jax.Array:

@@ -30,24 +30,46 @@ def float64():
         yield
 
 
-@settings(max_examples=6, deadline=None)
-@given(h=st.integers(1, 3), w=st.integers(1, 3), r=st.sampled_from([2, 4]), seed=st.integers(0, 1000), data=st.data())
-def test_visible_patches_against_nested_loops(h, w, r, seed, data):
+FORMS = {
+    "scatter": (depthwise.forward_by_scatter, depthwise.backward_by_scatter),
+    "products": (depthwise.forward_by_products, depthwise.backward_by_products),
+}
+
+
+def patches_of(whole, ids, grid, r):
+    """(h*r,w*r,C) -> (K,r,r,C): the listed patches."""
+    corners = [(int(token) // grid[1] * r, int(token) % grid[1] * r) for token in ids]
+    return np.stack([whole[row : row + r, column : column + r] for row, column in corners])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=5, deadline=None)
+@given(h=st.integers(1, 3), w=st.integers(1, 4), r=st.sampled_from([2, 4]), seed=st.integers(0, 1000), data=st.data())
+def test_both_forms_and_their_gradients_against_nested_loops(form, h, w, r, seed, data):
+    """Convolution is linear: its gradients follow from those of single kernel positions and from the turned kernel."""
     with jax.enable_x64(True):
-        keep = data.draw(st.integers(1, h * w))
-        rng = np.random.default_rng(seed)
-        ids = rng.permutation(h * w)[None, :keep].astype(np.int32)
-        cells, kernel = rng.standard_normal((1, keep, r, r, 3)), rng.standard_normal((5, 5, 3))
-        whole = np.zeros((h * r, w * r, 3))
-        for token, patch in zip(ids[0], cells[0]):
-            row, column = divmod(int(token), w)
-            whole[row * r : row * r + r, column * r : column * r + r] = patch
-        expected = slow_depthwise(whole, kernel)
-        convolve = jax.jit(depthwise.convolve, static_argnums=2)
-        out = convolve(jnp.asarray(cells), jnp.asarray(kernel), (h, w), jnp.asarray(ids))
-        for token, patch in zip(ids[0], out[0]):
-            row, column = divmod(int(token), w)
-            np.testing.assert_allclose(patch, expected[row * r : row * r + r, column * r : column * r + r], atol=1e-12)
+        forward, backward = FORMS[form]
+        rng, grid, keep = np.random.default_rng(seed), (h, w), data.draw(st.integers(1, h * w))
+        ids = np.stack([rng.permutation(h * w)[:keep] for _ in range(2)]).astype(np.int32)
+        cells, grad = rng.standard_normal((2, 2, keep, r, r, 3))
+        kernel = rng.standard_normal((5, 5, 3))
+        out = jax.jit(forward, static_argnums=0)(grid, cells, kernel, ids)
+        cells_grad, kernel_grad = jax.jit(backward, static_argnums=0)(grid, cells, kernel, ids, grad)
+        expected = np.zeros((5, 5, 3))
+        for sample in range(2):
+            whole, whole_grad = np.zeros((2, h * r, w * r, 3))
+            for token, patch, patch_grad in zip(ids[sample], cells[sample], grad[sample], strict=True):
+                row, column = divmod(int(token), w)
+                whole[row * r : row * r + r, column * r : column * r + r] = patch
+                whole_grad[row * r : row * r + r, column * r : column * r + r] = patch_grad
+            convolved, turned = slow_depthwise(whole, kernel), slow_depthwise(whole_grad, kernel[::-1, ::-1])
+            np.testing.assert_allclose(out[sample], patches_of(convolved, ids[sample], grid, r), atol=1e-12)
+            np.testing.assert_allclose(cells_grad[sample], patches_of(turned, ids[sample], grid, r), atol=1e-12)
+            padded = np.pad(whole, ((2, 2), (2, 2), (0, 0)))
+            for i in range(5):
+                for j in range(5):
+                    expected[i, j] += (padded[i : i + h * r, j : j + w * r] * whole_grad).sum(axis=(0, 1))
+        np.testing.assert_allclose(kernel_grad, expected, atol=1e-11)
 
 
 @pytest.mark.parametrize("r", [2, 4])
@@ -57,26 +79,37 @@ def test_gradients_of_both_forms_against_finite_differences(r):
     kernel = jnp.asarray(rng.standard_normal((5, 5, 2)))
     cells = jnp.asarray(rng.standard_normal((2, 3, r, r, 2)))
     jax.test_util.check_grads(
-        jax.jit(lambda c, k: depthwise.convolve(c, k, (2, 3), ids)), (cells, kernel), order=1, modes=["rev"]
+        jax.jit(lambda c, k: depthwise.on_visible(c, k, ids, (2, 3))), (cells, kernel), order=1, modes=["rev"]
     )
     whole = jnp.asarray(rng.standard_normal((2, 2 * r, 3 * r, 2)))
-    on_map = jax.jit(lambda c, k: depthwise.convolve(c, k, (2, 3)))
-    jax.test_util.check_grads(on_map, (whole, kernel), order=1, modes=["rev"])
+    jax.test_util.check_grads(jax.jit(lambda c, k: depthwise.on_map(c, k, r)), (whole, kernel), order=1, modes=["rev"])
 
 
 def test_whole_map_against_nested_loops():
     rng = np.random.default_rng(0)
     cells, kernel = rng.standard_normal((2, 8, 12, 3)), rng.standard_normal((5, 5, 3))
-    out = depthwise.convolve(jnp.asarray(cells), jnp.asarray(kernel), (2, 3))
+    out = depthwise.on_map(jnp.asarray(cells), jnp.asarray(kernel), 4)
     for got, sample in zip(out, cells, strict=True):
         np.testing.assert_allclose(got, slow_depthwise(sample, kernel), atol=1e-12)
+
+
+def test_products_place_and_take_patches_exactly_in_bfloat16():
+    """Ones and zeros times bfloat16, summed in float32: not one value is rounded on its way."""
+    rng, grid = np.random.default_rng(0), (3, 4)
+    ids = jnp.asarray(np.stack([rng.permutation(12)[:7] for _ in range(2)]), jnp.int32)
+    cells = jnp.asarray(rng.standard_normal((2, 7, 4, 4, 3)), jnp.bfloat16)
+    whole = depthwise._place(cells, ids, grid)
+    assert whole.dtype == jnp.bfloat16 and whole.shape == (2, 12, 16, 3)
+    scattered = patches.place_tokens(cells, ids, jnp.zeros((2, 12, 4, 4, 3), jnp.bfloat16))
+    np.testing.assert_array_equal(whole, patches.tokens_to_grid(scattered, grid))
+    np.testing.assert_array_equal(depthwise._take(whole, ids, grid), cells)
 
 
 def test_bfloat16_is_rounded_once():
     rng = np.random.default_rng(0)
     cells = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((5, 5, 3)), jnp.bfloat16)
-    out = jax.jit(depthwise.convolve, static_argnums=2)(cells, kernel, (2, 2))
+    out = jax.jit(depthwise.on_map, static_argnums=2)(cells, kernel, 4)
     assert out.dtype == jnp.bfloat16
     exact = slow_depthwise(np.asarray(cells[0], np.float64), np.asarray(kernel, np.float64))
     np.testing.assert_allclose(np.asarray(out[0], np.float64), exact, rtol=2**-8, atol=1e-5)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infmae_jax.models import depthwise
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.infmae import InfMAE
 from tests.models.random_params import random_params
@@ -54,8 +55,19 @@ def evaluate(config, params, images, ids_keep):
     ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
 ])  # fmt: skip
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
-    config, inputs, (out, grads) = default_way(norm_pix)
-    other, other_grads = evaluate(config.replace(**change), *inputs)
+    config, inputs, ours = default_way(norm_pix)
+    assert_same(ours, evaluate(config.replace(**change), *inputs))
+
+
+def test_the_way_of_tpus_gives_the_same_latent_loss_and_gradients(float64, monkeypatch):
+    config, inputs, ours = default_way(False)
+    monkeypatch.setitem(depthwise._FORWARD, "default", depthwise._FORWARD["tpu"])
+    monkeypatch.setitem(depthwise._BACKWARD, "default", depthwise._BACKWARD["tpu"])
+    assert_same(ours, evaluate(config, *inputs))
+
+
+def assert_same(ours, theirs):
+    (out, grads), (other, other_grads) = ours, theirs
     assert out.latent.dtype == jnp.float64
     for name in ("latent", "loss", "pred"):
         np.testing.assert_allclose(getattr(out, name), getattr(other, name), rtol=0, atol=1e-10, err_msg=name)

@@ -1,7 +1,7 @@
 """What the devices of a compiled training step tell each other: gradients and weights, never activations.
 
-The parser of HLO is tested in test_collectives_parser.py. With --long also that what is exchanged does not depend on
-the batch, or in proportion to it.
+The parser of HLO is tested in tests/ahead. With --long also that what is exchanged does not depend on the batch, or in
+proportion to it.
 """
 
 import dataclasses
@@ -11,13 +11,14 @@ import jax
 import pytest
 
 from data_pipelines.pipeline import PipelineConfig
+from infmae_jax.ahead import hlo
+from infmae_jax.ahead.hlo import by_kind
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, OptimizerConfig
 from infmae_jax.training.program import Program
-from tests.training.collectives import by_kind, collectives
 
 CONFIG = PretrainConfig(
     model=InfMAEConfig().replace(
@@ -40,7 +41,8 @@ def long(pytestconfig):
 def exchanged(mesh: MeshConfig, images: int, config: PretrainConfig = CONFIG):
     """The collectives of the program that trains, for global batches of so many images."""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
-    return collectives(Program.build(PretrainTask(config), config, sharding.make_mesh(mesh)).compiled.as_text())
+    program = Program.build(PretrainTask(config), config, sharding.make_mesh(mesh))
+    return hlo.Program(program.compiled.as_text()).collectives()
 
 
 @functools.cache

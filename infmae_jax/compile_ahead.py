@@ -1,0 +1,240 @@
+"""What a run will need and cost on a TPU slice or GPUs that are not there: python -m infmae_jax.compile_ahead \\
+    --config=configs/pretrain/inf30_base.py --topology=v5e-16 [--batch=1024] [--largest_batch] [--output=FILE.json]
+
+Compiles the program that trains with the compiler of those devices, on any machine: whether it fits, what the devices
+exchange, what the compiler expects it to take. Nothing is run. Minutes for large models; needs no data.
+
+Topologies: v5e-16, v6e-64 (chips), v4-32, v5p-128 (cores, two a chip, as Google Cloud names slices), h100, h100x8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipelines.commands import run_command
+from data_pipelines.errors import InputError
+from infmae_jax.ahead import account, targets
+from infmae_jax.bench.flops import useful_gflop
+from infmae_jax.bench.results import table
+from infmae_jax.bench.step import short_run, visible_tokens
+from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
+from infmae_jax.training import sharding
+from infmae_jax.training.config import from_config, to_config
+from infmae_jax.training.program import Program
+from infmae_jax.training.run_folder import package_versions
+
+_BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
+_LONG = 10**9  # steps
+_MOST_IMAGES = 2**20  # a batch, see `PipelineConfig`
+_GRANULE = 8  # images a device between the batches that --largest_batch tries
+
+
+def _define_flags() -> None:
+    config_flags.DEFINE_config_file("config", str(_BASE), "Pretraining config; every key can be overridden.")
+    flags.DEFINE_string("topology", "v5e-16", "Devices to compile for: v5e-16, v5p-128, v6e-64, h100, h100x8, ...")
+    flags.DEFINE_integer("batch", 0, "Images a step over all devices; 0: the config's.", lower_bound=0)
+    flags.DEFINE_boolean("largest_batch", False, "Also find the largest batch that fits; compiles several times.")
+    flags.DEFINE_string("compilers", "", f"Folder that pip installed the compilers into; empty: ${targets.COMPILERS}.")
+    flags.DEFINE_string("output", "", "JSON file to write the account to.")
+
+
+def compile_ahead(config: PretrainConfig, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """The account of a config's training step, see `ahead.account.account`, with what it was made for.
+
+    A program that does not fit has "fits" false, "memory_bytes" with what it needs and "chip_memory_bytes"; where the
+    compiler refuses it, nothing else.
+
+    Raises:
+      InputError: batch or model do not fit the mesh.
+    """
+    images, program = config.data.batch_size, _program(config, devices)
+    each = images // len(devices)
+    told: dict[str, Any] = {
+        "topology": target.name,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "mesh": dict(program.mesh.shape),
+        "batch": images,
+        "batch_per_device": images / len(devices),
+        "versions": package_versions(),
+        "config": to_config(config).to_dict(),
+    }
+    try:
+        compiled = account.compile_step(program)
+    except account.DoesNotFit as error:
+        needed = {"needed": error.needed} if error.needed else {}
+        return told | {
+            "fits": False,
+            "memory_bytes": needed,
+            "chip_memory_bytes": error.capacity or target.chip.memory,
+            "help": _helps(config, each, len(devices)),
+        }
+    model = config.model
+    useful = useful_gflop(model, config.data.image_size, visible_tokens(config)) * images / len(devices)
+    told |= account.account(compiled, target, useful, model.encoder.dtype)
+    return told if told["fits"] else told | {"help": _helps(config, each, len(devices))}
+
+
+def largest_batch(config: PretrainConfig, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Images of the largest batch whose program fits, and what each try needed; compiles once a try."""
+    parts = _parts(config, devices)
+    granule = _GRANULE if config.data.batch_size // parts >= _GRANULE else 1
+    tried: dict[int, float] = {}
+
+    def needed(each: int) -> float:
+        if each * parts > _MOST_IMAGES:
+            return math.inf
+        try:
+            program = _program(_with_batch(config, each * parts), devices)
+            tried[each * parts] = account.compile_step(program).memory["needed"]
+        except account.DoesNotFit as error:
+            # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
+            tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)
+        print(f"batch {each * parts}: {_gib(tried[each * parts])} a device", file=sys.stderr, flush=True)
+        return tried[each * parts]
+
+    start = max(config.data.batch_size // parts // granule, 1) * granule
+    found = account.largest_batch(needed, target.chip.memory, start, granule)
+    tries = {str(batch): size if math.isfinite(size) else None for batch, size in tried.items()}
+    return {"images": found * parts, "multiple_of": granule * parts, "bytes_needed": tries}
+
+
+def _with_batch(config: PretrainConfig, images: int) -> PretrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
+
+
+def _parts(config: PretrainConfig, devices: Sequence[jax.Device]) -> int:
+    return sharding.batch_parts(sharding.make_mesh(config.mesh, devices)) * config.optimizer.accumulate
+
+
+def _program(config: PretrainConfig, devices: Sequence[jax.Device]) -> Program:
+    """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
+    images, parts = config.data.batch_size, _parts(config, devices)
+    if images % parts:
+        near = sorted({max(images // parts, 1) * parts, (images // parts + 1) * parts})
+        raise InputError(
+            f"a batch of {images} does not divide into {parts} parts (devices along mesh.data, mesh.fsdp x "
+            f"optimizer.accumulate): use --batch={' or '.join(map(str, near))}"
+        )
+    guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
+    run = short_run(config, images, _LONG, guards=guards)
+    return Program.build(PretrainTask(run), run, sharding.make_mesh(config.mesh, devices))
+
+
+def _helps(config: PretrainConfig, each: int, devices: int) -> list[str]:
+    """What would make a program smaller, the cheapest first."""
+    remat = [] if config.model.encoder.remat else ["--config.model.encoder.remat=True (recomputes activations)"]
+    cut = min(8, devices)
+    fsdp = [] if cut == 1 or config.mesh.fsdp > 1 else [f"--config.mesh.fsdp={cut} (cuts weights and optimizer state)"]
+    accumulate = ["--config.optimizer.accumulate=2 (half the activations)"] if each > 1 else []
+    return [*(["a smaller --batch"] if each > 1 else []), *accumulate, *remat, *fsdp]
+
+
+def _gib(size: float) -> str:
+    return f"{size / account.GIB:.2f} GiB" if math.isfinite(size) else "more than the compiler says"
+
+
+def text(told: dict[str, Any]) -> str:
+    """The account for people."""
+    head = f"{told['topology']}: {told['device']}, mesh " + " x ".join(
+        f"{axis} {size}" for axis, size in told["mesh"].items()
+    )
+    lines = [head, f"batch {told['batch']}, {told['batch_per_device']:g} a device", _memory(told)]
+    if "operations" in told:
+        lines += [*_work(told), *_estimate(told), "", "most expensive operations"]
+        rows = [{"part": row["part"], **_cost(row), "operation": row["operation"],
+                 "result": row["result"].split("{")[0]} for row in told["most_expensive"]]  # fmt: skip
+        lines.append(table(rows))
+    if "largest_batch" in told:
+        largest = told["largest_batch"]
+        lines.append(f"largest batch that fits: {largest['images']} (multiples of {largest['multiple_of']} tried)")
+    return "\n".join(lines)
+
+
+def _memory(told: dict[str, Any]) -> str:
+    memory, chip = told["memory_bytes"], told["chip_memory_bytes"]
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in memory.items() if name != "needed")
+    needed = memory.get("needed", math.inf)
+    if told["fits"]:
+        return f"fits: {_gib(needed)} of {_gib(chip)} a device ({parts})"
+    over = "by an unknown amount"
+    if math.isfinite(needed):
+        over = f"by {_gib(needed - chip)}: needs {_gib(needed)} at least"
+    return f"does not fit a device's {_gib(chip)} {over}{f' ({parts})' if parts else ''}; try {'; '.join(told['help'])}"
+
+
+def _work(told: dict[str, Any]) -> list[str]:
+    counted = ""
+    if told["gflop_counted"]:
+        counted = (
+            f"; XLA counts {told['gflop_counted']:,.0f} GFLOP and {told['gigabytes_counted']:,.1f} GB read and "
+            "written, bodies of loops once"
+        )
+    exchanged = ", ".join(
+        f"{each['times']} {kind} ({each['bytes'] / 2**20:,.1f} MiB)" for kind, each in told["collectives"].items()
+    )
+    return [
+        f"work a device and step: {told['gflop_useful']:,.0f} useful GFLOP{counted}",
+        f"exchanges a step: {exchanged or 'none'}; a device sends {told['bytes_sent'] / 2**20:,.1f} MiB",
+        "operations one after the other: " + ", ".join(f"{n:,} {name}" for name, n in told["operations"].items()),
+        f"compiled in {told['compile_seconds']:.0f} s on {os.cpu_count()} cores",
+    ]
+
+
+def _estimate(told: dict[str, Any]) -> list[str]:
+    if "cycles" not in told:
+        return ["estimated time: none, this compiler estimates no cycles"]
+    cycles, guess = told["cycles"], told["estimate"]
+    kinds = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in cycles["by_kind"].items())
+    parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in cycles["by_part"].items())
+    return [
+        f"estimated Mcycles: {cycles['total'] / 1e6:.1f} ({kinds})",
+        f"  by part: {parts}",
+        f"estimated step: {1e3 * guess['step_seconds']:.1f} ms, MFU {100 * guess['mfu']:.0f} % "
+        f"({1e3 * guess['step_seconds_hidden']:.1f} ms, {100 * guess['mfu_hidden']:.0f} % with exchanges hidden)",
+        f"  = {1e3 * guess['computing_seconds']:.1f} ms of the compiler's cycles at the clock that makes the peak rate "
+        f"+ {1e3 * guess['moving_seconds']:.1f} ms for {cycles['operations_without_estimate']} operations without "
+        f"(scatters, gathers: {cycles['bytes_without_estimate'] / 2**20:,.0f} MiB at the memory's full rate) "
+        f"+ {1e3 * guess['exchanging_seconds']:.1f} ms of exchanges at the links' full rate;",
+        "  not measured: it leaves out overlap of operations, waiting for data, latencies and launches",
+    ]
+
+
+def _cost(row: dict[str, Any]) -> dict[str, Any]:
+    if "cycles" in row:
+        return {"Mcycles": round(row["cycles"] / 1e6, 2), "times": row["times"]}
+    return {"MiB touched": round(row["bytes_touched"] / 2**20, 1), "times": row["times"]}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 where the program fits, 1 where it does not."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be touched
+    values = flags.FLAGS
+    config, target = from_config(PretrainConfig, values.config), targets.target(values.topology)
+    config = _with_batch(config, values.batch or config.data.batch_size)
+    if values.output and not Path(values.output).absolute().parent.is_dir():
+        raise InputError(f"--output={values.output}: its folder does not exist")
+    devices = target.devices(values.compilers)
+    told = compile_ahead(config, target, devices)
+    if values.largest_batch:
+        told["largest_batch"] = largest_batch(config, target, devices)
+    if values.output:
+        Path(values.output).write_text(json.dumps(told, indent=1) + "\n")
+    print(text(told))
+    return 0 if told["fits"] else 1
+
+
+if __name__ == "__main__":
+    run_command(main, define_flags=_define_flags)
