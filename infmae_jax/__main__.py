@@ -21,6 +21,7 @@ JOBS = {
     "embed": ("infmae_jax.embed", "features of a folder of images, as .npz or .parquet"),
     "convert": ("infmae_jax.convert", "run folders, .pth, .safetensors and StableHLO into each other"),
     "report": ("infmae_jax.report", "a page about a run"),
+    "compile_ahead": ("infmae_jax.compile_ahead", "memory, exchanges, estimated cost on TPUs and GPUs not here"),
     "bench": ("infmae_jax.bench", "measure speed and memory on this machine"),
 }
 
