@@ -18,13 +18,13 @@ JOBS = {
     "pretrain": ("infmae_jax.pretrain", "pretrain an encoder on shard sets"),
     "reconstruct": ("infmae_jax.reconstruct", "a picture of what a model reconstructs from visible patches"),
     "linear_probe": ("infmae_jax.linear_probe", "judge an encoder by a linear classifier on labelled images"),
-    "finetune": ("infmae_jax.finetune", "train a pretrained encoder and a head on labels: segmentation"),
+    "finetune": ("infmae_jax.finetune", "train an encoder and a head on labels: segmentation, small targets"),
     "evaluate": ("infmae_jax.evaluate", "measures of a fine-tuned model on a labelled split"),
     "predict": ("infmae_jax.predict", "a fine-tuned model on images and folders without labels"),
     "embed": ("infmae_jax.embed", "features of a folder of images, as .npz or .parquet"),
     "convert": ("infmae_jax.convert", "published checkpoints to run folders, and those to .safetensors or StableHLO"),
     "report": ("infmae_jax.report", "a page about a run"),
-    "compile_ahead": ("infmae_jax.compile_ahead", "compile a run for TPUs or GPUs that are not here: memory, time"),
+    "compile_ahead": ("infmae_jax.compile_ahead", "memory, exchanges, estimated cost on TPUs and GPUs not here"),
     "bench": ("infmae_jax.bench", "measure speed and memory on this machine"),
 }
 

@@ -183,7 +183,38 @@ class NonOverlappingConv(nn.Module):
             kernel = kernel.sum(axis=2, keepdims=True)
         x = x.reshape(*lead, rows // p, p, columns // p, p, channels)
         dtype = jnp.dtype(self.dtype)
-        return _add_bias(jnp.einsum("...yaxbc,abcf->...yxf", x.astype(dtype), kernel.astype(dtype)), bias)
+        return _add_bias(patch_product(x.astype(dtype), kernel.astype(dtype)), bias)
+
+
+@jax.custom_vjp
+def patch_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(..., r, p, s, p, C), (p, p, C, features) -> (..., r, s, features): the sum over the cells of a kernel position.
+
+    On TPUs the contraction as it stands, without the copy that brings the cells together; elsewhere a matrix product.
+    """
+    return jax.lax.platform_dependent(x, kernel, tpu=_contract, default=_as_matrices)
+
+
+def _patch_product_backward(saved, grad):
+    def pullback(form, x, kernel, grad):
+        return jax.vjp(form, x, kernel)[1](grad)
+
+    forms = {"tpu": _contract, "default": _as_matrices}
+    return jax.lax.platform_dependent(
+        *saved, grad, **{name: functools.partial(pullback, form) for name, form in forms.items()}
+    )
+
+
+patch_product.defvjp(lambda x, kernel: (patch_product(x, kernel), (x, kernel)), _patch_product_backward)
+
+
+def _contract(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.einsum("...yaxbc,abcf->...yxf", x, kernel)
+
+
+def _as_matrices(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    x = jnp.swapaxes(x, -4, -3)
+    return x.reshape(*x.shape[:-3], -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class PatchEmbed(nn.Module):

@@ -92,3 +92,25 @@ def test_residual_changes_neither_values_nor_gradients(monkeypatch):
     with_it = value_and_gradients()
     monkeypatch.setattr(blocks, "residual", lambda x: x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), with_it, value_and_gradients())
+
+
+def test_both_ways_to_contract_patches_give_the_same_values_and_gradients():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        x, kernel = rng.standard_normal((2, 3, 2, 4, 2, 4, 5)), rng.standard_normal((4, 4, 5, 6))
+        grad = rng.standard_normal((2, 3, 2, 2, 6))
+        expected = np.zeros(grad.shape)
+        for row in range(2):
+            for column in range(2):
+                expected[:, :, row, column] = np.tensordot(x[:, :, row, :, column], kernel, axes=3)
+        for form in (blocks._contract, blocks._as_matrices, blocks.patch_product):
+            value, pullback = jax.vjp(jax.jit(form), x, kernel)
+            np.testing.assert_allclose(value, expected, rtol=0, atol=1e-12)
+            x_grad, kernel_grad = pullback(jnp.asarray(grad))
+            np.testing.assert_allclose(x_grad[0, 1, 1, :, 0], np.tensordot(kernel, grad[0, 1, 1, 0], 1), atol=1e-12)
+            summed = sum(
+                np.tensordot(x[:, :, row, :, column], grad[:, :, row, column], axes=((0, 1), (0, 1)))
+                for row in range(2)
+                for column in range(2)
+            )
+            np.testing.assert_allclose(kernel_grad, summed, rtol=0, atol=1e-12)
