@@ -27,7 +27,7 @@ from data_pipelines.errors import InputError
 from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
-from infmae_jax.bench.step import short_run, visible_tokens
+from infmae_jax.bench.step import endless_run, visible_tokens
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import from_config, to_config
@@ -35,7 +35,6 @@ from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import package_versions
 
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
-_LONG = 10**9  # steps
 _MOST_IMAGES = 2**20  # a batch, see `PipelineConfig`
 _GRANULE = 8  # images a device between the batches that --largest_batch tries
 
@@ -127,7 +126,7 @@ def _program(config: PretrainConfig, devices: Sequence[jax.Device]) -> Program:
             f"optimizer.accumulate): use --batch={' or '.join(map(str, near))}"
         )
     guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
-    run = short_run(config, images, _LONG, guards=guards)
+    run = dataclasses.replace(endless_run(config, images), guards=guards)
     return Program.build(PretrainTask(run), run, sharding.make_mesh(config.mesh, devices))
 
 

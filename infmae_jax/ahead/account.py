@@ -247,12 +247,16 @@ def largest_batch(needed: Callable[[int], float], capacity: float, start: int, g
     """
     sizes: dict[int, float] = {}
     low, high, batch = 0, None, start
+    least, tries = granule, 0
     while high is None or high - low > granule:
         sizes[batch] = needed(batch)
         low, high = (batch, high) if sizes[batch] <= capacity else (low, batch)
-        guess = _crossing(sizes, capacity) or (2 * low if high is None else (low + high) // 2)
-        most = 4 * low if high is None else high - granule
-        batch = max(min(guess, most) // granule * granule, low + granule)
+        guess, tries = _crossing(sizes, capacity), tries + 1
+        if high is None:  # each time further, so that guesses that are always a little short end too
+            batch, least = max(min(guess or 2 * low, 4 * low) // granule * granule, low + least), 2 * least
+        else:
+            wanted = guess if guess and tries % 2 else (low + high) // 2
+            batch = max(min(wanted, high - granule) // granule * granule, low + granule)
     return low
 
 

@@ -37,7 +37,7 @@ def test_cycles_by_kind_and_part():
     found = account.cycles(PROGRAM)
     assert found["by_kind"] == {"copies": 10, "zero fills": 1, "depthwise": 1000, "products": 100, "other": 10000}
     assert found["total"] == 11111
-    assert found["by_part"]["stage 3 blocks"] == 110  # the copy is read by its product
+    assert found["by_part"]["transformer"] == 110  # the copy is read by its product
     assert found["operations_without_estimate"] == 1  # the scatter; an exchange is counted as such
     assert found["bytes_without_estimate"] == 3 * 8 * 16 * 2 + 2 - 8 * 16 * 2 + 8 * 16 * 2 - 8 * 16 * 2 + 8 * 16 * 2
 
