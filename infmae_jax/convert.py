@@ -13,13 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write
 from data_pipelines.masking import token_grid
-from infmae_jax.interop import checkpoint_flags, load
+from infmae_jax.evaluation.windows import MULTIPLE
+from infmae_jax.interop import checkpoint_flags, load, stablehlo
 from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.tasks.finetuned import is_finetuned, load_finetuned
 
 FLAGS = flags.FLAGS
 
@@ -57,6 +61,42 @@ def convert(
     return trained
 
 
+def export_finetuned(run: str, output: str, image_size: tuple[int, int] | None = None, step: int | None = None) -> str:
+    """Writes what a fine-tuned model computes as a function that needs no package but JAX.
+
+    The result is read with `jax.export.deserialize(data).call(images)`: images (1,H,W) uint8 of the given size, mapped
+    to 8 bit but not normalised; it returns what the model's `compute` does, class numbers or probabilities.
+
+    Args:
+      run: folder of a fine-tuning run.
+      output: file; must not exist, and appears whole or not at all.
+      image_size: (H, W), multiples of 32; that of its training crops by default.
+      step: checkpoint; the best one on validation by default.
+
+    Returns:
+      A line for people.
+
+    Raises:
+      InputError: not such a run, an impossible size, or an output that is in the way.
+    """
+    path = Path(output).expanduser()
+    if path.exists():
+        raise InputError(f"{output} already exists; remove it or choose another --output")
+    tuned = load_finetuned(run, step)
+    size = image_size or tuned.model.config.data.image_size
+    if any(side % MULTIPLE or side < MULTIPLE for side in size):
+        raise InputError(f"--image_size={size[0]},{size[1]} must be rows,columns, multiples of {MULTIPLE}")
+    images = jax.ShapeDtypeStruct((1, *size), jnp.uint8)
+    data = stablehlo.serialised(lambda pixels: tuned.model.compute(tuned.params, pixels), images)
+    try:
+        with atomic_write(path) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    what = f"{tuned.model.config.task} of {', '.join(tuned.model.classes)}"
+    return f"{output}: images (1,{size[0]},{size[1]}) uint8 -> {what}, step {tuned.step}"
+
+
 def _define_flags() -> None:
     flags.DEFINE_enum("from", None, load.READABLE, "Format of --input.", required=True)
     flags.DEFINE_enum("to", "run", load.WRITABLE, "Format of --output.")
@@ -69,6 +109,9 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; use --input and --output")
+    if (FLAGS["from"].value, FLAGS.to) == ("run", "jax-export") and is_finetuned(FLAGS.input):
+        print(export_finetuned(FLAGS.input, FLAGS.output, checkpoint_flags.image_size(), FLAGS.step))
+        return
     trained = convert(
         FLAGS["from"].value,
         FLAGS.to,

@@ -86,7 +86,8 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
                 batch = np.zeros((size, *canvas), np.uint8)
                 for place, image in enumerate(group):
                     batch[place] = windows.on_canvas(image.pixels, canvas)
-                for image, found in zip(group, tuned.model.predict(params, programs.put(batch)), strict=False):
+                computed = np.asarray(tuned.model.compute(params, programs.put(batch)))
+                for image, found in zip(group, computed, strict=False):
                     height, width = image.pixels.shape
                     noted = tuned.model.write(output, image.name, image.pixels, found[:height, :width])
                     row = {"image": image.name, "height": height, "width": width, **noted}

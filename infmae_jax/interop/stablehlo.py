@@ -1,6 +1,6 @@
 """The dense feature path as a serialised StableHLO module that runs with `jax` alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def export_features(
     config: InfMAEConfig, params: dict[str, Any], image_size: tuple[int, int], platforms: Sequence[str] = PLATFORMS
 ) -> bytes:
-    """Serialises `InfMAE.features` with its weights inside and without source locations, which name folders and users.
+    """Serialises `InfMAE.features` with its weights inside.
 
     The result is read with `jax.export.deserialize(data).call(images)`: images (B,H,W,1) float32, normalised, any B and
     the given H x W; it returns the dict of `features`.
@@ -32,10 +32,16 @@ def export_features(
         return model.apply(variables, images, method="features")
 
     (batch,) = jax.export.symbolic_shape("b")
-    images = jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.float32)
+    return serialised(features, jax.ShapeDtypeStruct((batch, *image_size, 1), jnp.float32), platforms)
+
+
+def serialised(
+    function: Callable[[jax.Array], Any], images: jax.ShapeDtypeStruct, platforms: Sequence[str] = PLATFORMS
+) -> bytes:
+    """A function of images as a StableHLO module, without source locations, which name folders and users."""
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        return bytes(jax.export.export(jax.jit(features), platforms=platforms)(images).serialize())
+        return bytes(jax.export.export(jax.jit(function), platforms=platforms)(images).serialize())
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)

@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import jax
 import numpy as np
@@ -167,6 +167,10 @@ class FineTuneConfig(RunConfig):
             super().__post_init__()
         in_steps(self.evaluate_every, batch_size=1, num_examples=1, total_steps=1)
 
+    def completed(self) -> Self:
+        """The config with what a task finds out about its training labels, once classes are known."""
+        return self
+
 
 def with_embedded(config: Config, workdir: str | Path) -> Config:
     """The config with shards of synthetic scenes, made on first use, where it names no shards."""
@@ -213,7 +217,8 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
         encoder = dataclasses.replace(config.encoder, **architecture)
     except ValueError as error:
         raise InputError(f"config {error}") from error
-    return dataclasses.replace(config, encoder=encoder, data=data, duration=duration, classes=classes), trained
+    config = dataclasses.replace(config, encoder=encoder, data=data, duration=duration, classes=classes)
+    return config.completed(), trained
 
 
 def class_names(config: FineTuneConfig) -> tuple[str, ...]:

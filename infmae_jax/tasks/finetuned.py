@@ -11,9 +11,10 @@ from data_pipelines.errors import InputError
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
 from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask
-from infmae_jax.training.checkpoint import best_checkpoint, restore_params
+from infmae_jax.training.checkpoint import restore_params
 from infmae_jax.training.config import from_config
-from infmae_jax.training.run_folder import read_config
+from infmae_jax.training.run_folder import CONFIG_NAME, read_config
+from infmae_jax.training.storage import best_checkpoint
 
 
 class Kind(NamedTuple):
@@ -44,6 +45,12 @@ def kind_of(config: Any, where: str) -> Kind:
     if name not in KINDS:
         raise InputError(f"{where} is not of a fine-tuning task ({', '.join(KINDS)}) but of {name or 'none'!r}")
     return KINDS[name]
+
+
+def is_finetuned(run: str | Path) -> bool:
+    """Whether it is the folder of a fine-tuning run."""
+    run = Path(run).expanduser()
+    return (run / CONFIG_NAME).is_file() and read_config(run).get("task") in KINDS
 
 
 def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:

@@ -7,7 +7,7 @@ import functools
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,14 @@ import optax
 from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import IGNORE
+from data_pipelines.examples import IGNORE, decode_mask
 from data_pipelines.files import atomic_write
+from data_pipelines.reader import ExampleReader
+from data_pipelines.remote import local_folders
 from infmae_jax import pictures
 from infmae_jax.evaluation import segmentation
 from infmae_jax.evaluation.labelled import LabelledImages
-from infmae_jax.evaluation.windows import Windows, host_programs, window_scores
+from infmae_jax.evaluation.windows import Windows, ahead, host_programs, window_scores
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
 from infmae_jax.models.heads.segmentation import Segmenter, resize
@@ -30,7 +32,7 @@ from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask
 from infmae_jax.training.task import Evaluator, Loss
 
 _WORST = 10  # images of an evaluation that are drawn
-_MOST_WEIGHT = 10.0  # of a class, times the mean: a class of a few pixels must not be all that counts
+_MOST_WEIGHT = 10.0  # of a class before weights are scaled: a class of a few pixels must not be all that counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,8 @@ class SegmentLossConfig:
     Attributes:
       mean_over: "valid" divides by the pixels with a class; "all" by all, ignored and padding included (as
         mmsegmentation does by default).
-      class_weights: "" for none, "auto" (inverse frequency in the training split, capped, mean 1 over its pixels), or a
-        number for each class.
+      class_weights: a number for each class, none for 1, or "auto": inverse to the class's share of the training
+        pixels, capped, 1 on average over pixels.
     """
 
     mean_over: Annotated[str, "valid, all"] = "valid"
@@ -68,6 +70,39 @@ class SegmentConfig(FineTuneConfig):
 
     LABELS: ClassVar[str] = "mask"
     FREE_KEYS: ClassVar[tuple[str, ...]] = (*FineTuneConfig.FREE_KEYS, "windows.", "background")
+
+    def completed(self) -> Self:
+        """With numbers for "auto" class weights; InputError where the weights do not fit the classes."""
+        weights = self.loss.class_weights
+        if weights == ("auto",):
+            weights = tuple(f"{weight:.4g}" for weight in balanced_weights(self._pixels_of_classes()))
+        try:
+            fit = not weights or (len(weights) == len(self.classes) and all(0 <= float(w) < 1e6 for w in weights))
+        except ValueError:
+            fit = False
+        if not fit:
+            raise InputError(
+                f"loss.class_weights={','.join(weights)}: give auto, or a number of at least 0 for each of the "
+                f"{len(self.classes)} classes"
+            )
+        return dataclasses.replace(self, loss=dataclasses.replace(self.loss, class_weights=weights))
+
+    def _pixels_of_classes(self) -> np.ndarray:
+        """(classes,) int64: pixels of the training split."""
+        reader = ExampleReader(local_folders(self.data.shards), self.data.train_split)
+        counts = np.zeros(256, np.int64)
+        for found in ahead(lambda index: np.bincount(decode_mask(reader.first_whole(index)).reshape(-1), minlength=256),
+                           range(len(reader))):  # fmt: skip
+            counts += found
+        return counts[: len(self.classes)]
+
+
+def balanced_weights(pixels: np.ndarray) -> np.ndarray:
+    """(classes,) pixel counts -> weights inverse to them, capped, whose mean over all pixels is 1; 0 for no pixels."""
+    shares = pixels / max(pixels.sum(), 1)
+    inverse = np.where(pixels > 0, 1 / np.maximum(shares * np.count_nonzero(pixels), 1e-12), 0.0)
+    capped = np.minimum(inverse, _MOST_WEIGHT)
+    return capped / max((shares * capped).sum(), 1e-12)
 
 
 class SegmentTask(FineTuneTask):
@@ -187,9 +222,9 @@ class SegmentationModel:
         confusion = pictures.confusion_matrix(np.array(scores["confusion"]), self.classes)
         return segmentation.table_text(scores, self.protocol), {"confusion": confusion}
 
-    def predict(self, params: Any, images: jax.Array) -> np.ndarray:
-        """(N,H,W) uint8 on a canvas -> (N,H,W) uint8 class numbers; both arguments from `host_programs`."""
-        return np.asarray(_predicted(self.module, self.config.windows, params, images))
+    def compute(self, params: Any, images: jax.Array) -> jax.Array:
+        """(N,H,W) uint8 on a canvas -> (N,H,W) uint8 class numbers, on the devices."""
+        return _predicted(self.module, self.config.windows, params, images)
 
     def write(self, folder: Path, name: str, image: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
         """Writes the prediction of one image, class numbers and a picture, and returns what is to be noted of it."""

@@ -185,7 +185,7 @@ class SmallTargetModel:
         worst: list[tuple[float, int, Any]] = []
         seen = 0
         for images, _, group in labelled:
-            found = self.predict(params, programs.put(images))
+            found = np.asarray(self.compute(params, programs.put(images)))
             for image, scores in zip(group, found, strict=False):
                 scores = scores[: image.mask.shape[0], : image.mask.shape[1]]
                 iou = counts.add(scores, image.mask)
@@ -211,9 +211,9 @@ class SmallTargetModel:
         """The scores as a table for people; no further pictures."""
         return small_targets.table_text(scores), {}
 
-    def predict(self, params: Any, images: jax.Array) -> np.ndarray:
-        """(N,H,W) uint8 on a canvas -> (N,H,W) float32 probabilities; both arguments from `host_programs`."""
-        return np.asarray(_probabilities(self.module, self.config.windows, params, images))
+    def compute(self, params: Any, images: jax.Array) -> jax.Array:
+        """(N,H,W) uint8 on a canvas -> (N,H,W) float32 probabilities, on the devices."""
+        return _probabilities(self.module, self.config.windows, params, images)
 
     def write(self, folder: Path, name: str, image: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         """Writes mask, probabilities (16 bit) and picture of one image, and returns what is to be noted of it."""

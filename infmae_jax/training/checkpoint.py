@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -95,7 +94,7 @@ class Checkpointer:
         self._known: list[int] = []  # steps on disk, as last seen
         if self._primary:
             self._attempt_removal()
-        self._metrics = {step: self._stored_metric(step) for step in self._steps()}
+        self._metrics = {step: storage.stored_metric(self._run, step, metric) for step in self._steps()}
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one that is being saved included; None where there is none."""
@@ -218,7 +217,7 @@ class Checkpointer:
         return ""
 
     def _start(self, items: Mapping[str, Any], step: int, metrics: dict[str, float], metadata: dict[str, Any]) -> None:
-        self._metrics[step] = _finite(metrics.get(self._metric))
+        self._metrics[step] = storage.finite(metrics.get(self._metric))
         try:
             with jax.transfer_guard("allow"):
                 finish = storage.start_save(self._run, step, items, metrics, metadata)
@@ -285,9 +284,6 @@ class Checkpointer:
         state = abstract.replace(step=count, params=items["params"], opt_state=items["optimizer"], guard=items["guard"])
         return (state, step, record["metadata"]), ""
 
-    def _stored_metric(self, step: int) -> float | None:
-        return _stored_metric(self._run, step, self._metric)
-
     def _set_aside(self, step: int) -> None:
         self._metrics.pop(step, None)
         if self._primary:
@@ -339,19 +335,6 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
     raise InputError(f"{run} has only damaged checkpoints: {', '.join(damaged)}; restore one from a copy")
 
 
-def best_checkpoint(run: str | Path, metric: str, mode: str) -> int | None:
-    """Step of the stored checkpoint whose metric is the lowest ("min") or highest ("max"); None where none has it."""
-    known = {step: value for step in storage.steps_of(run) if (value := _stored_metric(run, step, metric)) is not None}
-    return (min if mode == "min" else max)(sorted(known), key=known.__getitem__, default=None)
-
-
-def _stored_metric(run: str | Path, step: int, metric: str) -> float | None:
-    try:
-        return _finite(storage.read_record(storage.checkpoint_path(run, step))["metrics"].get(metric))
-    except (storage.Damaged, OSError):
-        return None
-
-
 def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Makes a run folder of given weights (checkpoint 0), to be used like one of our own.
 
@@ -388,10 +371,6 @@ def _not_finite(items: Mapping[str, Any]) -> str:
                 if not likely and not np.isfinite(numbers).all():
                     return path_text(key)
     return ""
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _exchange(*mine: str) -> list[tuple[str, ...]]:

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -143,6 +144,25 @@ def read_record(path: Path) -> dict[str, Any]:
         for name in ("metrics", "metadata", "arrays"):
             record[name] = dict(record[name])
     return record
+
+
+def stored_metric(run: str | Path, step: int, metric: str) -> float | None:
+    """A metric that a checkpoint was saved with; None where it has none or cannot be read."""
+    try:
+        return finite(read_record(checkpoint_path(run, step))["metrics"].get(metric))
+    except (Damaged, OSError):
+        return None
+
+
+def finite(value: Any) -> float | None:
+    """The value as a number, None where it is none or not finite."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def best_checkpoint(run: str | Path, metric: str, mode: str) -> int | None:
+    """Step of the checkpoint whose metric is the lowest ("min") or highest ("max"); None where none has it."""
+    known = {step: value for step in steps_of(run) if (value := stored_metric(run, step, metric)) is not None}
+    return (min if mode == "min" else max)(sorted(known), key=known.__getitem__, default=None)
 
 
 def load(path: Path, record: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:

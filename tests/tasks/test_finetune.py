@@ -16,12 +16,15 @@ from PIL import Image
 from configs.segment import masks_tiny_cpu
 from configs.small_target import targets_tiny_cpu
 from data_pipelines.errors import InputError
+from data_pipelines.examples import decode_mask
+from data_pipelines.reader import ExampleReader
 from data_pipelines.synthetic import write_shards
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.tasks.finetune import layer_of, resolved
 from infmae_jax.tasks.finetuned import KINDS, load_finetuned
+from infmae_jax.tasks.segment import SegmentLossConfig
 from infmae_jax.training import loop, sharding
 from infmae_jax.training.config import MeshConfig, from_config
 from infmae_jax.training.program import Program
@@ -143,6 +146,39 @@ def test_predictions_of_another_model_and_folders_in_the_way_are_refused(runs, i
     assert done.returncode == 2 and "not empty" in done.stderr
     done = run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={tmp_path / 'new'}", tmp_path / "none")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_exported_program_computes_the_same_without_the_project(runs, kind, tmp_path):
+    folder, _ = runs(kind)
+    out = tmp_path / "model.stablehlo"
+    command = "infmae_jax.convert", "--from=run", f"--input={folder}", "--to=jax-export", f"--output={out}"
+    done = run(*command, "--image_size=64,96")
+    assert done.returncode == 0 and "(1,64,96) uint8" in done.stdout, done.stderr
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 96), np.uint8)
+    tuned = load_finetuned(folder)
+    exported = jax.export.deserialize(bytearray(out.read_bytes()))
+    truth = np.asarray(tuned.model.compute(tuned.params, image))
+    np.testing.assert_allclose(exported.call(image), truth, atol=1e-6)
+    assert str(folder).encode() not in out.read_bytes()
+    done = run(*command[:-1], f"--output={tmp_path / 'b'}", "--image_size=64,80")
+    assert done.returncode == 2 and "multiples of 32" in done.stderr
+
+
+def test_class_weights_balance_the_training_pixels(encoder, labelled):
+    _, config = task_of("segment", encoder, labelled, loss=SegmentLossConfig(class_weights=("auto",)))
+    weights = np.array([float(weight) for weight in config.loss.class_weights])
+    reader = ExampleReader([labelled / "surfaces"], "train")
+    pixels = sum(np.bincount(decode_mask(reader[i]).ravel(), minlength=256)[: len(weights)] for i in range(len(reader)))
+    present = pixels > 0
+    assert (weights[present] * pixels[present]).sum() / pixels.sum() == pytest.approx(1, rel=1e-3)
+    inverse = pixels.sum() / pixels[present] / present.sum()
+    np.testing.assert_allclose(
+        weights[present] / weights[present].min(), np.minimum(inverse, 10) / inverse.min(), rtol=2e-3
+    )
+    for wrong in (("1", "2"), ("nothing",), ("-1",) * len(weights)):
+        with pytest.raises(InputError, match="class_weights"):
+            task_of("segment", encoder, labelled, loss=SegmentLossConfig(class_weights=wrong))
 
 
 def test_another_encoder_run_or_a_fine_tuned_one_gives_its_encoder(runs, encoder):
