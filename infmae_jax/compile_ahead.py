@@ -221,6 +221,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be touched
     values = flags.FLAGS
+    if "task" in values.config:
+        raise InputError(f"--config is of fine-tuning ({values.config.task}): only pretraining is compiled ahead")
     config, target = from_config(PretrainConfig, values.config), targets.target(values.topology)
     config = _with_batch(config, values.batch or config.data.batch_size)
     if values.output and not Path(values.output).absolute().parent.is_dir():

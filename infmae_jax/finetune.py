@@ -23,7 +23,7 @@ from data_pipelines.files import local_path
 from infmae_jax.evaluate import evaluate
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.report import write_report_if_possible
-from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, resolved, with_embedded
+from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, require_checkpoint, resolved, with_embedded
 from infmae_jax.tasks.finetuned import kind_of
 from infmae_jax.training import loop
 from infmae_jax.training.config import from_config, to_config, use_compilation_cache
@@ -48,6 +48,9 @@ def main(argv: Sequence[str]) -> int:
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:
         config = dataclasses.replace(config, checkpoint=flags.FLAGS.checkpoint)
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; name a folder")
+    require_checkpoint(config)
     use_compilation_cache(config)
     if config.distributed.method != "none" and config.embedded.images and not config.data.shards:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")

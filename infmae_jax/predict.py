@@ -118,8 +118,8 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
                 raise InputError(f"{files[name]} and {path} would both be called {name}: predict them into two folders")
             files[name] = path
     if not files:
-        where = ", ".join(map(str, sources)) or "nothing"
-        raise InputError(f"no images in {where}: name image files, or a folder of them")
+        where = f" in {', '.join(map(str, sources))}" if sources else ""
+        raise InputError(f"no images{where}: name image files, or a folder of them")
     return files
 
 
@@ -147,15 +147,19 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
 
 
 def _finished(path: Path) -> set[str]:
-    """Names in the results; a last line that a kill cut off is removed."""
+    """Names in the results; lines that a kill cut off, or whose files are gone, are removed."""
     if not path.is_file():
         return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with atomic_write(path) as partial:
-            partial.write_bytes(whole)
-    return {json.loads(line)["image"] for line in whole.splitlines()}
+    kept = {}
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            row = json.loads(line)
+            files = [value for key, value in row.items() if key != "image" and str(value).endswith(".png")]
+            if all((path.parent / file).is_file() for file in files):
+                kept[row["image"]] = line
+    with atomic_write(path) as partial:
+        partial.write_text("".join(kept.values()))
+    return set(kept)
 
 
 def _define_flags() -> None:

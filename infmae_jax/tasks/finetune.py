@@ -197,8 +197,7 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
     Raises:
       InputError: no checkpoint or one that cannot be read; shards without such labels, or with different classes.
     """
-    if not config.checkpoint:
-        raise InputError("no encoder to start from: give --checkpoint=RUN, a .pth or .safetensors file, or random")
+    require_checkpoint(config)
     classes = class_names(config)
     trained = load_encoder(config.checkpoint, config.variant, **options)
     architecture = {name: getattr(trained.config.encoder, name) for name in ARCHITECTURE}
@@ -219,6 +218,12 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
         raise InputError(f"config {error}") from error
     config = dataclasses.replace(config, encoder=encoder, data=data, duration=duration, classes=classes)
     return config.completed(), trained
+
+
+def require_checkpoint(config: FineTuneConfig) -> None:
+    """InputError where the config names no encoder to start from."""
+    if not config.checkpoint:
+        raise InputError("no encoder to start from: give --checkpoint=RUN, a .pth or .safetensors file, or random")
 
 
 def class_names(config: FineTuneConfig) -> tuple[str, ...]:

@@ -43,7 +43,8 @@ def read_config(run: str | Path) -> dict[str, Any]:
     """The config that a run folder was made with; InputError when `run` is not a run folder."""
     path = Path(run) / CONFIG_NAME
     if not path.is_file():
-        raise InputError(f"{run} is not a run folder: it has no {CONFIG_NAME}; give the --workdir of a pretraining run")
+        why = f"it has no {CONFIG_NAME}" if Path(run).is_dir() else "there is no such folder"
+        raise InputError(f"{run} is not a run folder: {why}; give the --workdir of a run")
     return read_object(path)
 
 

@@ -134,6 +134,11 @@ def test_predict_writes_original_pixels_and_goes_on_where_it_was(runs, kind, ima
     assert done.returncode == 4
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert again[0] == rows[first] and {row["image"]: row for row in again} == rows
+    gone = tmp_path / "out" / rows["a"]["class_map" if kind == "segment" else "masks"]
+    gone.unlink()
+    assert run(*command).returncode == 4 and gone.is_file()
+    again = [json.loads(line) for line in results.read_text().splitlines()]
+    assert sorted(row["image"] for row in again) == sorted(rows)
 
 
 def test_predictions_of_another_model_and_folders_in_the_way_are_refused(runs, images, tmp_path):
