@@ -82,6 +82,9 @@ def _listed(root: Path, images: Path, masks: Path) -> tuple[dict[str, list[Pair]
             if missing := [stem for stem in stems if stem not in files]:
                 raise InputError(f"{path} lists {missing[0]}, which is not in {images}: correct one of them")
             found[split] = list(_paired(images, masks, [files[stem] for stem in stems], ""))
+            for other, pairs in found.items():
+                if other != split and (both := {pair.image.stem for pair in pairs} & set(stems)):
+                    raise InputError(f"{root}: image {min(both)} is in {other} and {split}: correct the lists of names")
         return found, ""
     ordered = list(files.values())
     cut = max(1, round(len(ordered) * _BLOCK_TRAIN))
