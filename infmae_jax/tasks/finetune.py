@@ -277,8 +277,9 @@ class FineTuneTask(Task):
 
     def initial(self, shapes: Any) -> Any:
         """The encoder of the checkpoint under a new head; what was taken is printed."""
-        fresh = jax.device_get(jax.jit(self.init)(jax.random.key(self.config.seed)))
-        params, account = graft(fresh, self.trained, self.config.encoder)
+        params, account = graft(shapes, self.trained, self.config.encoder)
+        new = jax.jit(lambda key: {name: self.init(key)[name] for name in account.new})
+        params |= jax.device_get(new(jax.random.key(self.config.seed)))
         if jax.process_index() == 0:
             print(f"{self.config.checkpoint}: {account}", flush=True)
         return params

@@ -109,11 +109,16 @@ class Program:
 
     def start(self, initial: Any | None = None) -> TrainState:
         """The state before the first step, with these parameters or with random ones."""
-        state = jax.jit(self._create, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+        shardings = self.shardings
         if initial is None:
-            return state
-        placed = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, self.shardings.params)
-        return state.replace(params=placed)
+            return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
+        placed = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, shardings.params)
+        # Without the parameters: they are there, and compiling their random values takes longer than all else.
+        rest = jax.jit(
+            lambda params: TrainState.create(params, self._optimizer).replace(params=None),
+            out_shardings=shardings.replace(params=None),
+        )
+        return rest(placed).replace(params=placed)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch as global arrays."""

@@ -237,7 +237,7 @@ def test_every_config_fits_its_encoder(path, encoder, labelled):
 
 def first_losses(task, config, batches, mesh=MeshConfig(data=1), devices=1):
     program = Program.build(task, config, sharding.make_mesh(mesh, jax.devices()[:devices]))
-    state, losses = program.start(task.initial(None)), []
+    state, losses = program.start(task.initial(program.state_shapes.params)), []
     for batch in batches:
         state, metrics = program.step(state, program.place(batch))
         losses.append(float(metrics["loss"]))
