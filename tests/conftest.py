@@ -81,11 +81,12 @@ _NOT_COMPILED = ("checkpoint_every", "log_every", "picture_every", "on_save_fail
 
 @pytest.fixture(scope="module")
 def steps_compiled_once():
-    """Pretraining runs of a module with the same step share the compiled one; with the same model, the first state."""
+    """Pretraining runs of a module share what is the same: the compiled step, the first state, traced shapes."""
     from infmae_jax.tasks.pretrain import PretrainTask
     from infmae_jax.training.program import Program
 
-    build, start, steps, states = Program.compiled.func, Program.start, {}, {}
+    build, start, trace = Program.compiled.func, Program.start, Program._param_shapes.func
+    steps, states, shapes = {}, {}, {}
 
     def compiled(program):
         settings = {name: value for name, value in vars(program.config).items() if name not in _NOT_COMPILED}
@@ -104,7 +105,16 @@ def steps_compiled_once():
             states[key] = jax.device_get(start(program))
         return jax.device_put(states[key], program.shardings)
 
+    def param_shapes(program):
+        if not isinstance(program.task, PretrainTask):
+            return trace(program)
+        key = repr(program.config.model), repr(program.task.batch_spec)
+        if key not in shapes:
+            shapes[key] = trace(program)
+        return shapes[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Program, "compiled", property(compiled))
+        patch.setattr(Program, "_param_shapes", property(param_shapes))
         patch.setattr(Program, "start", first_state)
         yield
