@@ -55,7 +55,7 @@ def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
         encoder=dataclasses.replace(config.encoder, dtype="float32"),
         head=dataclasses.replace(config.head, **_SMOKE_HEADS[config.task]),
         data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0, shards=()),
-        windows=Windows((0, 0), batch_size=4),
+        windows=Windows((0, 0), batch_size=1),
         optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
         duration="6 steps",
         log_every="1 steps",

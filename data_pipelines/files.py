@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from data_pipelines.commands import csv_cell
 from data_pipelines.errors import InputError
 
 
@@ -38,6 +41,14 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table that no spreadsheet computes: cells that look like formulas begin with an apostrophe."""
+    with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(map(csv_cell, row) for row in rows)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,10 +30,10 @@ from data_pipelines.transforms import center_crop_resize
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import FEATURES, TrainedModel
+from infmae_jax.left_out import ended, require_some
 
 VIEWS = ("stretch", "crop", "original")
 FORMATS = (".npz", ".parquet")
-EXIT_LEFT_OUT = 4
 _PART = 512  # images: a killed run loses at most so many
 _THREADS = 4
 
@@ -92,8 +91,7 @@ def embed(
                     features.append(stored["features"])
                     left_out += [str(error) for error in stored["errors"] if error]
                 bar.update(len(chosen))
-        if not names:
-            raise InputError(f"none of the {len(files)} images can be read; the first: {left_out[0]}")
+        require_some(left_out, len(files))
         _write(output, names, np.concatenate([rows for rows in features if len(rows)]))
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
@@ -170,10 +168,7 @@ def main(argv: Sequence[str]) -> int:
     left_out = embed(
         trained, argv[1:], values.output, feature=values.feature, view=values.view, batch_size=values.batch_size
     )
-    for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    print(f"{values.output}: {values.feature} features{f', {len(left_out)} images left out' if left_out else ''}")
-    return EXIT_LEFT_OUT if left_out else 0
+    return ended(f"{values.output}: {values.feature} features", left_out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures of a fine-tuned model on a labelled split.
 
-    python -m infmae_jax.evaluate --checkpoint=RUN --output=DIR [--shards=SHARDS] [--split=test]
+    python -m infmae_jax.evaluate --checkpoint=RUN --output=DIR [--shards=SHARDS] [--split=test] [--tile=512]
 
 Prints a table with the protocol that its numbers follow. DIR gets scores.json, the table and pictures.
 """
@@ -20,25 +20,27 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
+from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import load_finetuned
 
 
 def evaluate(
-    run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", step: int | None = None
+    run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", **options: Any
 ) -> str:
     """Writes the measures of a run on a split, and returns them as a table.
 
     Args:
-      run: folder of a fine-tuning run; its best checkpoint on its validation split unless `step` is given.
+      run: folder of a fine-tuning run.
       output: folder for scores.json, scores.txt and pictures.
       shards: labelled shard sets with the classes of the run, in their order; by default the run's own.
       split: of them; the validation split by default.
+      options: of `load_finetuned`: which checkpoint, and how images are looked at.
 
     Raises:
       InputError: not such a run, no such split, other classes, or an output that cannot be written.
     """
     output = Path(output)
-    model, params, step = load_finetuned(run, step)
+    model, params, step = load_finetuned(run, **options)
     config = model.config
     shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
     for name, folder in zip(shards, local_folders(shards), strict=True):
@@ -66,18 +68,17 @@ def evaluate(
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Folder of a fine-tuning run.", required=True)
+    finetuned_flags.define()
     flags.DEFINE_string("output", None, "Folder for scores and pictures.", required=True)
     flags.DEFINE_list("shards", [], "Labelled shard sets (default: those of the run).")
     flags.DEFINE_string("split", "", "Of the shard sets (default: the run's validation split).")
-    flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
-    print(evaluate(values.checkpoint, output, values.shards, values.split, values.step))
+    print(evaluate(values.checkpoint, output, values.shards, values.split, **finetuned_flags.options()))
     print(f"scores.json, scores.txt and pictures are in {output}")
 
 

@@ -68,7 +68,7 @@ def linear_probe(trained: TrainedModel, config: ProbeConfig, workdir: str | Path
         result = loop.train(task, run_config, folder)
         if result.interrupted:
             raise Interrupted(result.stop_code)
-        params = jax.device_get(result.state.params)
+        params = jax.device_get(result.state.result)
         results[column] = _described(trained, config, column) | task.results(params)
         _write(folder, results[column], task, params)
     return results

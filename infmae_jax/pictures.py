@@ -6,7 +6,7 @@ in the training loop, in threads and without a display. Text is drawn as it is, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -280,34 +280,38 @@ def class_overlay(image: np.ndarray, classes: np.ndarray, names: Sequence[str], 
     pixels = np.repeat(image[..., None], 3, axis=2)
     pixels[shown] = (0.55 * pixels[shown] + 0.45 * colours[classes[shown]]).astype(np.uint8)
     picture = Image.fromarray(pixels)
-    present = [number for number in np.unique(classes).tolist() if 0 < number < len(names)] if legend else []
+    return _with_legend(picture, np.unique(classes), names) if legend else picture
+
+
+def _with_legend(picture: Image.Image, classes: Iterable[int], names: Sequence[str]) -> Image.Image:
+    """The picture with names and colours of these classes below it, the background and what has no name left out."""
+    present = [number for number in map(int, classes) if 0 < number < len(names)]
     if not present:
         return picture
+    colours, font = class_colours(256), ImageFont.load_default()
     texts = [printable(names[number])[:_LONGEST_NAME] for number in present]
-    font = ImageFont.load_default()
     widths = [_SWATCH + int(font.getlength(text)) + 2 * _GAP for text in texts]
-    rows, right = [[]], 0
-    for place, width in enumerate(widths):
-        if right + width > max(picture.width, _SMALLEST_CELL) and rows[-1]:
-            rows.append([])
-            right = 0
-        rows[-1].append((place, right))
+    places, right, line = [], 0, 0
+    for width in widths:
+        if right and right + width > max(picture.width, _SMALLEST_CELL):
+            right, line = 0, line + 1
+        places.append((right, picture.height + line * (_SWATCH + _GAP) + _GAP // 2))
         right += width
-    whole_width = max(picture.width, _SMALLEST_CELL, *widths)
-    whole = Image.new("RGB", (whole_width, picture.height + len(rows) * (_SWATCH + _GAP)), "white")
+    size = max(picture.width, _SMALLEST_CELL, *widths), picture.height + (line + 1) * (_SWATCH + _GAP)
+    whole = Image.new("RGB", size, "white")
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
-    for line, row in enumerate(rows):
-        top = picture.height + line * (_SWATCH + _GAP) + _GAP // 2
-        for place, left in row:
-            colour = tuple(colours[present[place]].tolist())
-            draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=colour)
-            draw.text((left + _SWATCH + _GAP, top), texts[place], fill="black", font=font)
+    for number, text, (left, top) in zip(present, texts, places, strict=True):
+        draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=tuple(colours[number].tolist()))
+        draw.text((left + _SWATCH + _GAP, top), text, fill="black", font=font)
     return whole
 
 
 def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple[float, float]]) -> Image.Image:
-    """A gray image (H,W) uint8 with target pixels (H,W) bool framed, and the first targets magnified beside it."""
+    """A gray image (H,W) uint8 with target pixels (H,W) bool framed, and the first targets magnified beside it.
+
+    Frames and magnified targets have the same numbers, from 1, in the order of `centres` (row, column).
+    """
     picture = Image.new("RGB", (image.shape[1] + 2 * (_INSET + _GAP), max(image.shape[0], _INSET + _GAP)), "white")
     picture.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(picture)
@@ -317,20 +321,23 @@ def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple
     marked[np.pad(found, half)] = (0.6 * marked[np.pad(found, half)] + 0.4 * np.array([255, 40, 40])).astype(np.uint8)
     for place, (row, column) in enumerate(centres):
         draw.rectangle((column - half, row - half, column + half, row + half), outline=_FRAME)
+        draw.text((column + half + 2, row - half - 2), str(place + 1), fill=_FRAME)
         column_of_insets, line = place % 2, place // 2
         top = line * (_INSET + _GAP)
         if top + _INSET > picture.height:
             continue
         part = marked[round(row) : round(row) + 2 * half, round(column) : round(column) + 2 * half]
         inset = Image.fromarray(np.ascontiguousarray(part)).resize((_INSET, _INSET), Image.Resampling.NEAREST)
-        picture.paste(inset, (image.shape[1] + _GAP + column_of_insets * (_INSET + _GAP), top))
+        left = image.shape[1] + _GAP + column_of_insets * (_INSET + _GAP)
+        picture.paste(inset, (left, top))
+        draw.text((left + 3, top + 1), str(place + 1), fill=_FRAME)
     return picture
 
 
 def segmentation_panel(
     rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], height: int = 192
 ) -> np.ndarray:
-    """One row per image: input, true classes, predicted classes, and where they differ (red).
+    """One row per image: input, true classes, predicted classes, and where they differ (red); a legend below.
 
     Args:
       rows: key, image (H,W) uint8, true classes (H,W) uint8 with 255 = ignore, predicted classes (H,W) uint8.
@@ -360,4 +367,5 @@ def segmentation_panel(
         for place, part in enumerate(parts):
             whole.paste(part, (_GAP + place * columns, top))
         draw.text((_GAP, top + height + 2), key[: columns // 2], fill="black")
-    return np.asarray(whole)
+    shown = {number for _, _, *maps in rows for classes in maps for number in np.unique(classes).tolist()}
+    return np.asarray(_with_legend(whole, sorted(shown), names))

@@ -1,10 +1,11 @@
 """A fine-tuned model on images and folders of images; no labels are needed.
 
-    python -m infmae_jax.predict --checkpoint=RUN --output=DIR IMAGES_OR_FOLDER...
+    python -m infmae_jax.predict --checkpoint=RUN --output=DIR [--tile=512] IMAGES_OR_FOLDER...
 
-Every image is looked at by itself, in its own pixels. Segmentation writes class numbers (DIR/classes, PNG), overlays
-(DIR/overlays) and a line of JSON per image (DIR/predictions.jsonl: size, files, share of each class). The same command
-again goes on where it was. Images that cannot be read are named and left out.
+Every image is looked at by itself, in its own pixels, and gets a line of JSON in DIR/predictions.jsonl: size, files
+and what was found. Segmentation writes class numbers (DIR/classes, PNG) and overlays, small targets masks,
+probabilities, overlays and a table of all targets (DIR/targets.csv). The same command again goes on where it was.
+Images that cannot be read are named and left out.
 
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +22,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines.commands import printable, progress_bar, run_command
+from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, images_in, local_path
-from infmae_jax.embed import EXIT_LEFT_OUT
 from infmae_jax.evaluation import windows
+from infmae_jax.left_out import ended, require_some
+from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
 from infmae_jax.training.config import use_compilation_cache
 
@@ -59,7 +60,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     left_out: list[str] = []
     todo = [(name, path) for name, path in files.items() if name not in done]
     programs = windows.host_programs()
-    params, size = programs.params(tuned.params), programs.batch_size(tuned.model.config.windows.batch_size)
+    params, size = programs.params(tuned.params), programs.images_of(tuned.model.config.windows)
     intensity = tuned.model.config.data.intensity
 
     def read(item: tuple[str, Path]) -> _Image | str:
@@ -83,7 +84,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
         ):
             for group in windows.in_groups(readable(), lambda image: windows.canvas_of(*image.pixels.shape), size):
                 canvas = windows.canvas_of(*group[0].pixels.shape)
-                batch = np.zeros((size, *canvas), np.uint8)
+                batch = np.zeros((size(canvas), *canvas), np.uint8)
                 for place, image in enumerate(group):
                     batch[place] = windows.on_canvas(image.pixels, canvas)
                 computed = np.asarray(tuned.model.compute(params, programs.put(batch)))
@@ -94,10 +95,11 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
                     results.write(json.dumps(row) + "\n")
                     results.flush()
                     bar.update(1)
+        require_some(left_out, len(files))
+        with (output / RESULTS_NAME).open() as results:
+            tuned.model.conclude(output, map(json.loads, results))
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
-    if len(left_out) == len(files):
-        raise InputError(f"none of the {len(files)} images can be read; the first: {left_out[0]}")
     return left_out
 
 
@@ -133,7 +135,7 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
     try:
         if path.is_file():
             if json.loads(path.read_text()).get("model") != settings["model"]:
-                raise InputError(f"{output} holds predictions of another model: name another --output or remove it")
+                raise InputError(f"{output} holds predictions of another model or settings: name another --output")
         elif output.is_dir() and any(output.iterdir()):
             raise InputError(f"{output} is not empty and holds no predictions: name another --output")
         else:
@@ -163,20 +165,16 @@ def _finished(path: Path) -> set[str]:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("checkpoint", None, "Folder of a fine-tuning run.", required=True)
+    finetuned_flags.define()
     flags.DEFINE_string("output", None, "Folder for predictions; what is there already is kept.", required=True)
-    flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
 
 
 def main(argv: Sequence[str]) -> int:
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
-    tuned = load_finetuned(values.checkpoint, values.step)
+    tuned = load_finetuned(values.checkpoint, **finetuned_flags.options())
     use_compilation_cache(tuned.model.config)
     left_out = predict(tuned, argv[1:], output)
-    for line in left_out:
-        print(f"left out: {printable(line)}", file=sys.stderr)
-    print(f"{output}: {RESULTS_NAME} and pictures{f', {len(left_out)} images left out' if left_out else ''}")
-    return EXIT_LEFT_OUT if left_out else 0
+    return ended(f"{output}: {RESULTS_NAME} and pictures", left_out)
 
 
 if __name__ == "__main__":

@@ -7,5 +7,6 @@ from data_pipelines.builders.coco_boxes import CocoBoxes
 from data_pipelines.builders.image_folder import ImageFolder
 from data_pipelines.builders.inf30 import Inf30
 from data_pipelines.builders.masks import ClassMasks, SmallTargets
+from data_pipelines.builders.weak_masks import WeakSmallTargets
 
-__all__ = ["ClassMasks", "CocoBoxes", "ImageFolder", "Inf30", "SmallTargets"]
+__all__ = ["ClassMasks", "CocoBoxes", "ImageFolder", "Inf30", "SmallTargets", "WeakSmallTargets"]

@@ -13,7 +13,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.prepare.results import REJECTED_NAME
 
 _DATASET = flags.DEFINE_string(
-    "dataset", None, "inf30, image_folder, coco_boxes, class_masks, small_targets; or NAME/CONFIG.",
+    "dataset", None, "inf30, image_folder, coco_boxes, class_masks, small_targets, weak_small_targets; or NAME/CONFIG.",
     required=True,
 )  # fmt: skip
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS data folder.", required=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from pathlib import Path, PurePosixPath
@@ -11,10 +10,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features, split_folders
+from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders, with_notes
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
 from data_pipelines.prepare.labelled import labelled_image
+
+LEFT_OUT = "boxes left out (empty or outside the image)"
 
 
 class CocoBoxes(InfraredBuilder):
@@ -50,28 +51,30 @@ class CocoBoxes(InfraredBuilder):
         return self._generate(coco.images, make)
 
 
-def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
+def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Example, Grid]:
+    """The image of an entry, and where its annotations lie on it; InputError where either is not certain."""
     name = image.file_name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"the annotations of {folder} name {name}, which leaves the folder: correct file_name")
     example = labelled_image(folder / name, f"{folder.name}/{name}", bit_depth=bit_depth)
-    grid = Grid.of(image, example, folder / name)
+    return example, Grid.of(image, example, folder / name)
+
+
+def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
+    example, grid = annotated_image(image, folder, bit_depth)
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):
-        grid.notes["boxes left out (empty or outside the image)"] = left_out
-    if grid.notes:
-        example = dataclasses.replace(example, attributes={**example.attributes, NOTES: grid.notes})
+        grid.notes[LEFT_OUT] = left_out
+    example = with_notes(example, grid.notes)
     yield example.key, {**image_features(example), "objects": objects}
 
 
 def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
     """The features of one object, clipped to the image; None when nothing of it lies inside."""
-    x, y, width, height = annotation.bbox
-    corners = grid.place(np.array([[x, y], [x + width, y + height]]))
-    left, top = np.maximum(corners.min(0), 0)
-    right, bottom = np.minimum(corners.max(0), (grid.width, grid.height))
-    if left >= right or top >= bottom:
+    box = grid.clipped(annotation)
+    if box is None:
         return None
+    left, top, right, bottom = box
     return {
         "bbox": tfds.features.BBox(
             ymin=top / grid.height, xmin=left / grid.width, ymax=bottom / grid.height, xmax=right / grid.width
@@ -128,6 +131,18 @@ class Grid:
             points, size = points[:, ::-1], size[::-1]
         flip = np.array([orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)])
         return np.where(flip, np.array(size) - points, points) * self.scale
+
+    def corners(self, annotation: Annotation) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 of the box on the stored image, not clipped."""
+        x, y, width, height = annotation.bbox
+        corners = self.place(np.array([[x, y], [x + width, y + height]]))
+        return (*corners.min(0), *corners.max(0))
+
+    def clipped(self, annotation: Annotation) -> tuple[float, float, float, float] | None:
+        """x0, y0, x1, y1 of the box within the stored image; None when nothing of it lies inside."""
+        left, top, right, bottom = self.corners(annotation)
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)
+        return None if left >= right or top >= bottom else (left, top, right, bottom)
 
     def place_segmentation(self, annotation: Annotation) -> list | dict:
         """Polygons, moved; RLE as it is.

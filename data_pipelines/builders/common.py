@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import os
@@ -124,6 +125,11 @@ def source_name(source: str | os.PathLike) -> str:
 def image_features(example: Example) -> Features:
     """The features of the image itself."""
     return {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example)}
+
+
+def with_notes(example: Example, notes: dict[str, int]) -> Example:
+    """The example with what was done to its annotations."""
+    return dataclasses.replace(example, attributes={**example.attributes, NOTES: notes}) if notes else example
 
 
 def part_features(part: Sequence[Source], filters: Filters) -> Iterator[tuple[str, Features]]:

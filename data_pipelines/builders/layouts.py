@@ -6,12 +6,14 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
 from data_pipelines.builders.common import SPLITS
 from data_pipelines.errors import InputError
 
+T = TypeVar("T")
 _BLOCK_TRAIN = 0.8  # of the files in order of their names, where nothing says how they are split
 _SUFFIXES = ("", "_pixels0", "_mask", "_label", "_labelIds")  # of a mask's stem, beside its image's
 # Folders of images and of masks; {split} is a split's name. The first pair that exists counts.
@@ -86,11 +88,16 @@ def _listed(root: Path, images: Path, masks: Path) -> tuple[dict[str, list[Pair]
                 if other != split and (both := {pair.image.stem for pair in pairs} & set(stems)):
                     raise InputError(f"{root}: image {min(both)} is in {other} and {split}: correct the lists of names")
         return found, ""
-    ordered = list(files.values())
+    parts, note = in_blocks(list(files.values()))
+    return {split: list(_paired(images, masks, part, "")) for split, part in parts.items()}, note
+
+
+def in_blocks(ordered: list[T]) -> tuple[dict[str, list[T]], str]:
+    """Splits of what has none, in the order of its names, and a note on it: frames of one recording stay together."""
     cut = max(1, round(len(ordered) * _BLOCK_TRAIN))
     parts = {"train": ordered[:cut], "val": ordered[cut:]}
     note = f"no lists of splits: the first {cut} images by name are train, the other {len(ordered) - cut} val"
-    return {split: list(_paired(images, masks, part, "")) for split, part in parts.items() if part}, note
+    return {split: part for split, part in parts.items() if part}, note
 
 
 def _list_of(root: Path, split: str) -> Path | None:

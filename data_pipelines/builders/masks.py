@@ -14,13 +14,15 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features
+from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features, with_notes
 from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, MASK, Example
 from data_pipelines.prepare.labelled import labelled_image
 
+MASK_FEATURES = {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
+TARGET_CLASSES = ["background", "target"]  # of masks of small targets
 _UNKNOWN = 254  # in a table from values to class numbers
 _THRESHOLD = 127  # of gray values, above which a pixel is target
 
@@ -38,7 +40,7 @@ class ClassMasks(InfraredBuilder):
     """
 
     def label_features(self) -> dict:
-        return {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
+        return MASK_FEATURES
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
@@ -65,7 +67,7 @@ class SmallTargets(ClassMasks):
     """
 
     def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
-        return ["background", "target"], None
+        return TARGET_CLASSES, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +124,7 @@ def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
             notes["masks with values between 0 and 255, cut at 127"] = 1
     else:
         mask = _class_numbers(values, table, pair.mask, notes)
-    if notes:
-        example = dataclasses.replace(example, attributes={**example.attributes, NOTES: notes})
+    example = with_notes(example, notes)
     yield example.key, {**image_features(example), MASK: encode_png(mask)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
@@ -13,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.commands import csv_cell
 from data_pipelines.decode import ImageRefused, decode_image
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, write_csv
 from data_pipelines.intensity import to_uint8
 from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.collect import Candidate, Collection
@@ -53,11 +51,8 @@ def write_report(
 
 def write_rejected(folder: str | os.PathLike, rejections: Iterable[Rejection]) -> None:
     """Writes the list of files left out: path, reason, detail, anchor."""
-    path = os.path.join(folder, REJECTED_NAME)
-    with atomic_write(path) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "reason", "detail", "anchor"))
-        writer.writerows(map(csv_cell, dataclasses.astuple(rejection)) for rejection in rejections)
+    header = "path", "reason", "detail", "anchor"
+    write_csv(os.path.join(folder, REJECTED_NAME), header, map(dataclasses.astuple, rejections))
 
 
 def describe_set(

@@ -14,7 +14,7 @@ from data_pipelines.examples import IGNORE, CorruptExample, decode_mask, decode_
 from data_pipelines.intensity import Intensity
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from infmae_jax.evaluation.windows import ahead, canvas_of, in_groups, on_canvas
+from infmae_jax.evaluation.windows import BatchSize, ahead, canvas_of, in_groups, on_canvas
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,13 +29,13 @@ class LabelledImage:
 class LabelledImages:
     """Iterates over (images (N,H,W) uint8, masks (N,H,W) uint8, their `LabelledImage`s) of this host's share.
 
-    N is always `batch_size`: what is missing is filled up with pixels that do not count.
+    N is what `batch_size` says of a canvas: what is missing is filled up with pixels that do not count.
 
     Attributes:
       damaged: records that could not be read, and were left out, in one line each.
     """
 
-    def __init__(self, shards: Sequence[str], split: str, intensity: Intensity, batch_size: int):
+    def __init__(self, shards: Sequence[str], split: str, intensity: Intensity, batch_size: BatchSize):
         """Raises InputError where the shards have no such split."""
         self._reader = ExampleReader(local_folders(shards), split)
         self._intensity, self._size = intensity, batch_size
@@ -45,7 +45,8 @@ class LabelledImages:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray, list[LabelledImage]]]:
         for group in in_groups(self._images(), lambda found: canvas_of(*found.image.shape), self._size):
-            canvas, spare = canvas_of(*group[0].image.shape), self._size - len(group)
+            canvas = canvas_of(*group[0].image.shape)
+            spare = self._size(canvas) - len(group)
             images = [on_canvas(found.image, canvas) for found in group] + [np.zeros(canvas, np.uint8)] * spare
             masks = [on_canvas(found.mask, canvas, IGNORE) for found in group]
             yield np.stack(images), np.stack([*masks, *[np.full(canvas, IGNORE, np.uint8)] * spare]), group

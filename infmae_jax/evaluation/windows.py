@@ -23,7 +23,10 @@ from data_pipelines.transforms import PAD_GRAY
 from infmae_jax.models.patches import normalize
 
 MULTIPLE = 32  # of a canvas: the coarsest map of the heads has stride 32
+_PIXELS = 4 * 1024**2  # of the images of a device call, on each device
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+BatchSize = Callable[[tuple[int, int]], int]  # canvas -> images per device call
 Scores = Callable[[Any, jax.Array], jax.Array]  # (params, (N,h,w,1) float32 normalised) -> (N,h,w,K) float32
 
 
@@ -50,6 +53,11 @@ class Windows:
             raise InputError(
                 f"windows.stride={self.stride} must be from 1 to the size {self.size}, windows.batch_size at least 1"
             )
+
+    def tiled(self, size: tuple[int, int], overlap: int | None = None) -> Windows:
+        """Windows of another size, of which neighbours share `overlap` pixels, by default a third of each side."""
+        stride = tuple(side - (side // 3 + 1 if overlap is None else overlap) for side in size)
+        return dataclasses.replace(self, size=size, stride=stride)
 
     def __str__(self) -> str:
         if self.size == (0, 0):
@@ -125,6 +133,10 @@ class HostPrograms:
         """`wanted` images per device, as images."""
         return wanted * self._mesh.size
 
+    def images_of(self, windows: Windows) -> BatchSize:
+        """`windows.batch_size` images per device, fewer of large canvases, whose scores take room."""
+        return lambda canvas: self.batch_size(max(1, min(windows.batch_size, _PIXELS // (canvas[0] * canvas[1]))))
+
     def params(self, params: Any) -> Any:
         """Parameters of any layout (arrays of NumPy, or over all hosts) on each of this host's devices."""
         if jax.process_count() > 1:
@@ -138,14 +150,15 @@ class HostPrograms:
         return jax.device_put(batch, self._spread)
 
 
-def in_groups(items: Iterable[T], kind: Callable[[T], Hashable], size: int) -> Iterator[list[T]]:
-    """The items, those of a kind together, at most `size` at once; what is left of a kind comes at the end."""
-    waiting: dict[Hashable, list[T]] = {}
+def in_groups(items: Iterable[T], kind: Callable[[T], K], size: Callable[[K], int]) -> Iterator[list[T]]:
+    """The items, those of a kind together, at most `size(kind)` at once; what is left of a kind comes at the end."""
+    waiting: dict[K, list[T]] = {}
     for item in items:
-        group = waiting.setdefault(kind(item), [])
+        of = kind(item)
+        group = waiting.setdefault(of, [])
         group.append(item)
-        if len(group) == size:
-            yield waiting.pop(kind(item))
+        if len(group) == size(of):
+            yield waiting.pop(of)
     yield from waiting.values()
 
 

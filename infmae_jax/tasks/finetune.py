@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -305,6 +306,24 @@ class FineTuneTask(Task):
     def batch_of_zeros(self) -> dict[str, np.ndarray]:
         """One image of the training size, to initialise with."""
         return {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec.items()}
+
+
+class FineTunedModel:
+    """What a fine-tuning run computes, apart from its weights; see `SegmentationModel` for what a subclass has.
+
+    Attributes:
+      config: with architecture and classes filled in, see `resolved`.
+      classes: their names.
+    """
+
+    def __init__(self, config: FineTuneConfig):
+        self.config, self.classes = config, config.classes
+
+    def conclude(self, folder: Path, noted: Iterable[dict[str, Any]]) -> None:
+        """Writes the files that are made of all images' predictions together, where the task has one.
+
+        `noted`: "image", "height", "width" and what `write` returned, of every image.
+        """
 
 
 def layer_of(path: str, encoder: EncoderConfig) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
+from infmae_jax.evaluation.windows import MULTIPLE
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
 from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask
@@ -53,11 +54,24 @@ def is_finetuned(run: str | Path) -> bool:
     return (run / CONFIG_NAME).is_file() and read_config(run).get("task") in KINDS
 
 
-def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
+def load_finetuned(
+    run: str | Path,
+    step: int | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+    threshold: float | None = None,
+) -> FineTuned:
     """A fine-tuned run: its checkpoint `step`, or the best one on its validation split, or else the latest.
 
+    Args:
+      run: its folder.
+      step: of a checkpoint.
+      tile: rows and columns of the windows by which images are looked at, in place of the run's own.
+      overlap: pixels that neighbouring ones share, a third by default.
+      threshold: of small targets, in place of the run's own.
+
     Raises:
-      InputError: not the folder of a fine-tuning run, or no whole checkpoint.
+      InputError: not the folder of a fine-tuning run, no whole checkpoint, or what the task does not have.
     """
     run = Path(run).expanduser()
     stored = read_config(run)
@@ -66,10 +80,32 @@ def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
     config = from_config(kind.config, {key: value for key, value in stored.items() if key in known})
     shards = tuple(_found(name, run) for name in config.data.shards)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    config = _looked_at(config, tile, overlap, threshold)
     if step is None:
         step = best_checkpoint(run, config.best_metric, config.best_mode)
     restored = restore_params(run, step=step)
     return FineTuned(kind.model(config), restored.params, restored.step)
+
+
+def _looked_at(
+    config: FineTuneConfig, tile: tuple[int, int] | None, overlap: int | None, threshold: float | None
+) -> FineTuneConfig:
+    if overlap is not None and tile is None:
+        raise InputError("--overlap belongs to --tile: give it, or leave it out")
+    if tile is not None:
+        if 0 in tile or any(side % MULTIPLE for side in tile) or not 0 <= (overlap or 0) < min(tile):
+            shared = "" if overlap is None else f" --overlap={overlap}"
+            raise InputError(
+                f"--tile={tile[0]},{tile[1]}{shared}: give rows,columns, multiples of {MULTIPLE}, and less overlap"
+            )
+        config = dataclasses.replace(config, windows=config.windows.tiled(tile, overlap))
+    if threshold is not None:
+        if not hasattr(config, "threshold"):
+            raise InputError(f"--threshold is for small targets; this is a run of {config.task}")
+        if not 0 < threshold < 1:
+            raise InputError(f"--threshold={threshold:g} is a probability: give one between 0 and 1")
+        config = dataclasses.replace(config, threshold=threshold)
+    return config
 
 
 def _found(shards: str, run: Path) -> str:

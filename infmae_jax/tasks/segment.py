@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import heapq
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -24,14 +23,14 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import segmentation
 from infmae_jax.evaluation.labelled import LabelledImages
 from infmae_jax.evaluation.windows import Windows, ahead, host_programs, window_scores
+from infmae_jax.evaluation.worst import Worst
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
 from infmae_jax.models.heads.segmentation import Segmenter, resize
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTunedModel, FineTuneTask
 from infmae_jax.training.task import Evaluator, Loss
 
-_WORST = 10  # images of an evaluation that are drawn
 _MOST_WEIGHT = 10.0  # of a class before weights are scaled: a class of a few pixels must not be all that counts
 
 
@@ -153,7 +152,7 @@ class SegmentTask(FineTuneTask):
         return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
 
 
-class SegmentationModel:
+class SegmentationModel(FineTunedModel):
     """What a segmentation run computes, apart from its weights."""
 
     def __init__(self, config: SegmentConfig):
@@ -162,7 +161,7 @@ class SegmentationModel:
             config.head.check_encoder(config.encoder, config.encoder.fuse_stages)
         except ValueError as error:
             raise InputError(f"{config.checkpoint}: {error}") from error
-        self.config, self.classes = config, config.classes
+        super().__init__(config)
         self.module = Segmenter(config.encoder, config.head, len(config.classes), config.encoder.fuse_stages)
 
     @property
@@ -185,12 +184,11 @@ class SegmentationModel:
         """
         programs, count = host_programs(), len(self.classes)
         params = programs.params(params)
-        labelled = LabelledImages(
-            shards, split, self.config.data.intensity, programs.batch_size(self.config.windows.batch_size)
-        )
+        size = programs.images_of(self.config.windows)
+        labelled = LabelledImages(shards, split, self.config.data.intensity, size)
         totals = np.zeros(count * count + 2, np.int64)  # confusion matrix, images, damaged
         edges = np.zeros((count, 4), np.int64)
-        worst: list[tuple[float, int, Any]] = []
+        worst: Worst[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = Worst()
         for images, masks, group in labelled:
             placed = programs.put((images, masks))
             predicted, confusion = jax.device_get(_evaluated(self.module, self.config.windows, count, params, *placed))
@@ -202,8 +200,7 @@ class SegmentationModel:
                     edges += segmentation.boundary_counts(image.mask, classes, count)
                 valid = image.mask != IGNORE
                 right = float((classes == image.mask)[valid].mean()) if valid.any() else 1.0
-                add = heapq.heappush if len(worst) < _WORST else heapq.heappushpop
-                add(worst, (-right, int(totals[-2]), (image, classes)))
+                worst.add(right, (image.key, image.image, image.mask, classes))
         totals[-1] = len(labelled.damaged)
         if jax.process_count() > 1:
             totals, edges = (multihost_utils.process_allgather(found).sum(axis=0) for found in (totals, edges))
@@ -213,8 +210,7 @@ class SegmentationModel:
         known = {"images": int(totals[-2]), "damaged": int(totals[-1]), "protocol": self.protocol}
         if thorough:
             known["boundary_f1"] = segmentation.boundary_f1(edges)
-        rows = [(x.key, x.image, x.mask, classes) for _, _, (x, classes) in sorted(worst, key=lambda w: -w[0])]
-        drawn = pictures.segmentation_panel(rows, self.classes)
+        drawn = pictures.segmentation_panel(worst.items(), self.classes)
         return {"scores": {**scores, **known, "confusion": matrix.tolist()}, "worst": drawn}
 
     def report(self, scores: dict[str, Any]) -> tuple[str, dict[str, np.ndarray]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import heapq
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,23 +16,26 @@ from jax.experimental import multihost_utils
 from PIL import Image
 
 from data_pipelines.examples import IGNORE
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, write_csv
+from data_pipelines.remote import local_folders
+from data_pipelines.shards import read_manifest
 from data_pipelines.transforms import InfraredAugment
 from infmae_jax import pictures
 from infmae_jax.evaluation import small_targets
 from infmae_jax.evaluation.labelled import LabelledImages
 from infmae_jax.evaluation.windows import Windows, host_programs, window_scores
+from infmae_jax.evaluation.worst import Worst
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SmallTargetHeadConfig
 from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.heads.small_targets import TargetDetector
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask, LabelledData
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTunedModel, FineTuneTask, LabelledData
 from infmae_jax.training.task import Evaluator, Loss
 
 CLASSES = 2
 LOSSES = ("soft_iou_bce", "sls", "focal")
-_WORST = 10  # images of an evaluation that are drawn
+_COLUMNS = ("row", "column", "area", "peak")  # of targets.csv
 _SMOOTH = 1.0  # added to intersection and union: without it, an image without target has no gradient
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.75, 2.0
 _DEEP_WEIGHT = 0.5  # of each coarser prediction in the loss
@@ -161,12 +163,12 @@ def _sls(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
 _LOSSES = {"soft_iou_bce": _soft_iou_bce, "sls": _sls, "focal": _focal}
 
 
-class SmallTargetModel:
+class SmallTargetModel(FineTunedModel):
     """What a small-target run computes, apart from its weights."""
 
     def __init__(self, config: SmallTargetConfig):
         """`config`: with architecture filled in, see `finetune.resolved`."""
-        self.config, self.classes = config, config.classes
+        super().__init__(config)
         self.module = TargetDetector(config.encoder, config.head)
 
     def evaluate(self, params: Any, shards: Sequence[str], split: str, thorough: bool = False) -> dict[str, Any]:
@@ -179,33 +181,31 @@ class SmallTargetModel:
         """
         programs = host_programs()
         params = programs.params(params)
-        size = programs.batch_size(self.config.windows.batch_size)
+        size = programs.images_of(self.config.windows)
         labelled = LabelledImages(shards, split, self.config.data.intensity, size)
         counts = small_targets.SmallTargetCounts(self.config.threshold, small_targets.SWEEP if thorough else ())
-        worst: list[tuple[float, int, Any]] = []
-        seen = 0
+        worst: Worst[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = Worst()
         for images, _, group in labelled:
             found = np.asarray(self.compute(params, programs.put(images)))
             for image, scores in zip(group, found, strict=False):
                 scores = scores[: image.mask.shape[0], : image.mask.shape[1]]
                 iou = counts.add(scores, image.mask)
-                seen += 1
-                entry = (
-                    -iou,
-                    seen,
-                    (image.key, image.image, image.mask, (scores > self.config.threshold).astype(np.uint8)),
-                )
-                (heapq.heappush if len(worst) < _WORST else heapq.heappushpop)(worst, entry)
+                above = (scores > self.config.threshold).astype(np.uint8)
+                worst.add(iou, (image.key, image.image, image.mask, above))
         damaged = np.float64(len(labelled.damaged))
         if jax.process_count() > 1:
             counts.values = multihost_utils.process_allgather(counts.values).sum(axis=0)
             damaged = multihost_utils.process_allgather(damaged).sum()
-        rows = [row for _, _, row in sorted(worst, key=lambda entry: -entry[0])]
-        drawn = pictures.segmentation_panel(rows, self.classes)
-        return {
-            "scores": {**counts.scores(), "damaged": int(damaged), "windows": str(self.config.windows)},
-            "worst": drawn,
-        }
+        scores = {**counts.scores(), "damaged": int(damaged)}
+        scores["protocol"] = f"{self._labels(shards)}{self.config.windows}; {scores['protocol']}"
+        return {"scores": scores, "worst": pictures.segmentation_panel(worst.items(), self.classes)}
+
+    @staticmethod
+    def _labels(shards: Sequence[str]) -> str:
+        """What has to be said of the masks themselves."""
+        builders = (str(read_manifest(folder).settings.get("builder", "")) for folder in local_folders(shards))
+        weak = any(name.startswith("weak_") for name in builders)
+        return "weak masks, ellipses in boxes (not to be compared with published numbers); " if weak else ""
 
     def report(self, scores: dict[str, Any]) -> tuple[str, dict[str, np.ndarray]]:
         """The scores as a table for people; no further pictures."""
@@ -218,7 +218,7 @@ class SmallTargetModel:
     def write(self, folder: Path, name: str, image: np.ndarray, scores: np.ndarray) -> dict[str, Any]:
         """Writes mask, probabilities (16 bit) and picture of one image, and returns what is to be noted of it."""
         found = scores > self.config.threshold
-        targets = small_targets.components(found, scores)
+        targets = sorted(small_targets.components(found, scores), key=lambda target: -target.peak)
         drawn = {
             "masks": Image.fromarray(found.astype(np.uint8) * 255),
             "probabilities": Image.fromarray(np.rint(scores * small_targets.LEVELS).astype(np.uint16)),
@@ -233,6 +233,10 @@ class SmallTargetModel:
             for t in targets
         ]
         return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "targets": listed}
+
+    def conclude(self, folder: Path, noted: Iterable[dict[str, Any]]) -> None:
+        rows = ((row["image"], *(target[name] for name in _COLUMNS)) for row in noted for target in row["targets"])
+        write_csv(folder / "targets.csv", ("image", *_COLUMNS), rows)
 
 
 def _scores(module: TargetDetector, params: Any, pixels: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from infmae_jax.training.run_folder import read_config, write_config
 from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
 
+_AVERAGE = "average"  # item of a checkpoint: that of the parameters, where `optimizer.ema` is on
 _MESSAGE_BYTES = 400  # of a text that the processes exchange
 _THERE, _UNREADABLE = "it is there", "!"  # the second begins what says nothing about a checkpoint
 
@@ -281,7 +282,10 @@ class Checkpointer:
         except (storage.Damaged, OSError) as error:
             return None, _what_is_wrong(error)
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        state = abstract.replace(step=count, params=items["params"], opt_state=items["optimizer"], guard=items["guard"])
+        state = abstract.replace(
+            step=count, params=items["params"], opt_state=items["optimizer"], guard=items["guard"],
+            average=items.get(_AVERAGE),
+        )  # fmt: skip
         return (state, step, record["metadata"]), ""
 
     def _set_aside(self, step: int) -> None:
@@ -305,6 +309,8 @@ class Checkpointer:
 def restore_params(run: str | Path, subtree: str | None = None, step: int | None = None) -> Restored:
     """Weights of a run, on the host, whatever mesh or optimizer they were saved with, their files verified.
 
+    Where the run keeps an average of its parameters (`optimizer.ema`), that.
+
     Args:
       run: run folder.
       subtree: restore only this part of the parameters, "encoder" or "decoder".
@@ -323,10 +329,11 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
     for number in steps[::-1] if step is None else [step]:
         path = storage.checkpoint_path(run, number)
         try:
-            storage.verify(path, "params")
+            item = _AVERAGE if (path / _AVERAGE).is_dir() else "params"
+            storage.verify(path, item)  # that nothing of the other items is missing, too
             record = storage.read_record(path)
-            wanted = {k: tree for k, tree in storage.empty_arrays(record, "params").items() if subtree in (None, k)}
-            return Restored(storage.load(path, record, {"params": wanted})["params"], config, number)
+            wanted = {k: tree for k, tree in storage.empty_arrays(record, item).items() if subtree in (None, k)}
+            return Restored(storage.load(path, record, {item: wanted})[item], config, number)
         except storage.Damaged as error:
             logging.warning("checkpoint %s is damaged: %s", path, error)
             damaged.append(f"{number} ({error})")
@@ -348,7 +355,8 @@ def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, A
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    return {"params": state.params, "optimizer": state.opt_state, "guard": state.guard}
+    average = {} if state.average is None else {_AVERAGE: state.average}
+    return {"params": state.params, "optimizer": state.opt_state, "guard": state.guard, **average}
 
 
 def _not_finite(items: Mapping[str, Any]) -> str:

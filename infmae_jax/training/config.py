@@ -43,6 +43,8 @@ class OptimizerConfig:
       clip_norm: clip gradients to this global norm; 0 is off.
       accumulate: micro-batches a step; the batch size stays the global one.
       mu_dtype: of AdamW's first moment, "float32" or "bfloat16" (a quarter of the training state less).
+      ema: decay of an exponential moving average of the parameters, which is then what is evaluated, chosen as best,
+        exported and used by others; 0 is off. After n updates the decay is at most (1 + n) / (10 + n).
     """
 
     name: Annotated[str, "adamw, lars"] = "adamw"
@@ -56,6 +58,7 @@ class OptimizerConfig:
     clip_norm: Annotated[float, "[0, inf)"] = 0.0
     accumulate: Annotated[int, "[1, inf)"] = 1
     mu_dtype: Annotated[str, "float32, bfloat16"] = "float32"
+    ema: Annotated[float, "[0, 1)"] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

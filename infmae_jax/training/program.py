@@ -66,7 +66,7 @@ class Program:
     @functools.cached_property
     def state_shapes(self) -> TrainState:
         """The training state's shapes, dtypes and shardings."""
-        shapes = jax.eval_shape(lambda params: TrainState.create(params, self._optimizer), self._param_shapes)
+        shapes = jax.eval_shape(self._state_of, self._param_shapes)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             shapes,
@@ -92,7 +92,7 @@ class Program:
         guards = self.config.guards
         function = step.make_train_step(
             self._gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
-            self.in_steps(guards.spike_warmup),
+            self.in_steps(guards.spike_warmup), self.config.optimizer.ema,
         )  # fmt: skip
         stop = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=step.stop_sharding(self.mesh))
         return function.lower(self.state_shapes, self.batch_shapes, stop)
@@ -112,13 +112,18 @@ class Program:
         shardings = self.shardings
         if initial is None:
             return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
-        placed = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, shardings.params)
+
+        def placed() -> Any:
+            return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, shardings.params)
+
         # Without the parameters: they are there, and compiling their random values takes longer than all else.
         rest = jax.jit(
-            lambda params: TrainState.create(params, self._optimizer).replace(params=None),
-            out_shardings=shardings.replace(params=None),
+            lambda params: TrainState.create(params, self._optimizer).replace(params=None, average=None),
+            out_shardings=shardings.replace(params=None, average=None),
         )
-        return rest(placed).replace(params=placed)
+        # Buffers of their own, as the step gives up those of the old state.
+        params = placed()
+        return rest(params).replace(params=params, average=None if shardings.average is None else placed())
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch as global arrays."""
@@ -135,7 +140,10 @@ class Program:
         return self.compiled(state, batch, self._flags[stop])
 
     def _create(self, key: jax.Array) -> TrainState:
-        return TrainState.create(self.task.init(key), self._optimizer)
+        return self._state_of(self.task.init(key))
+
+    def _state_of(self, params: Any) -> TrainState:
+        return TrainState.create(params, self._optimizer, average=bool(self.config.optimizer.ema))
 
     @functools.cached_property
     def _param_shapes(self) -> Any:

@@ -166,7 +166,7 @@ class Run:
             self._monitor.flush()  # rows grow by steps
             self._peers.progress(at.step, f"evaluating {name}")
             with self._clock.spend("evaluating"), jax.transfer_guard("allow"):
-                self._keep(run(state.params), at.step)
+                self._keep(run(state.result), at.step)
 
     def save(self, state: TrainState, at: Position, last: bool = False) -> None:
         """Saves a checkpoint where one is due: the state before batch `at.step`.

@@ -75,13 +75,13 @@ def claim(
     Of a run that is resumed, checks that they are still the same; InputError names each difference.
 
     What is written can be published: paths are relative to the run, or to the home folder, where they can be, and no
-    host is named. Of paths, the last part is compared: folders may move.
+    host is named. Of paths, the last part is compared: folders may move. Keys that an older run does not know have
+    their defaults.
     """
     mine = {"task": task, **to_config(config).to_dict(), "data_set": dict(fingerprint)}
     if resuming:
-        changed = differences(
-            _with_texts(read_config(workdir), _last_part), _with_texts(mine, _last_part), config.FREE_KEYS
-        )
+        theirs = _completed(read_config(workdir), to_config(type(config)()).to_dict())
+        changed = differences(_with_texts(theirs, _last_part), _with_texts(mine, _last_part), config.FREE_KEYS)
         if changed:
             raise InputError(
                 f"{workdir} holds a run with another config, which cannot be resumed: {'; '.join(changed)}. "
@@ -90,6 +90,16 @@ def claim(
     elif primary:
         mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
         write_config(workdir, _with_texts(mine, lambda text: _portable(text, workdir)))
+
+
+def _completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested config with the keys that it lacks."""
+    nested = {
+        key: _completed(stored[key], default)
+        for key, default in defaults.items()
+        if isinstance(default, Mapping) and isinstance(stored.get(key), Mapping)
+    }
+    return {**defaults, **stored, **nested}
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:

@@ -30,18 +30,29 @@ class GuardState:
 
 @flax.struct.dataclass
 class TrainState:
-    """State before batch `step`: everything else (data position, learning rate) is a function of the step."""
+    """State before batch `step`: everything else (data position, learning rate) is a function of the step.
+
+    Attributes:
+      average: of the parameters, where `optimizer.ema` asks for it; else None, which is nothing in a checkpoint.
+    """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
     guard: GuardState
+    average: Any = None
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, average: bool = False) -> TrainState:
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
             guard=GuardState.create(),
+            average=jax.tree.map(jnp.copy, params) if average else None,
         )
+
+    @property
+    def result(self) -> Any:
+        """The parameters to judge and to use: the average where there is one."""
+        return self.params if self.average is None else self.average

@@ -78,6 +78,7 @@ def make_train_step(
     shardings: TrainState,
     spike_factor: float = 0.0,
     spike_warmup: int = 0,
+    ema: float = 0.0,
 ) -> jax.stages.Wrapped:
     """Builds the jitted step: (state, batch, stop) -> (state, metrics), the old state's buffers donated.
 
@@ -90,6 +91,7 @@ def make_train_step(
       shardings: of the state, as from `sharding.state_shardings`.
       spike_factor: a loss above this multiple of the running mean is a spike; 0 is off.
       spike_warmup: accepted updates before the running mean counts.
+      ema: decay of the state's average of the parameters, see `OptimizerConfig`; 0: it has none.
 
     `stop` is (devices,) int32, this host's part of which is whatever it asks the others to end with, 0 for nothing.
     Metrics are replicated scalars: loss, learning_rate, grad_norm (before clipping) and those of the loss, float32;
@@ -112,6 +114,11 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old), (params, opt_state), (state.params, state.opt_state)
         )
+        average = state.average
+        if ema:
+            made = (state.step - state.guard.skipped + 1).astype(jnp.float32)
+            share = jnp.where(ok, 1 - jnp.minimum(ema, (1 + made) / (10 + made)), 0.0)
+            average = jax.tree.map(lambda old, new: old + share * (new - old), average, params)
         guard = _remember(state.guard, state.step, metrics["loss"], ok)
         metrics |= {
             "learning_rate": rate,
@@ -121,7 +128,7 @@ def make_train_step(
             "in_a_row": guard.in_a_row,
             "stop": stop.max(),
         }
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state, guard=guard), metrics
+        return TrainState(state.step + 1, params, opt_state, guard, average), metrics
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(

@@ -125,3 +125,48 @@ def test_an_image_in_two_lists_is_refused(tmp_path):
     (root / "val.txt").write_text("\n".join(NAMES[6:]))
     with pytest.raises(InputError, match=f"{NAMES[6]} is in train and val"):
         build("small_targets", tmp_path / "data", root)
+
+
+def _boxes(path, boxes, crowd=()):
+    """A COCO file of 32x24 images; `boxes`: one list for each name of NAMES."""
+    images = [{"id": n, "file_name": f"{NAMES[n]}.png", "width": 32, "height": 24} for n in range(len(boxes))]
+    annotations = [
+        {"id": f"{n}/{k}", "image_id": n, "category_id": 1 + k % 2, "bbox": box, "iscrowd": int((n, k) in crowd)}
+        for n, found in enumerate(boxes) for k, box in enumerate(found)
+    ]  # fmt: skip
+    categories = [{"id": 1, "name": "drone"}, {"id": 2, "name": "bird"}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def test_boxes_become_weak_masks_that_say_so(tmp_path):
+    root = tmp_path / "in"
+    boxes = [[[3.5, 4.25, 11, 7.5]], [], [[10.1, 10.1, 0.3, 0.2]], [[-4, 2, 10, 6], [20, 5, 6, 6]], [[40, 2, 3, 3]]]
+    for split in ("train", "val"):
+        _files(root / "images" / split, NAMES[:5], None)
+        _boxes(root / "annotations" / f"{split}.json", boxes, crowd={(3, 1)})
+    built = build("weak_small_targets", tmp_path / "data", root)
+    assert built.counts == {"train": 5, "val": 5}
+    assert built.notes == {
+        "targets drawn from boxes as filled ellipses (weak masks)": 2 * 3, "crowd boxes that do not count (ignored)": 2,
+        "boxes left out (empty or outside the image)": 2,
+    }  # fmt: skip
+    found = [decode_mask(example) for _, example in sorted(records(built.folder, "train").items())]
+    for (x, y, width, height), label, mask in (
+        (boxes[0][0], 1, found[0]), (boxes[3][0], 1, found[3]), (boxes[3][1], 255, found[3])
+    ):  # fmt: skip
+        for row in range(24):
+            for column in range(32):
+                apart = ((column + 0.5 - x) / width - 0.5) ** 2 + ((row + 0.5 - y) / height - 0.5) ** 2
+                assert (mask[row, column] == label) == (apart <= 0.25), (row, column)
+    assert not found[1].any() and not found[4].any()  # backgrounds stay
+    assert found[2].sum() == 1 and found[2][10, 10] == 1  # no target vanishes
+
+
+def test_boxes_of_one_file_are_split_in_blocks(tmp_path):
+    root = tmp_path / "in"
+    _files(root / "images", NAMES, None)
+    _boxes(root / "annotations.json", [[[2, 2, 5, 5]]] * 10)
+    built = build("weak_small_targets", tmp_path / "data", root)
+    assert built.counts == {"train": 8, "val": 2}
+    assert set(records(built.folder, "val")) == {f"images/{name}.png" for name in NAMES[8:]}

@@ -90,10 +90,22 @@ def test_unusable_windows_are_named():
 
 def test_groups_hold_one_kind_and_lose_nothing():
     items = [(kind, number) for number, kind in enumerate("aabacbbbaa")]
-    groups = list(windows.in_groups(items, lambda item: item[0], 2))
+    most = {"a": 2, "b": 3, "c": 2}
+    groups = list(windows.in_groups(items, lambda item: item[0], most.__getitem__))
     assert sorted(item for group in groups for item in group) == sorted(items)
-    assert all(len({kind for kind, _ in group}) == 1 and len(group) <= 2 for group in groups)
-    assert [len(group) for group in groups].count(2) == 4
+    assert all(len({kind for kind, _ in group}) == 1 and len(group) <= most[group[0][0]] for group in groups)
+    assert [len(group) for group in groups] == [2, 3, 2, 1, 1, 1]
+
+
+def test_large_canvases_come_in_smaller_groups():
+    size = windows.host_programs().images_of(Windows(batch_size=4))
+    devices = jax.local_device_count()
+    canvases = (512, 512), (1024, 1024), (1056, 1920), (2048, 2048), (9216, 9216)
+    assert [size(canvas) // devices for canvas in canvases] == [4, 4, 2, 1, 1]
+
+
+def test_tiles_share_a_third_unless_told():
+    assert Windows().tiled((512, 512)) == Windows() and Windows().tiled((96, 64), 32).stride == (64, 32)
 
 
 def test_ahead_keeps_the_order_and_does_not_run_away():

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from configs.segment import masks_tiny_cpu
-from configs.small_target import targets_tiny_cpu
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_mask
 from data_pipelines.reader import ExampleReader
@@ -31,38 +30,9 @@ from infmae_jax.training.program import Program
 from infmae_jax.training.task import Position
 from infmae_jax.training.writers import read_metrics
 from tests.commands import run
+from tests.tasks.cases import CASES, task_of
 
 CONFIGS = Path(masks_tiny_cpu.__file__).parents[1]
-CASES = {"segment": (masks_tiny_cpu, "surfaces"), "small_target": (targets_tiny_cpu, "targets")}
-
-
-def task_of(kind, checkpoint, labelled, **changes):
-    """The task of a smoke config, and its resolved config."""
-    module, mask = CASES[kind]
-    config = from_config(KINDS[kind].config, module.get_config("smoke"))
-    data = dataclasses.replace(config.data, shards=(str(labelled / mask),), **changes.pop("data", {}))
-    config = dataclasses.replace(config, checkpoint=str(checkpoint), data=data, **changes)
-    config, trained = resolved(config)
-    return KINDS[kind].task(config, trained), config
-
-
-@pytest.fixture(scope="module")
-def runs(encoder, labelled, tmp_path_factory):
-    """kind -> (run folder, what the command printed)."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            folder, (module, mask) = tmp_path_factory.mktemp(kind) / "run", CASES[kind]
-            done = run(
-                "infmae_jax.finetune", f"--config={module.__file__}:smoke", f"--checkpoint={encoder}",
-                f"--workdir={folder}", f"--config.data.shards={labelled / mask}", "--config.compilation_cache=",
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            made[kind] = folder, done.stdout
-        return made[kind]
-
-    return make
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -88,69 +58,6 @@ def test_evaluate_gives_the_run_s_numbers_again(runs, kind, tmp_path):
         json.loads((place / "scores.json").read_text()) for place in (tmp_path / "out", folder / "evaluation")
     )
     assert again == first
-
-
-@pytest.fixture
-def images(tmp_path):
-    folder = tmp_path / "in"
-    (folder / "deep").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (50, 70), np.uint8)).save(folder / "a.png")
-    Image.fromarray(rng.integers(20000, 30000, (40, 33)).astype(np.uint16)).save(folder / "deep" / "b.png")
-    Image.fromarray(rng.integers(0, 256, (12, 9), np.uint8)).save(folder / "tiny.png")
-    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    return folder
-
-
-@pytest.mark.parametrize("kind", CASES)
-def test_predict_writes_original_pixels_and_goes_on_where_it_was(runs, kind, images, tmp_path):
-    folder, _ = runs(kind)
-    command = "infmae_jax.predict", f"--checkpoint={folder}", f"--output={tmp_path / 'out'}", images
-    done = run(*command)
-    assert done.returncode == 4 and "broken.png" in done.stderr and "Traceback" not in done.stderr
-    results = tmp_path / "out" / "predictions.jsonl"
-    rows = {row["image"]: row for row in map(json.loads, results.read_text().splitlines())}
-    assert set(rows) == {"a", "deep/b", "tiny"}
-    sizes = {"a": (50, 70), "deep/b": (40, 33), "tiny": (12, 9)}
-    for name, row in rows.items():
-        assert (row["height"], row["width"]) == sizes[name]
-        picture = np.asarray(Image.open(tmp_path / "out" / row["class_map" if kind == "segment" else "masks"]))
-        assert picture.shape == sizes[name]
-        if kind == "segment":
-            classes = load_finetuned(folder).model.classes
-            numbers, counts = np.unique(picture, return_counts=True)
-            truth = {
-                classes[n]: pytest.approx(c / picture.size, abs=1e-6) for n, c in zip(numbers, counts, strict=True)
-            }
-            assert row["shares"] == truth
-        else:
-            probabilities = np.asarray(Image.open(tmp_path / "out" / row["probabilities"])) / 65535
-            assert ((probabilities > 0.5) == (picture > 0)).all()
-    # cut off inside a line, as a kill leaves it: what is missing is made again, what is there is not
-    text = results.read_text().splitlines(keepends=True)
-    results.write_text(text[0] + text[1][:20])
-    first = json.loads(text[0])["image"]
-    done = run(*command)
-    assert done.returncode == 4
-    again = [json.loads(line) for line in results.read_text().splitlines()]
-    assert again[0] == rows[first] and {row["image"]: row for row in again} == rows
-    gone = tmp_path / "out" / rows["a"]["class_map" if kind == "segment" else "masks"]
-    gone.unlink()
-    assert run(*command).returncode == 4 and gone.is_file()
-    again = [json.loads(line) for line in results.read_text().splitlines()]
-    assert sorted(row["image"] for row in again) == sorted(rows)
-
-
-def test_predictions_of_another_model_and_folders_in_the_way_are_refused(runs, images, tmp_path):
-    segment, targets = runs("segment")[0], runs("small_target")[0]
-    out = tmp_path / "out"
-    assert run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={out}", images / "a.png").returncode == 0
-    done = run("infmae_jax.predict", f"--checkpoint={targets}", f"--output={out}", images / "a.png")
-    assert done.returncode == 2 and "another model" in done.stderr
-    done = run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={images}", images / "a.png")
-    assert done.returncode == 2 and "not empty" in done.stderr
-    done = run("infmae_jax.predict", f"--checkpoint={segment}", f"--output={tmp_path / 'new'}", tmp_path / "none")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "does not exist" in done.stderr
 
 
 @pytest.mark.parametrize("kind", CASES)

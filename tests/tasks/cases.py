@@ -1,0 +1,23 @@
+"""The fine-tuning tasks that the tests run."""
+
+import dataclasses
+
+from configs.segment import masks_tiny_cpu
+from configs.small_target import targets_tiny_cpu
+from infmae_jax.tasks.finetune import resolved
+from infmae_jax.tasks.finetuned import KINDS
+from infmae_jax.training.config import from_config
+
+CASES = {"segment": (masks_tiny_cpu, "surfaces"), "small_target": (targets_tiny_cpu, "targets")}
+
+
+def task_of(kind, checkpoint, labelled, **changes):
+    """The task of a smoke config, and its resolved config."""
+    module, mask = CASES[kind]
+    config = from_config(KINDS[kind].config, module.get_config("smoke"))
+    data = dataclasses.replace(config.data, shards=(str(labelled / mask),), **changes.pop("data", {}))
+    config = dataclasses.replace(config, checkpoint=str(checkpoint), data=data, **changes)
+    config, trained = resolved(config)
+    return KINDS[kind].task(config, trained), config
+
+
