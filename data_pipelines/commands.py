@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import re
 import signal
@@ -18,6 +19,9 @@ T = TypeVar("T")
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command again
 EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
+
+# What a machine lacks rather than the program: room, open files, the right to write.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 _PLAIN_INTERVAL_SECONDS = 15.0  # between progress lines where there is no terminal
 # C0 and C1 controls, marks that turn the direction of writing, line separators: what a terminal or editor obeys; and
@@ -71,7 +75,7 @@ def run_command(
         too.
 
     Exit codes: 0 or what `main` returns; 1 an unexpected error, with its traceback; 2 (or the error's own `exit_code`)
-    an `InputError`, printed as one line; 2 unusable flags or config; 130 interrupted.
+    an `InputError`, printed as one line; 2 unusable flags or config, or a machine without room; 130 interrupted.
 
     SIGQUIT (Ctrl-\\, or kill -QUIT) prints what every thread is doing, of a process that seems to hang.
     """
@@ -93,6 +97,11 @@ def run_command(
         except InputError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE and "No usable temporary directory" not in str(error):
+                raise
+            print(f"error: {printable(str(error))}; mend that and start again", file=sys.stderr)
+            return InputError.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED

@@ -7,6 +7,7 @@ import csv
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     the block fails, what was written is removed and `path` is as before.
 
     Raises:
+      InputError: it is a URL.
       OSError: the folder cannot be made or written to.
     """
-    path = Path(path)
+    path = Path(local_path(path, "output"))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -72,12 +74,15 @@ def is_free(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def writing(output: str) -> Iterator[None]:
-    """Names the output when the block meets a disk that is full, failing or not the user's: an InputError."""
+def writing(output: str | os.PathLike) -> Iterator[None]:
+    """An InputError that names the output when the block meets a disk that is full, failing or not the user's."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"output {output} cannot be written ({error.strerror or error}): choose another") from error
+        reason, file = error.strerror or error, error.filename
+        if isinstance(file, str) and not os.path.abspath(output).startswith(os.path.dirname(os.path.abspath(file))):
+            raise InputError(f"{file} cannot be used ({reason}): mend that and start again") from error
+        raise InputError(f"output {output} cannot be written ({reason}): make room or choose another") from error
 
 
 def local_path(given: str | os.PathLike, what: str) -> str:
@@ -88,8 +93,30 @@ def local_path(given: str | os.PathLike, what: str) -> str:
     """
     given = os.fspath(given)
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*(?=:/)", given):
-        raise InputError(f"{what} {given}: {scheme[0]}:// is not supported here, name a local path and copy the files")
+        raise InputError(
+            f"{what} {given}: {scheme[0]}:// is not supported here, name a local path (copy files, or mount the bucket)"
+        )
     return os.path.abspath(os.path.expanduser(given))
+
+
+def output_file(given: str | os.PathLike, what: str) -> Path:
+    """The absolute path of a file that comes at the end of long work, refused before it where it could not be written.
+
+    Raises:
+      InputError: it is a URL or a folder, or its folder cannot be made or written to.
+    """
+    path = Path(local_path(given, what))
+    if path.is_dir():
+        raise InputError(f"{what} {path} is a folder: name a file")
+    require_writable(path.parent)
+    return path
+
+
+def require_writable(folder: Path) -> None:
+    """InputError where files cannot be made in the folder, or in the nearest one above it that is there."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    with writing(folder), tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 def images_in(sources: Iterable[str | os.PathLike]) -> Iterator[Path]:

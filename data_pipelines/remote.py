@@ -34,7 +34,7 @@ def local_folders(folders: Sequence[str]) -> tuple[str, ...]:
     Raises:
       InputError: the URL cannot be read, or what arrives differs from the manifest's digests.
     """
-    return tuple(_copy_of(folder) if "://" in folder else folder for folder in folders)
+    return tuple(_copy_of(folder) if "://" in folder else os.path.expanduser(folder) for folder in folders)
 
 
 @functools.lru_cache(maxsize=64)

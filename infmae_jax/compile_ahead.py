@@ -20,17 +20,17 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write, output_file, writing
 from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
 from infmae_jax.bench.step import endless_run, visible_tokens
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
-from infmae_jax.training.config import from_config, to_config
+from infmae_jax.training.config import define_config, from_config, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import package_versions
 
@@ -40,7 +40,7 @@ _GRANULE = 8  # images a device between the batches that --largest_batch tries
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_BASE), "Pretraining config; every key can be overridden.")
+    define_config(_BASE, "Pretraining config; every key can be overridden.")
     flags.DEFINE_string("topology", "v5e-16", "Devices to compile for: v5e-16, v5p-128, v6e-64, h100, h100x8, ...")
     flags.DEFINE_integer("batch", 0, "Images a step over all devices; 0: the config's.", lower_bound=0)
     flags.DEFINE_boolean("largest_batch", False, "Also find the largest batch that fits; compiles several times.")
@@ -225,14 +225,14 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"--config is of fine-tuning ({values.config.task}): only pretraining is compiled ahead")
     config, target = from_config(PretrainConfig, values.config), targets.target(values.topology)
     config = _with_batch(config, values.batch or config.data.batch_size)
-    if values.output and not Path(values.output).absolute().parent.is_dir():
-        raise InputError(f"--output={values.output}: its folder does not exist")
+    output = values.output and output_file(values.output, "output")
     devices = target.devices(values.compilers)
     told = compile_ahead(config, target, devices)
     if values.largest_batch:
         told["largest_batch"] = largest_batch(config, target, devices)
-    if values.output:
-        Path(values.output).write_text(json.dumps(told, indent=1) + "\n")
+    if output:
+        with writing(output), atomic_write(output) as partial:
+            partial.write_text(json.dumps(told, indent=1) + "\n")
     print(text(told))
     return 0 if told["fits"] else 1
 

@@ -18,7 +18,7 @@ from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, output_file, writing
 from data_pipelines.masking import token_grid
 from infmae_jax.evaluation.windows import MULTIPLE
 from infmae_jax.interop import checkpoint_flags, load, stablehlo
@@ -51,7 +51,7 @@ def convert(
     Raises:
       InputError: the input cannot be read as `source` or the output not be written as `target`.
     """
-    if Path(output_path).expanduser().exists():
+    if output_file(output_path, "output").exists():
         raise InputError(f"{output_path} already exists; remove it or choose another --output")
     if image_size is not None:
         token_grid(*image_size)
@@ -79,7 +79,7 @@ def export_finetuned(run: str, output: str, image_size: tuple[int, int] | None =
     Raises:
       InputError: not such a run, an impossible size, or an output that is in the way.
     """
-    path = Path(output).expanduser()
+    path = output_file(output, "output")
     if path.exists():
         raise InputError(f"{output} already exists; remove it or choose another --output")
     tuned = load_finetuned(run, step)
@@ -88,11 +88,8 @@ def export_finetuned(run: str, output: str, image_size: tuple[int, int] | None =
         raise InputError(f"--image_size={size[0]},{size[1]} must be rows,columns, multiples of {MULTIPLE}")
     images = jax.ShapeDtypeStruct((1, *size), jnp.uint8)
     data = stablehlo.serialised(lambda pixels: tuned.model.compute(tuned.params, pixels), images)
-    try:
-        with atomic_write(path) as partial:
-            partial.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    with writing(path), atomic_write(path) as partial:
+        partial.write_bytes(data)
     what = f"{tuned.model.config.task} of {', '.join(tuned.model.classes)}"
     return f"{output}: images (1,{size[0]},{size[1]}) uint8 -> {what}, step {tuned.step}"
 

@@ -24,7 +24,7 @@ from absl import flags
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, images_in
+from data_pipelines.files import atomic_write, images_in, output_file, writing
 from data_pipelines.intensity import Intensity
 from data_pipelines.transforms import center_crop_resize
 from infmae_jax.interop import checkpoint_flags
@@ -65,7 +65,7 @@ def embed(
     Raises:
       InputError: no images, none that can be read, an unknown format or feature, an output that cannot be written.
     """
-    output = Path(output).expanduser()
+    output = output_file(output, "output")
     _check(output)
     files = list(images_in(sources))
     if not files:
@@ -76,25 +76,22 @@ def embed(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     parts = output.with_name(f".{output.name}.parts-{key}")
     names, features, left_out = [], [], []
-    try:
-        with progress_bar("embed", len(files), "image", active=progress) as bar:
-            for start in range(0, len(files), _PART):
-                chosen = files[start : start + _PART]
-                part = parts / f"{start:09d}.npz"
-                if not part.is_file():
-                    vectors, errors = _part(trained, chosen, feature, view, batch_size)
-                    with atomic_write(part) as partial, partial.open("wb") as stream:
-                        good = np.array([not error for error in errors])
-                        np.savez(stream, features=vectors, good=good, errors=np.array(errors, dtype=np.str_))
-                with np.load(part) as stored:
-                    names += [str(file) for file, good in zip(chosen, stored["good"], strict=True) if good]
-                    features.append(stored["features"])
-                    left_out += [str(error) for error in stored["errors"] if error]
-                bar.update(len(chosen))
+    with writing(output), progress_bar("embed", len(files), "image", active=progress) as bar:
+        for start in range(0, len(files), _PART):
+            chosen = files[start : start + _PART]
+            part = parts / f"{start:09d}.npz"
+            if not part.is_file():
+                vectors, errors = _part(trained, chosen, feature, view, batch_size)
+                with atomic_write(part) as partial, partial.open("wb") as stream:
+                    good = np.array([not error for error in errors])
+                    np.savez(stream, features=vectors, good=good, errors=np.array(errors, dtype=np.str_))
+            with np.load(part) as stored:
+                names += [str(file) for file, good in zip(chosen, stored["good"], strict=True) if good]
+                features.append(stored["features"])
+                left_out += [str(error) for error in stored["errors"] if error]
+            bar.update(len(chosen))
         require_some(left_out, len(files))
         _write(output, names, np.concatenate([rows for rows in features if len(rows)]))
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
     shutil.rmtree(parts, ignore_errors=True)
     return left_out
 
@@ -162,11 +159,11 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
-    size = checkpoint_flags.image_size() or (0, 0)
+    size, output = checkpoint_flags.image_size() or (0, 0), output_file(values.output, "output")
     trained = load_encoder(values.checkpoint, image_size=size, **checkpoint_flags.load_options())
     trained = checkpoint_flags.with_intensity(trained)
     left_out = embed(
-        trained, argv[1:], values.output, feature=values.feature, view=values.view, batch_size=values.batch_size
+        trained, argv[1:], output, feature=values.feature, view=values.view, batch_size=values.batch_size
     )
     return ended(f"{values.output}: {values.feature} features", left_out)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, local_path, output_file, writing
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
 from infmae_jax.tasks import finetuned_flags
@@ -39,7 +39,7 @@ def evaluate(
     Raises:
       InputError: not such a run, no such split, other classes, or an output that cannot be written.
     """
-    output = Path(output)
+    output = output_file(Path(output) / "scores.json", "output").parent
     model, params, step = load_finetuned(run, **options)
     config = model.config
     shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
@@ -50,9 +50,10 @@ def evaluate(
             raise InputError(f"{name} has the classes {theirs}; {run} knows {ours}: build the set with the same table")
     found = model.evaluate(params, shards, split, thorough=True)
     table, drawn = model.report(found["scores"])
-    text = f"{run}, step {step}; split {split} of {', '.join(shards)}, {found['scores']['images']} images\n{table}"
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
-    try:
+    sets = ", ".join(Path(name).name for name in shards)
+    text = f"{origin['run']}, step {step}; split {split} of {sets}, {found['scores']['images']} images\n{table}"
+    with writing(output):
         for name, content in (
             ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
             ("scores.txt", text),
@@ -62,8 +63,6 @@ def evaluate(
         for name, pixels in {**drawn, "worst": found["worst"]}.items():
             with atomic_write(output / f"{name}.png") as partial:
                 Image.fromarray(pixels).save(partial, "PNG")
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
     return text
 
 

@@ -15,26 +15,25 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import local_path
 from infmae_jax.evaluate import evaluate
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.report import write_report_if_possible
 from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, require_checkpoint, resolved, with_embedded
 from infmae_jax.tasks.finetuned import kind_of
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config, to_config, use_compilation_cache
+from infmae_jax.training.config import define_config, from_config, to_config, use_compilation_cache
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
+from infmae_jax.training.run_folder import run_path
 
 _DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "segment" / "masks_tiny_cpu.py"
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_DEFAULT), "What to train; every key can be overridden.")
+    define_config(_DEFAULT, "What to train; every key can be overridden.")
     flags.DEFINE_string("checkpoint", None, "Encoder to start from: run folder, checkpoint file, or 'random'.")
     flags.DEFINE_string("workdir", None, "Run folder: made, or resumed.", required=True)
     checkpoint_flags.define_architecture()
@@ -43,13 +42,11 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    clock, workdir = Goodput(), Path(local_path(flags.FLAGS.workdir, "--workdir"))
-    kind = kind_of(flags.FLAGS.config, "--config")
+    clock, kind = Goodput(), kind_of(flags.FLAGS.config, "--config")
+    workdir = run_path(flags.FLAGS.workdir, kind.task.name)
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:
         config = dataclasses.replace(config, checkpoint=flags.FLAGS.checkpoint)
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; name a folder")
     require_checkpoint(config)
     use_compilation_cache(config)
     if config.distributed.method != "none" and config.embedded.images and not config.data.shards:

@@ -19,11 +19,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.prepare.labelled import prepare_table, table_digest
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
@@ -35,7 +34,8 @@ from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.tasks.probe import ProbeConfig, ProbeTask
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config
+from infmae_jax.training.config import define_config, from_config
+from infmae_jax.training.run_folder import run_path
 
 RESULTS_NAME, HEADS_NAME = "results.json", "probe.npz"
 _DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "linear_probe" / "csv.py"
@@ -120,7 +120,7 @@ def _task(
 
 def _described(trained: TrainedModel, config: ProbeConfig, column: str) -> dict[str, Any]:
     return {
-        "checkpoint": trained.name,
+        "checkpoint": Path(trained.name).name,
         "step": trained.step,
         "encoder_digest": trained.digest,
         "label_column": column,
@@ -138,13 +138,11 @@ def _write(folder: Path, results: dict[str, Any], task: ProbeTask, params: Any) 
     heads = {
         name: np.stack([params[f"head_{s}"][name] for s in range(task.config.heads)]) for name in ("kernel", "bias")
     }
-    try:
+    with writing(folder):
         with atomic_write(folder / HEADS_NAME) as partial, partial.open("wb") as stream:
             np.savez(stream, **heads, mean=mean, variance=variance, classes=np.array(task.class_names))
         with atomic_write(folder / RESULTS_NAME) as partial:
             partial.write_text(json.dumps(results, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{folder / RESULTS_NAME} cannot be written: {error.strerror or error}") from error
 
 
 def table_text(results: dict[str, dict[str, Any]]) -> str:
@@ -176,7 +174,7 @@ def _percent(share: dict[str, Any] | float | None) -> str:
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_DEFAULT), "Config file; every key can be overridden.")
+    define_config(_DEFAULT, "Config file; every key can be overridden.")
     flags.DEFINE_string("checkpoint", None, "Run folder, published checkpoint file, or 'random'.", required=True)
     flags.DEFINE_string("workdir", None, "Run folder: made, or resumed.", required=True)
     checkpoint_flags.define_architecture()
@@ -187,9 +185,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     config = from_config(ProbeConfig, flags.FLAGS.config)
-    workdir = Path(local_path(flags.FLAGS.workdir, "--workdir"))
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"workdir {workdir} is a file; give a folder")
+    workdir = run_path(flags.FLAGS.workdir, ProbeTask.name)
     trained = load_encoder(
         flags.FLAGS.checkpoint, config.variant, config.like, config.image_size, config.encoder_seed,
         **checkpoint_flags.load_options(),

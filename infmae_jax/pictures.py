@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, writing
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
@@ -244,11 +244,8 @@ def _write(pixels: np.ndarray, path: str | Path | None) -> np.ndarray:
     """Writes pixels as PNG where a path is given, and returns them."""
     if path is None:
         return pixels
-    try:
-        with atomic_write(path) as partial:
-            Image.fromarray(pixels).save(partial, format="PNG")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}): name another output") from error
+    with writing(path), atomic_write(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
     return pixels
 
 

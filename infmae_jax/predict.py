@@ -25,7 +25,7 @@ from absl import flags
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, images_in, local_path
+from data_pipelines.files import atomic_write, images_in, local_path, output_file, writing
 from infmae_jax.evaluation import windows
 from infmae_jax.left_out import ended, require_some
 from infmae_jax.tasks import finetuned_flags
@@ -55,7 +55,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     Raises:
       InputError: no images, none that can be read, two of the same name, or an output that is in the way.
     """
-    output, files = Path(output), named(sources)
+    output, files = output_file(Path(output) / RESULTS_NAME, "output").parent, named(sources)
     done = _begun(output, tuned)
     left_out: list[str] = []
     todo = [(name, path) for name, path in files.items() if name not in done]
@@ -77,29 +77,27 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
             else:
                 yield found
 
-    try:
-        with (
-            (output / RESULTS_NAME).open("a") as results,
-            progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
-        ):
-            for group in windows.in_groups(readable(), lambda image: windows.canvas_of(*image.pixels.shape), size):
-                canvas = windows.canvas_of(*group[0].pixels.shape)
-                batch = np.zeros((size(canvas), *canvas), np.uint8)
-                for place, image in enumerate(group):
-                    batch[place] = windows.on_canvas(image.pixels, canvas)
-                computed = np.asarray(tuned.model.compute(params, programs.put(batch)))
-                for image, found in zip(group, computed, strict=False):
-                    height, width = image.pixels.shape
-                    noted = tuned.model.write(output, image.name, image.pixels, found[:height, :width])
-                    row = {"image": image.name, "height": height, "width": width, **noted}
-                    results.write(json.dumps(row) + "\n")
-                    results.flush()
-                    bar.update(1)
-        require_some(left_out, len(files))
-        with (output / RESULTS_NAME).open() as results:
-            tuned.model.conclude(output, map(json.loads, results))
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    with (
+        writing(output),
+        (output / RESULTS_NAME).open("a") as results,
+        progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
+    ):
+        for group in windows.in_groups(readable(), lambda image: windows.canvas_of(*image.pixels.shape), size):
+            canvas = windows.canvas_of(*group[0].pixels.shape)
+            batch = np.zeros((size(canvas), *canvas), np.uint8)
+            for place, image in enumerate(group):
+                batch[place] = windows.on_canvas(image.pixels, canvas)
+            computed = np.asarray(tuned.model.compute(params, programs.put(batch)))
+            for image, found in zip(group, computed, strict=False):
+                height, width = image.pixels.shape
+                noted = tuned.model.write(output, image.name, image.pixels, found[:height, :width])
+                row = {"image": image.name, "height": height, "width": width, **noted}
+                results.write(json.dumps(row) + "\n")
+                results.flush()
+                bar.update(1)
+    require_some(left_out, len(files))
+    with writing(output), (output / RESULTS_NAME).open() as results:
+        tuned.model.conclude(output, map(json.loads, results))
     return left_out
 
 

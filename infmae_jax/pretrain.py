@@ -10,24 +10,23 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import local_path
 from infmae_jax import embedded, report
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import loop
-from infmae_jax.training.config import from_config, to_config, use_compilation_cache
+from infmae_jax.training.config import define_config, from_config, to_config, use_compilation_cache
 from infmae_jax.training.goodput import Goodput
 from infmae_jax.training.hosts import distributed
+from infmae_jax.training.run_folder import run_path
 from infmae_jax.training.writers import METRICS_NAME
 
 _DEMO = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "demo.py"
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_DEMO), "What to run; every key can be overridden.")
+    define_config(_DEMO, "What to run; every key can be overridden.")
     flags.DEFINE_string("workdir", os.path.join("runs", "demo"), "Run folder: made, or resumed.")
 
 
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     clock = Goodput()
     config = from_config(PretrainConfig, flags.FLAGS.config)
-    workdir = Path(local_path(flags.FLAGS.workdir, "--workdir"))
+    workdir = run_path(flags.FLAGS.workdir, PretrainTask.name)
     use_compilation_cache(config)
     several = config.distributed.method != "none"
     if several and config.embedded.images and not config.data.shards:

@@ -15,6 +15,7 @@ from absl import flags
 from data_pipelines.commands import run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
+from data_pipelines.files import output_file
 from data_pipelines.intensity import Intensity
 from data_pipelines.transforms import center_crop_resize
 from infmae_jax import pictures
@@ -59,18 +60,15 @@ def reconstruct(
         raise InputError("no images given: name one or more image files after the flags")
     if Path(output).suffix.lower() != ".png":
         raise InputError(f"output {output} is not a .png file: name one that ends in .png")
+    output = output_file(output, "output")
     trained = checkpoint if isinstance(checkpoint, TrainedModel) else load(checkpoint, step)
     pixels = [read_image_file(path, trained.intensity) for path in images]
     size = image_size or trained.image_size
     inputs = np.stack([center_crop_resize(image, size, stretch=view == "stretch") for image in pixels])
     result = dataclasses.replace(trained, intensity=Intensity("full_range")).reconstruct(inputs, seed)
-    output = Path(output).expanduser()
-    try:
-        pictures.reconstruction_panel(
-            inputs, result.ids_keep, result.pred, result.scores, trained.config.norm_pix_loss, output, colormap
-        )
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror or error}") from error
+    pictures.reconstruction_panel(
+        inputs, result.ids_keep, result.pred, result.scores, trained.config.norm_pix_loss, output, colormap
+    )
     return result.losses.tolist()
 
 
@@ -86,11 +84,12 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
+    output = output_file(flags.FLAGS.output, "output")
     trained = checkpoint_flags.with_intensity(load(flags.FLAGS.checkpoint, **checkpoint_flags.load_options()))
     losses = reconstruct(
         trained,
         argv[1:],
-        flags.FLAGS.output,
+        output,
         image_size=checkpoint_flags.image_size(),
         view=flags.FLAGS.view,
         colormap=flags.FLAGS.colormap,

@@ -26,7 +26,7 @@ from PIL import Image
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, local_path, writing
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
 from infmae_jax.training.config import flat
@@ -73,13 +73,10 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
       InputError: `run` is not a run folder, or the page cannot be written.
     """
     history = read_history(run)
-    path = Path(output) if output else history.folder / NAME
+    path = Path(local_path(output or history.folder / NAME, "output"))
     page = render(history)
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror or error}): name another --output") from error
+    with writing(path), atomic_write(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +16,15 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from data_pipelines import builders
 from data_pipelines.builders.common import InfraredBuilder, source_name
 from data_pipelines.errors import InputError
 from data_pipelines.files import local_path
 from data_pipelines.shards import MANIFEST_NAME, WRITE_FAILED, read_manifest
 
-_DISK_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.ENOENT)
+_DISK_ERRORS = (
+    errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.ENOENT
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,11 @@ def build(
     Raises:
       InputError: no such builder, unusable files, or a set made from other files is in the way.
     """
+    known = [getattr(builders, kind).name for kind in builders.__all__]
+    if (asked := re.split("[/:]", name)[0]) not in known:
+        near = difflib.get_close_matches(asked, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise InputError(f"data set {name!r} is unknown; {hint}")
     source, data_dir = Path(local_path(source, "input")), local_path(data_dir, "data_dir")
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: give the folder of your files or archives")

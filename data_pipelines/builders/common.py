@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import itertools
 import os
@@ -118,8 +119,9 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def source_name(source: str | os.PathLike) -> str:
-    """How a manifest names the folder that a set was made from."""
-    return str(Path(source).resolve())
+    """How a manifest names the folder that a set was made from, without telling where it lies."""
+    path = Path(source).resolve()
+    return f"{path.name} ({hashlib.sha256(os.fsencode(path)).hexdigest()[:8]})"
 
 
 def image_features(example: Example) -> Features:

@@ -122,7 +122,7 @@ def prepare_table(
             yield dataclasses.replace(example, labels=labels)
 
     splits = {split: examples(split) for split in dict.fromkeys(row.split for row in rows)}
-    settings = {"table": str(table), "columns": list(columns), "encoding": encoding}
+    settings = {"table": table.name, "columns": list(columns), "encoding": encoding}
     with progress_bar("labelling", len(rows), "image", active=progress) as bar:
         return write_examples(output, splits, classes, settings)
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path, writing
 from infmae_jax.bench.data import data
 from infmae_jax.bench.every import run_all
 from infmae_jax.bench.features import features
@@ -40,7 +40,7 @@ from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
 from infmae_jax.tasks.pretrain import PretrainConfig
-from infmae_jax.training.config import from_config
+from infmae_jax.training.config import define_config, from_config
 
 _BASE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "inf30_base.py"
 _QUICK_MODEL = dict(
@@ -49,7 +49,7 @@ _QUICK_MODEL = dict(
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_BASE), "Pretraining config with model and sizes.")
+    define_config(_BASE, "Pretraining config with model and sizes.")
     flags.DEFINE_boolean("quick", False, "Shrink model and sizes until a CPU runs it in seconds.")
     flags.DEFINE_integer("rounds", 0, "Turns that each contender gets; 0: 7, or 2 with --quick.", lower_bound=0)
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
@@ -114,9 +114,11 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.quick:  # compiling is most of the time then
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    settings, folder = _Settings(), Path(flags.FLAGS.output) if flags.FLAGS.output else None
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+    settings, folder = _Settings(), None
+    if flags.FLAGS.output:
+        folder = Path(local_path(flags.FLAGS.output, "output"))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="infmae-bench-cache-") as cache:
         jax.config.update("jax_compilation_cache_dir", cache)  # fresh: compile times are those of the first time
         if argv[1] == "all":

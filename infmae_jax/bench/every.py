@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.files import atomic_write, writing
 from infmae_jax.bench.results import report, text
 
 # What a machine that is lent for minutes should answer first.
@@ -39,8 +40,12 @@ def run_all(
         results.append(result)
         print(text(result), end="\n\n", file=sys.stderr, flush=True)
         if folder is not None:
-            _write(folder / JSON_NAME, json.dumps(results, indent=1))
-            _write(folder / TABLES_NAME, "\n\n".join(map(text, results)))
+            for file, content in (
+                (JSON_NAME, json.dumps(results, indent=1)),
+                (TABLES_NAME, "\n\n".join(map(text, results))),
+            ):
+                with writing(folder), atomic_write(folder / file) as partial:
+                    partial.write_text(content + "\n")
     return results
 
 
@@ -52,10 +57,3 @@ def _measured(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         note = f"failed: {type(error).__name__}: {lines[0][:300]}"
         return report(name, {}, [{"name": name, "note": note}]) | {"failed": True}
-
-
-def _write(path: Path, content: str) -> None:
-    """Replaces a file as a whole, so that an end in the middle leaves the last one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(content + "\n")
-    part.replace(path)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write
+from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import published, safetensors_file, stablehlo, torch_file
@@ -155,20 +155,17 @@ def write(
     Raises:
       InputError: the path exists or cannot be written, or the format cannot hold the model.
     """
-    path = Path(path).expanduser()
+    path = Path(local_path(path, "output"))
     if path.exists():
         raise InputError(f"{path} already exists; remove it or choose another --output")
-    try:
-        with atomic_write(path) as partial:
-            if target == "run":
-                _write_run(partial, trained, origin)
-            elif target == "jax-export":
-                partial.write_bytes(stablehlo.export_features(trained.config, trained.params, image_size))
-            else:
-                tensors, metadata = published.to_state(trained)
-                safetensors_file.write_checkpoint(partial, tensors, {published.METADATA_KEY: metadata})
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    with writing(path), atomic_write(path) as partial:
+        if target == "run":
+            _write_run(partial, trained, origin)
+        elif target == "jax-export":
+            partial.write_bytes(stablehlo.export_features(trained.config, trained.params, image_size))
+        else:
+            tensors, metadata = published.to_state(trained)
+            safetensors_file.write_checkpoint(partial, tensors, {published.METADATA_KEY: metadata})
 
 
 def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:

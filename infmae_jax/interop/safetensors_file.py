@@ -1,5 +1,6 @@
 """safetensors files with the tensor names and layouts of the published checkpoint."""
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,5 +36,8 @@ def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
     path = Path(path)
     path.touch()
     usual_mode = path.stat().st_mode
-    safetensors.numpy.save_file(arrays, path, {"format": "pt", **metadata})
+    try:
+        safetensors.numpy.save_file(arrays, path, {"format": "pt", **metadata})
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error)) from error
     path.chmod(usual_mode)  # the library writes files that only their owner can read

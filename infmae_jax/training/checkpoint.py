@@ -348,9 +348,15 @@ def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, A
     Args:
       config: JSON, with the sections of a run's config that its readers need.
       params: tree of NumPy arrays.
+
+    Raises:
+      OSError: the disk is full or failing.
     """
     (Path(run) / storage.FOLDER).mkdir(parents=True, exist_ok=True)
-    storage.start_save(run, 0, {"params": jax.tree.map(np.asarray, dict(params))}, {}, {})()
+    try:
+        storage.start_save(run, 0, {"params": jax.tree.map(np.asarray, dict(params))}, {}, {})()
+    except Exception as error:  # whatever Orbax makes of what the disk says
+        raise OSError(errno.EIO, storage.reason(error)) from error
     write_config(run, config)
 
 

@@ -11,13 +11,15 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 import jax
-from ml_collections import ConfigDict, config_dict
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from data_pipelines.errors import InputError
 from infmae_jax.training.duration import in_steps
@@ -187,6 +189,43 @@ def use_compilation_cache(config: RunConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # a restart meets many small programs
 
 
+def define_config(default: os.PathLike, help_string: str) -> None:
+    """The flag `--config=FILE.py`; the command line can override every key (`--config.optimizer.clip_norm=1.0`).
+
+    Raises:
+      InputError: a key of the command line that the config does not have; the message names the nearest one.
+    """
+    name = str(default)
+    for argument, behind in zip(sys.argv[1:], [*sys.argv[2:], name]):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            name = behind if found[1] is None else found[1]
+    alone = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_file("config", name, flag_values=alone, sys_argv=[""])
+        alone([""])
+        known = flat(alone.config)
+    except Exception as error:  # config files are code: whatever they raise is the user's to mend
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"config file {name} cannot be loaded: {reason}") from error
+    for argument in sys.argv[1:]:
+        if found := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            _require_key(known, found[1])
+    config_flags.DEFINE_config_file("config", str(default), help_string)
+
+
+def _require_key(known: Mapping[str, Any], key: str) -> None:
+    if key in known:
+        return
+    if inside := [name for name in known if name.startswith(f"{key}.")]:
+        raise InputError(f"config key {key} is a section: set its keys one by one, for example {inside[0]}")
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.6)
+    names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
+    hint = f"did you mean {near[0]}?" if near else f"known are {names}"
+    raise InputError(f"config key {key} is unknown; {hint}")
+
+
 def to_config(value: Any) -> ConfigDict:
     """A dataclass as ConfigDict. Tuples of strings become comma-separated text, and what is None a placeholder of its
     type, so that flags can set them."""
@@ -211,16 +250,12 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
       InputError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
     """
     fields = _fields(cls)
-    try:
-        keys = list(config)
-    except OSError as error:  # config_flags reports a file that it could not load on first use
-        raise InputError(f"config file cannot be loaded: {str(error).splitlines()[-1].strip()}") from error
-    for key in keys:
+    for key in config:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
             raise InputError(f"config key {path}{key} is unknown; {hint}")
-    values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in keys}
+    values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in config}
     try:
         return cls(**values)
     except InputError:

@@ -25,7 +25,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path
+from data_pipelines.files import atomic_write, local_path, require_writable, writing
 from infmae_jax.training.config import differences, to_config
 from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
@@ -61,6 +61,27 @@ def read_object(path: Path) -> dict[str, Any]:
     raise InputError(f"{path} cannot be read as JSON ({reason}); restore it or start a new run")
 
 
+def run_path(given: str | os.PathLike, task: str) -> Path:
+    """The absolute path of a run folder to make or to go on with, checked before any work.
+
+    Raises:
+      InputError: it is a URL, a file, not writable, or the folder of something else than a run of this task.
+    """
+    folder = Path(local_path(given, "--workdir"))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--workdir={folder} is a file; name a folder")
+    require_writable(folder)
+    if (folder / CONFIG_NAME).is_file():
+        _require_task(folder, read_config(folder), task)
+    return folder
+
+
+def _require_task(folder: Path, config: Mapping[str, Any], task: str) -> None:
+    if (found := config.get("task")) != task:
+        what = f"a run of the task {found!r}" if isinstance(found, str) else "a checkpoint from elsewhere"
+        raise InputError(f"{folder} holds {what}, not of {task!r}; use another --workdir")
+
+
 def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
     """Writes RUN/config.json, whole or not at all."""
     with atomic_write(Path(run) / CONFIG_NAME) as partial:
@@ -80,7 +101,9 @@ def claim(
     """
     mine = {"task": task, **to_config(config).to_dict(), "data_set": dict(fingerprint)}
     if resuming:
-        theirs = _completed(read_config(workdir), to_config(type(config)()).to_dict())
+        stored = read_config(workdir)
+        _require_task(workdir, stored, task)
+        theirs = _completed(stored, to_config(type(config)()).to_dict())
         changed = differences(_with_texts(theirs, _last_part), _with_texts(mine, _last_part), config.FREE_KEYS)
         if changed:
             raise InputError(
@@ -89,7 +112,8 @@ def claim(
             )
     elif primary:
         mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
-        write_config(workdir, _with_texts(mine, lambda text: _portable(text, workdir)))
+        with writing(workdir):
+            write_config(workdir, _with_texts(mine, lambda text: _portable(text, workdir)))
 
 
 def _completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +195,7 @@ def write_record(
         "data": data,
         "parameter_table": table,
     }
-    with atomic_write(Path(run) / RUN_INFO_NAME) as partial:
+    with writing(run), atomic_write(Path(run) / RUN_INFO_NAME) as partial:
         partial.write_text(json.dumps(info, indent=1) + "\n")
     return info
 

@@ -38,6 +38,7 @@ from infmae_jax.training.sharding import path_text
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 CHECKSUMS_NAME, RECORD_NAME = "checksums.json", "record.json"
+_ORBAX_MARKER = "commit_success.txt"  # in which Orbax notes the absolute path, with names of folders and users
 _UNSEALED, _LEAVING = ".unsealed", ".removed"
 _LEFTOVERS = (_UNSEALED, _LEAVING, ".orbax-checkpoint-tmp")  # in names of what is not yet, or no longer, a checkpoint
 _LONGEST_SAVE_SECONDS = 600  # after which a process gives up waiting for another whose part failed
@@ -45,6 +46,9 @@ _LONGEST_REASON = 240
 _LARGEST_JSON = 1 << 26  # bytes
 _HASHING_THREADS = 8  # they read and hash outside of Python's lock
 _NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
+
+# Orbax logs what its threads meet with a traceback, and raises it: it is told once, in one line.
+logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 _TROUBLE = {
     errno.ENOSPC: ("the disk is full", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
@@ -125,6 +129,8 @@ def start_save(
         response.result()
         if jax.process_index() == 0:
             (unsealed / RECORD_NAME).write_text(json.dumps(record, indent=1))
+            if (marker := unsealed / _ORBAX_MARKER).exists():
+                marker.write_text("")
             seal(unsealed)
             unsealed.rename(path)
 
