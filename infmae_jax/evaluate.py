@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -48,16 +49,18 @@ def evaluate(
             raise InputError(f"{name} has the classes {theirs}; {run} knows {ours}: build the set with the same table")
     found = model.evaluate(params, shards, split, thorough=True)
     table, drawn = model.report(found["scores"])
+    drawn = {**drawn, **{name: picture for name, picture in found.items() if isinstance(picture, np.ndarray)}}
     text = f"{run}, step {step}; split {split} of {', '.join(shards)}, {found['scores']['images']} images\n{table}"
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
     try:
         for name, content in (
             ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
             ("scores.txt", text),
+            *found.get("files", {}).items(),
         ):
             with atomic_write(output / name) as partial:
                 partial.write_text(content + "\n")
-        for name, pixels in {**drawn, "worst": found["worst"]}.items():
+        for name, pixels in drawn.items():
             with atomic_write(output / f"{name}.png") as partial:
                 Image.fromarray(pixels).save(partial, "PNG")
     except OSError as error:
@@ -71,6 +74,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("shards", [], "Labelled shard sets (default: those of the run).")
     flags.DEFINE_string("split", "", "Of the shard sets (default: the run's validation split).")
     flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
+    define_flags()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -42,6 +42,8 @@ class CocoBoxes(InfraredBuilder):
         files = {split: read_coco(root / "annotations" / f"{split}.json") for split in folders}
         names = list(dict.fromkeys(name for coco in files.values() for name in coco.categories))
         self.class_names["objects"] = names
+        ids = {name: number for coco in reversed(files.values()) for name, number in coco.categories.items()}
+        self.settings["category_ids"] = {name: ids[name] for name in names}
         self.info.features["objects"]["label"].names = names
         return {split: self._generate_examples(folders[split], files[split], names) for split in folders}
 
@@ -59,8 +61,11 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):
         grid.notes["boxes left out (empty or outside the image)"] = left_out
-    if grid.notes:
-        example = dataclasses.replace(example, attributes={**example.attributes, NOTES: grid.notes})
+    if not image.annotations:
+        grid.notes["images without boxes"] = 1
+    known = {"image_id": image.number} if image.number is not None else {}
+    known |= {NOTES: grid.notes} if grid.notes else {}
+    example = dataclasses.replace(example, attributes={**example.attributes, **known})
     yield example.key, {**image_features(example), "objects": objects}
 
 

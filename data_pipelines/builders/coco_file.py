@@ -29,19 +29,27 @@ class Annotation:
 
 @dataclasses.dataclass(frozen=True)
 class CocoImage:
-    """One image with its objects; `size` is width and height, or None where the file does not state them."""
+    """One image with its objects.
+
+    Attributes:
+      file_name: below the split's folder.
+      size: width and height, or None where the file does not state them.
+      annotations: of its objects.
+      number: its id in the file, or None where the format has none.
+    """
 
     file_name: str
     size: tuple[float, float] | None
     annotations: list[Annotation]
+    number: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class CocoFile:
-    """Images in order, and names of the categories in the order of their ids."""
+    """Images in order, and the ids of the categories by name, in the order of the ids."""
 
     images: list[CocoImage]
-    categories: list[str]
+    categories: dict[str, int | str]
 
 
 def read_coco(path: Path) -> CocoFile:
@@ -72,7 +80,7 @@ def read_coco(path: Path) -> CocoFile:
         if number in images:
             raise InputError(f"{name}: another image has the same id; give every image its own")
         size = _checked(entry, "width", name), _checked(entry, "height", name)
-        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [])
+        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [], number)
     _refuse_doubles(path, "file_name", (image.file_name for image in images.values()))
     for name, entry in _entries(path, "annotations", lists):
         image = images[_reference(entry, "image_id", name, "image", images)]
@@ -82,7 +90,7 @@ def read_coco(path: Path) -> CocoFile:
         area = box[2] * box[3] if area is None else area
         image.annotations.append(Annotation(name, tuple(box), category, area, crowd, shapes))
     ordered = sorted(categories, key=lambda number: (isinstance(number, str), number))
-    return CocoFile(list(images.values()), [categories[number] for number in ordered])
+    return CocoFile(list(images.values()), {categories[number]: number for number in ordered})
 
 
 def _entries(path: Path, kind: str, lists: dict[str, list]) -> list[tuple[str, dict]]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines.errors import InputError
@@ -54,7 +55,28 @@ class Windows:
     def __str__(self) -> str:
         if self.size == (0, 0):
             return "whole images"
-        return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}, scores averaged"
+        return f"{self.tiles}, scores averaged"
+
+    @property
+    def tiles(self) -> str:
+        return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}"
+
+
+def define_flags() -> None:
+    """Flags of commands that look at images: --tile and --overlap."""
+    flags.DEFINE_integer("tile", None, "Side of windows to look at images by; 0: whole images.", lower_bound=0)
+    flags.DEFINE_integer("overlap", 64, "Pixels that neighbouring windows of --tile share.", lower_bound=0)
+
+
+def of_flags(default: Windows) -> Windows:
+    """The windows that the flags say; `default` where there is no --tile."""
+    side, overlap = flags.FLAGS.tile, flags.FLAGS.overlap
+    if side is None:
+        return default
+    if side % MULTIPLE or (side and overlap >= side):
+        raise InputError(f"--tile={side} must be a multiple of {MULTIPLE} and larger than --overlap={overlap}")
+    stride = side - overlap if side else default.stride[0]
+    return dataclasses.replace(default, size=(side, side), stride=(stride, stride))
 
 
 def canvas_of(height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -25,6 +26,7 @@ from data_pipelines.shards import Manifest, read_manifest
 from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
 from data_pipelines.views import LabelledView
+from infmae_jax.evaluation.windows import Windows, canvas_of, host_programs, in_groups, on_canvas
 from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
@@ -38,6 +40,7 @@ AUTO = "auto"
 _FULL_EPOCHS, _FULL_IMAGES = 100, 1000  # the usual hundred epochs belong to data sets of a thousand images
 _FEWEST_EPOCHS, _MOST_EPOCHS = 20, 400
 Config = TypeVar("Config", bound="FineTuneConfig")
+Image = TypeVar("Image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,7 @@ class FineTuneConfig(RunConfig):
       freeze: "encoder" trains the head alone, without drop path.
       layer_decay: the learning rate of each earlier layer is multiplied by this once more; 1 is off.
       classes: names in the order of their numbers, taken from the shards.
+      windows: how large images are looked at in evaluation and prediction.
       evaluate_every: duration between evaluations on the validation split.
       data: labelled images.
       embedded: synthetic ones in their place.
@@ -148,6 +152,7 @@ class FineTuneConfig(RunConfig):
     freeze: Annotated[str, "none, encoder"] = "none"
     layer_decay: Annotated[float, "(0, 1]"] = 0.75
     classes: tuple[str, ...] = ()
+    windows: Windows = Windows()
     evaluate_every: str = "10 percent"
     data: LabelledData = LabelledData()
     embedded: EmbeddedLabels = EmbeddedLabels()
@@ -251,6 +256,48 @@ def class_names(config: FineTuneConfig) -> tuple[str, ...]:
 
 def manifests_of(config: FineTuneConfig) -> list[Manifest]:
     return [read_manifest(folder) for folder in local_folders(config.data.shards)]
+
+
+class FineTuneModel:
+    """What a fine-tuning run computes, apart from its weights.
+
+    A subclass has `config` and `classes` and defines `evaluate`, `report`, `compute` and `write`.
+    """
+
+    config: FineTuneConfig
+    classes: tuple[str, ...]
+
+    def predictions(
+        self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
+    ) -> Iterator[tuple[Image, Any]]:
+        """Images with what the model finds in them, those of one canvas together: their order may change.
+
+        Here that is the part of `compute`'s array that belongs to the image, for models with a value for every pixel.
+
+        Args:
+          images: of any kind; `pixels` gives the (h,w) uint8 of one.
+        """
+        programs = host_programs()
+        placed, size = programs.params(params), programs.batch_size(self.config.windows.batch_size)
+        for group in in_groups(images, lambda image: canvas_of(*pixels(image).shape), size):
+            canvas = canvas_of(*pixels(group[0]).shape)
+            batch = np.zeros((size, *canvas), np.uint8)
+            for place, image in enumerate(group):
+                batch[place] = on_canvas(pixels(image), canvas)
+            computed = np.asarray(self.compute(placed, programs.put(batch)))
+            for image, found in zip(group, computed, strict=False):
+                height, width = pixels(image).shape
+                yield image, found[:height, :width]
+
+    def compute(self, params: Any, images: jax.Array) -> Any:
+        """(N,H,W) uint8 on a canvas -> what is found, on the devices."""
+        raise NotImplementedError
+
+    def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+        """Writes what is of all predicted images together, and returns the names of its files.
+
+        `rows`: of `predictions.jsonl`, what `write` returned for each image among it."""
+        return ()
 
 
 class FineTuneTask(Task):

@@ -28,7 +28,7 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
 from infmae_jax.models.heads.segmentation import Segmenter, resize
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask
 from infmae_jax.training.task import Evaluator, Loss
 
 _WORST = 10  # images of an evaluation that are drawn
@@ -57,7 +57,6 @@ class SegmentConfig(FineTuneConfig):
     Attributes:
       head: decode head and auxiliary head.
       loss: see there.
-      windows: how images are looked at in evaluation and prediction.
       background: class that the second mean of the measures leaves out; -1: none.
     """
 
@@ -65,7 +64,6 @@ class SegmentConfig(FineTuneConfig):
     best_metric: str = "val_miou"
     head: SegmentationHeadConfig = SegmentationHeadConfig()
     loss: SegmentLossConfig = SegmentLossConfig()
-    windows: Windows = Windows()
     background: Annotated[int, "[-1, 254]"] = 0
 
     LABELS: ClassVar[str] = "mask"
@@ -153,7 +151,7 @@ class SegmentTask(FineTuneTask):
         return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
 
 
-class SegmentationModel:
+class SegmentationModel(FineTuneModel):
     """What a segmentation run computes, apart from its weights."""
 
     def __init__(self, config: SegmentConfig):

@@ -28,7 +28,7 @@ from infmae_jax.models.config import SmallTargetHeadConfig
 from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.heads.small_targets import TargetDetector
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask, LabelledData
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask, LabelledData
 from infmae_jax.training.task import Evaluator, Loss
 
 CLASSES = 2
@@ -161,7 +161,7 @@ def _sls(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
 _LOSSES = {"soft_iou_bce": _soft_iou_bce, "sls": _sls, "focal": _focal}
 
 
-class SmallTargetModel:
+class SmallTargetModel(FineTuneModel):
     """What a small-target run computes, apart from its weights."""
 
     def __init__(self, config: SmallTargetConfig):
