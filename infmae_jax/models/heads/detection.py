@@ -199,10 +199,13 @@ def best_detections(
     scores, pairs = jax.lax.top_k(jnp.where(wanted, scores, -1.0).reshape(-1), count)
     boxes = jnp.broadcast_to(box.clip(boxes, size), (regions, classes, 4)).reshape(-1, 4)[pairs]
     kept = box.nms(boxes, (scores > 0) & (box.area(boxes) > 0), config.nms, pairs % classes)
-    missing = max(config.max_detections - count, 0)
-    scores, order = jax.lax.top_k(jnp.where(kept, scores, -1.0), config.max_detections - missing)
+    scores, order = jax.lax.top_k(jnp.where(kept, scores, -1.0), min(config.max_detections, count))
     found = Detections(boxes[order], scores, (pairs % classes)[order].astype(jnp.int32), scores > 0)
-    found = jax.tree.map(
-        lambda x: jnp.where(found.valid.reshape((-1,) + (1,) * (x.ndim - 1)), x, 0).astype(x.dtype), found
-    )
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))), found)
+
+    def row(x: jax.Array) -> jax.Array:
+        """Zero where nothing was found, and as many rows as the config says."""
+        valid = found.valid.reshape((-1,) + (1,) * (x.ndim - 1))
+        missing = ((0, config.max_detections - len(x)), *((0, 0),) * (x.ndim - 1))
+        return jnp.pad(jnp.where(valid, x, 0).astype(x.dtype), missing)
+
+    return jax.tree.map(row, found)

@@ -13,8 +13,8 @@ from infmae_jax.models.heads.layers import ConvModule, uniform_fan_in
 class FeaturePyramid(nn.Module):
     """Levels P2 to P6 (strides 4 to 64) of equal width.
 
-    As in MCMAE's detector the stages of strides 4, 8 and 16 enter as they are, stride 32 is a 2 x 2 max-pool of stage 3,
-    and P6 is every other cell of P5. Laterals 1 x 1, outputs 3 x 3, each with a norm and without activation.
+    As in MCMAE's detector the stages of strides 4, 8 and 16 enter as they are, stride 32 is a 2 x 2 max-pool of stage
+    3, and P6 is every other cell of P5. Laterals 1 x 1, outputs 3 x 3, each with a norm and without activation.
     """
 
     channels: int
