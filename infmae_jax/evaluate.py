@@ -21,11 +21,17 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
+from infmae_jax.evaluation import windows
 from infmae_jax.tasks.finetuned import load_finetuned
 
 
 def evaluate(
-    run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", step: int | None = None
+    run: str | Path,
+    output: str | Path,
+    shards: Sequence[str] = (),
+    split: str = "",
+    step: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> str:
     """Writes the measures of a run on a split, and returns them as a table.
 
@@ -34,12 +40,13 @@ def evaluate(
       output: folder for scores.json, scores.txt and pictures.
       shards: labelled shard sets with the classes of the run, in their order; by default the run's own.
       split: of them; the validation split by default.
+      tile: see `load_finetuned`.
 
     Raises:
       InputError: not such a run, no such split, other classes, or an output that cannot be written.
     """
     output = Path(output)
-    model, params, step = load_finetuned(run, step)
+    model, params, step = load_finetuned(run, step, tile)
     config = model.config
     shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
     for name, folder in zip(shards, local_folders(shards), strict=True):
@@ -74,14 +81,14 @@ def _define_flags() -> None:
     flags.DEFINE_list("shards", [], "Labelled shard sets (default: those of the run).")
     flags.DEFINE_string("split", "", "Of the shard sets (default: the run's validation split).")
     flags.DEFINE_integer("step", None, "Checkpoint (default: the best on validation).", lower_bound=0)
-    define_flags()
+    windows.define_flags()
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
-    print(evaluate(values.checkpoint, output, values.shards, values.split, values.step))
+    print(evaluate(values.checkpoint, output, values.shards, values.split, values.step, windows.tile_of_flags()))
     print(f"scores.json, scores.txt and pictures are in {output}")
 
 

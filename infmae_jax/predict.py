@@ -11,7 +11,6 @@ Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some im
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import sys
@@ -169,10 +168,8 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
-    tuned = load_finetuned(values.checkpoint, values.step)
-    config = dataclasses.replace(tuned.model.config, windows=windows.of_flags(tuned.model.config.windows))
-    tuned = tuned._replace(model=type(tuned.model)(config))
-    use_compilation_cache(config)
+    tuned = load_finetuned(values.checkpoint, values.step, windows.tile_of_flags())
+    use_compilation_cache(tuned.model.config)
     left_out = predict(tuned, argv[1:], output)
     for line in left_out:
         print(f"left out: {printable(line)}", file=sys.stderr)

@@ -57,6 +57,11 @@ class Windows:
             return "whole images"
         return f"{self.tiles}, scores averaged"
 
+    def tiled(self, side: int, overlap: int) -> Windows:
+        """Square windows that share so many pixels with their neighbours; with a side of 0, whole images."""
+        stride = (side - overlap, side - overlap) if side else self.stride
+        return dataclasses.replace(self, size=(side, side), stride=stride)
+
     @property
     def tiles(self) -> str:
         return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}"
@@ -68,15 +73,14 @@ def define_flags() -> None:
     flags.DEFINE_integer("overlap", 64, "Pixels that neighbouring windows of --tile share.", lower_bound=0)
 
 
-def of_flags(default: Windows) -> Windows:
-    """The windows that the flags say; `default` where there is no --tile."""
+def tile_of_flags() -> tuple[int, int] | None:
+    """Side and overlap that the flags say, see `Windows.tiled`; None where there is no --tile."""
     side, overlap = flags.FLAGS.tile, flags.FLAGS.overlap
     if side is None:
-        return default
+        return None
     if side % MULTIPLE or (side and overlap >= side):
         raise InputError(f"--tile={side} must be a multiple of {MULTIPLE} and larger than --overlap={overlap}")
-    stride = side - overlap if side else default.stride[0]
-    return dataclasses.replace(default, size=(side, side), stride=(stride, stride))
+    return side, overlap
 
 
 def canvas_of(height: int, width: int) -> tuple[int, int]:

@@ -115,7 +115,7 @@ class DetectConfig(FineTuneConfig):
         if self.masks == "outlines" and found.outlined < found.count:
             outlines += ", the others count as filled boxes"
         lines = [
-            f"{len(found.objects):,} training images ({empty:,} without boxes), at most {self.max_objects} objects each",
+            f"{len(found.objects):,} training images ({empty:,} without boxes), at most {self.max_objects} boxes each",
             f"boxes: {', '.join(f'{n} {c:,}' for n, c in zip(self.classes, counts.tolist(), strict=True))}; root of "
             f"their area: 5 % below {low} pixels, half below {middle}, 5 % above {high}",
             f"anchors of {', '.join(f'{size:g}' for size in self.head.anchor_sizes)} pixels, a size for each level",

@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 
 from data_pipelines.commands import csv_cell
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Objects
 from data_pipelines.files import atomic_write
 from data_pipelines.outlines import encode_rle
 from infmae_jax import pictures

@@ -56,8 +56,10 @@ def is_finetuned(run: str | Path) -> bool:
     return (run / CONFIG_NAME).is_file() and read_config(run).get("task") in KINDS
 
 
-def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
+def load_finetuned(run: str | Path, step: int | None = None, tile: tuple[int, int] | None = None) -> FineTuned:
     """A fine-tuned run: its checkpoint `step`, or the best one on its validation split, or else the latest.
+
+    `tile`: look at images by windows of this side and overlap, in place of the run's own `windows`.
 
     Raises:
       InputError: not the folder of a fine-tuning run, or no whole checkpoint.
@@ -69,6 +71,8 @@ def load_finetuned(run: str | Path, step: int | None = None) -> FineTuned:
     config = from_config(kind.config, {key: value for key, value in stored.items() if key in known})
     shards = tuple(_found(name, run) for name in config.data.shards)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=shards))
+    if tile is not None:
+        config = dataclasses.replace(config, windows=config.windows.tiled(*tile))
     if step is None:
         step = best_checkpoint(run, config.best_metric, config.best_mode)
     restored = restore_params(run, step=step)
