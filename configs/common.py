@@ -14,9 +14,13 @@ from infmae_jax.training.config import to_config
 _SMOKE_MODEL = dict(widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 
 _SMOKE_HEADS = {
+    "detect": dict(
+        channels=16, box_channels=32, box_convs=1, mask_convs=1, pre_nms_train=64, pre_nms_test=64, proposals_train=64,
+        proposals_test=32, rpn_samples=64, rois=32, max_candidates=64, max_detections=20,
+    ),
     "segment": dict(channels=16, auxiliary_channels=8),
     "small_target": dict(widths=(16, 8, 8, 8, 8)),
-}
+}  # fmt: skip
 
 
 def check_argument(arg: str) -> bool:

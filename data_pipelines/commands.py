@@ -43,6 +43,8 @@ def printable(text: str) -> str:
 def csv_cell(value: Any) -> str:
     """The text of a CSV cell that spreadsheets show instead of computing it: `=1+1` becomes `'=1+1`."""
     text = printable(str(value))
+    if isinstance(value, (int, float)):
+        return text
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import IGNORE, Example, decode_mask, decode_pixels
+from data_pipelines.examples import IGNORE, Example, Objects, decode_mask, decode_pixels
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
+from data_pipelines.outlines import mask_in_box, outline
 from data_pipelines.transforms import Geometry, InfraredAugment, infrared_augment
 
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]
@@ -104,14 +105,17 @@ class LabelledView(View):
     """`image` (H, W, 1) uint8 and the labels that are asked for, moved with it.
 
     Arrays beside `image`: `mask` (H, W) uint8, 255 = ignore or padding; `boxes` (M, 4) float32 x0, y0, x1, y1 on the
-    canvas, `classes` (M,) int32, `crowd` (M,) bool and `box_valid` (M,) bool; for every name in `labels` an int32
-    scalar, -1 where an example lacks it.
+    canvas, `classes` (M,) int32, `crowd` (M,) bool and `box_valid` (M,) bool; with boxes `size` (2,) int32: rows and
+    columns, from the first corner on, that are image and not padding; `outlines` (M, S, S) uint8: what of each box is
+    the object, all of it where there is no outline; for every name in `labels` an int32 scalar, -1 where an example
+    lacks it.
 
     Attributes beside those of `View`:
       focus: probability that a zoomed crop contains a pixel of a class drawn evenly among those of the mask that are
         not 0, the background: for rare classes and small targets.
       mask: give the class mask; an example without one is an error.
       max_objects: M; 0 gives no boxes. More valid boxes are an error that names the image, never cut.
+      outlines: S; 0 gives none.
       min_visible: boxes with less than this share of their area on the canvas are left out.
       labels: names of labels of the whole image.
     """
@@ -119,6 +123,7 @@ class LabelledView(View):
     focus: float = 0.0
     mask: bool = False
     max_objects: int = 0
+    outlines: int = 0
     min_visible: float = 0.0
     labels: tuple[str, ...] = ()
 
@@ -139,6 +144,9 @@ class LabelledView(View):
         if self.max_objects:
             spec["boxes"] = ((self.max_objects, 4), np.float32)
             spec |= {name: ((self.max_objects,), dtype) for name, dtype in _OF_BOXES.items()}
+            spec["size"] = ((2,), np.int32)
+            if self.outlines:
+                spec["outlines"] = ((self.max_objects, self.outlines, self.outlines), np.uint8)
         return spec | {name: ((), np.int32) for name in self.labels}
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -146,6 +154,9 @@ class LabelledView(View):
             raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
         if self.focus and self.zoom and rng.random() < self.focus:
             geometry = self._focused(example, geometry, rng)
+        if self.max_objects and geometry.mirrored:
+            # Padding belongs behind the image, in mirrored crops, too.
+            geometry = dataclasses.replace(geometry, offset=(geometry.offset[0], self.size[1] - geometry.size[1]))
         arrays: dict[str, Any] = super().sample(example, geometry, rng)
         if self.mask:
             arrays["mask"] = geometry.mask(decode_mask(example))
@@ -171,10 +182,22 @@ class LabelledView(View):
         count = int(valid.sum())
         if count > self.max_objects:
             raise InputError(f"{example.key} shows {count} objects, more than max_objects={self.max_objects}: raise it")
-
         kept = {"boxes": boxes, "classes": objects.classes, "crowd": objects.crowd, "box_valid": valid}
+        kept = {name: of[valid] for name, of in kept.items()}
+        if self.outlines:
+            kept["outlines"] = self._outlines(objects, geometry, boxes, np.flatnonzero(valid))
         padding = [(0, self.max_objects - count)]
-        return {name: np.pad(of[valid], padding + [(0, 0)] * (of.ndim - 1)) for name, of in kept.items()}
+        padded = {name: np.pad(of, padding + [(0, 0)] * (of.ndim - 1)) for name, of in kept.items()}
+        return padded | {"size": np.minimum(geometry.size, self.size).astype(np.int32)}
+
+    def _outlines(self, objects: Objects, geometry: Geometry, boxes: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """(n, S, S) uint8 of the n objects `shown`."""
+        masks = np.ones((len(shown), self.outlines, self.outlines), np.uint8)
+        for mask, number in zip(masks, shown.tolist(), strict=True):
+            found = outline(objects.segmentations[number], objects.boxes[number]) if objects.segmentations else None
+            if found is not None:
+                mask[:] = mask_in_box(found, geometry, boxes[number], self.outlines)
+        return masks
 
 
 _OF_BOXES = {"classes": np.int32, "crowd": np.bool_, "box_valid": np.bool_}

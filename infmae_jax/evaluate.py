@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from PIL import Image
 
@@ -50,6 +51,7 @@ def evaluate(
             raise InputError(f"{name} has the classes {theirs}; {run} knows {ours}: build the set with the same table")
     found = model.evaluate(params, shards, split, thorough=True)
     table, drawn = model.report(found["scores"])
+    drawn = {**drawn, **{name: picture for name, picture in found.items() if isinstance(picture, np.ndarray)}}
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
     sets = ", ".join(Path(name).name for name in shards)
     text = f"{origin['run']}, step {step}; split {split} of {sets}, {found['scores']['images']} images\n{table}"
@@ -57,10 +59,11 @@ def evaluate(
         for name, content in (
             ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
             ("scores.txt", text),
+            *found.get("files", {}).items(),
         ):
             with atomic_write(output / name) as partial:
                 partial.write_text(content + "\n")
-        for name, pixels in {**drawn, "worst": found["worst"]}.items():
+        for name, pixels in drawn.items():
             with atomic_write(output / f"{name}.png") as partial:
                 Image.fromarray(pixels).save(partial, "PNG")
     return text

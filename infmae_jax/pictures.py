@@ -190,6 +190,26 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path 
     return _write(_render(figure), path)
 
 
+def precision_curves(curves: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
+    """Draws precision over recall: a name and the precisions at evenly spaced recalls from 0 to 1 for each curve.
+
+    Returns:
+      The picture, (640,960,3) uint8.
+    """
+    figure = _figure(480, 320, zoom=2)
+    figure.set_layout_engine("constrained")
+    axis = figure.add_subplot()
+    for (name, values), colour in zip(curves, class_colours(len(curves) + 1)[1:] / 255, strict=True):
+        axis.plot(np.linspace(0, 1, len(values)), values, color=colour, label=printable(name)[:_LONGEST_NAME])
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.grid(alpha=0.25)
+    if curves:
+        legend = axis.legend(fontsize=7, loc="lower left")
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return _render(figure)
+
+
 def _colour_table(colormap: str) -> np.ndarray:
     """(256, 3) uint8."""
     if colormap not in COLORMAPS:

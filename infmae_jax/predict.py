@@ -37,6 +37,7 @@ RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
 
 class _Image(NamedTuple):
     name: str
+    file: str
     pixels: np.ndarray
 
 
@@ -59,13 +60,12 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     done = _begun(output, tuned)
     left_out: list[str] = []
     todo = [(name, path) for name, path in files.items() if name not in done]
-    programs = windows.host_programs()
-    params, size = programs.params(tuned.params), programs.images_of(tuned.model.config.windows)
     intensity = tuned.model.config.data.intensity
 
     def read(item: tuple[str, Path]) -> _Image | str:
         try:
-            return _Image(item[0], read_image_file(item[1], intensity))
+            name, path = item
+            return _Image(name, name + path.suffix, read_image_file(path, intensity))
         except InputError as error:
             return str(error)
 
@@ -82,22 +82,16 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
         (output / RESULTS_NAME).open("a") as results,
         progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
     ):
-        for group in windows.in_groups(readable(), lambda image: windows.canvas_of(*image.pixels.shape), size):
-            canvas = windows.canvas_of(*group[0].pixels.shape)
-            batch = np.zeros((size(canvas), *canvas), np.uint8)
-            for place, image in enumerate(group):
-                batch[place] = windows.on_canvas(image.pixels, canvas)
-            computed = np.asarray(tuned.model.compute(params, programs.put(batch)))
-            for image, found in zip(group, computed, strict=False):
-                height, width = image.pixels.shape
-                noted = tuned.model.write(output, image.name, image.pixels, found[:height, :width])
-                row = {"image": image.name, "height": height, "width": width, **noted}
-                results.write(json.dumps(row) + "\n")
-                results.flush()
-                bar.update(1)
+        for image, found in tuned.model.predictions(tuned.params, readable(), lambda image: image.pixels):
+            height, width = image.pixels.shape
+            noted = tuned.model.write(output, image.name, image.pixels, found)
+            row = {"image": image.name, "file": image.file, "height": height, "width": width, **noted}
+            results.write(json.dumps(row) + "\n")
+            results.flush()
+            bar.update(1)
     require_some(left_out, len(files))
     with writing(output), (output / RESULTS_NAME).open() as results:
-        tuned.model.conclude(output, map(json.loads, results))
+        tuned.model.finish(output, sorted(map(json.loads, results), key=lambda row: row["image"]))
     return left_out
 
 
@@ -154,7 +148,8 @@ def _finished(path: Path) -> set[str]:
     for line in path.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             row = json.loads(line)
-            files = [value for key, value in row.items() if key != "image" and str(value).endswith(".png")]
+            names = {key: str(value) for key, value in row.items() if key not in ("image", "file")}
+            files = [name for name in names.values() if name.endswith(".png")]
             if all((path.parent / file).is_file() for file in files):
                 kept[row["image"]] = line
     with atomic_write(path) as partial:

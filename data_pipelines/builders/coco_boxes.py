@@ -1,30 +1,37 @@
-"""TFDS builder `coco_boxes`: infrared images with boxes in COCO files."""
+"""TFDS builder `coco_boxes`: infrared images with boxes in files of COCO, VOC or YOLO."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 
-from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders, with_notes
+from data_pipelines.builders.box_files import BoxSplit, read_boxes
+from data_pipelines.builders.coco_file import Annotation, CocoImage
+from data_pipelines.builders.common import InfraredBuilder, image_features, with_notes
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Example
 from data_pipelines.prepare.labelled import labelled_image
 
 LEFT_OUT = "boxes left out (empty or outside the image)"
+_CLIPPED, _ROUNDING = "boxes clipped to their image", 0.5  # pixels beyond the edge that are rounding
 
 
 class CocoBoxes(InfraredBuilder):
     """Infrared images with boxes, and with polygons or RLE where the files have them.
 
-    `manual_dir` holds `images/SPLIT/` and `annotations/SPLIT.json` (COCO: images, annotations with `bbox` = [x, y,
-    width, height] in pixels, categories). Categories are one class for each name, in the order of their ids. Boxes are
-    clipped to the image. Where a file's width and height are those of the picture before its EXIF rotation, or of a
-    resized copy, the annotations are rotated and rescaled with the image; any other difference is an error.
+    `manual_dir` holds images and boxes in one of the layouts of `builders.box_files`: COCO (`images/SPLIT/` and
+    `annotations/SPLIT.json`: images, annotations with `bbox` = [x, y, width, height] in pixels, categories), VOC (M3FD
+    among them, of which the infrared images are taken) or YOLO. Categories are one class for each name, in the order of
+    their ids. Images without boxes are kept. Boxes are clipped to the image, empty ones left out. Where a file's width
+    and height are those of the picture before its EXIF rotation, or of a resized copy, the annotations are rotated and
+    rescaled with the image; any other difference is an error. All this is counted.
     """
 
     def label_features(self) -> dict:
@@ -38,17 +45,36 @@ class CocoBoxes(InfraredBuilder):
         return {"objects": tfds.features.Sequence(objects)}
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        root = Path(dl_manager.manual_dir)
-        folders = split_folders(root, "images")
-        files = {split: read_coco(root / "annotations" / f"{split}.json") for split in folders}
-        names = list(dict.fromkeys(name for coco in files.values() for name in coco.categories))
+        splits, note = read_boxes(Path(dl_manager.manual_dir))
+        if note:
+            logging.warning("%s", note)
+            self.settings["split"] = note
+        refuse_other_names(splits)
+        names = list(dict.fromkeys(name for split in splits.values() for name in split.boxes.categories))
         self.class_names["objects"] = names
+        ids = {name: n for split in reversed(splits.values()) for name, n in split.boxes.categories.items()}
+        self.settings["category_ids"] = {name: ids[name] for name in names}
         self.info.features["objects"]["label"].names = names
-        return {split: self._generate_examples(folders[split], files[split], names) for split in folders}
+        return {name: self._generate_examples(split, names) for name, split in splits.items()}
 
-    def _generate_examples(self, folder: Path, coco: CocoFile, names: list[str]):
-        make = functools.partial(_example, folder=folder, names=names, bit_depth=self.builder_config.bit_depth)
-        return self._generate(coco.images, make)
+    def _generate_examples(self, split: BoxSplit, names: list[str]):
+        make = functools.partial(
+            _example, folder=split.folder, names=names, bit_depth=self.builder_config.bit_depth
+        )
+        return self._generate(split.boxes.images, make)
+
+
+def refuse_other_names(splits: Mapping[str, BoxSplit]) -> None:
+    """InputError where a split has boxes of categories that the first one does not list."""
+    first, *others = splits
+    known = splits[first].boxes.categories
+    for other in others:
+        used = dict.fromkeys(a.category for image in splits[other].boxes.images for a in image.annotations)
+        if strange := [name for name in used if name not in known]:
+            raise InputError(
+                f"split {other} has boxes of {', '.join(strange)}, which {first} does not list (it has "
+                f"{', '.join(known)}): give both the same names"
+            )
 
 
 def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Example, Grid]:
@@ -65,16 +91,22 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):
         grid.notes[LEFT_OUT] = left_out
+    if not image.annotations:
+        grid.notes["images without boxes"] = 1
     example = with_notes(example, grid.notes)
+    if image.number is not None:
+        example = dataclasses.replace(example, attributes={**example.attributes, "image_id": image.number})
     yield example.key, {**image_features(example), "objects": objects}
 
 
 def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
     """The features of one object, clipped to the image; None when nothing of it lies inside."""
     box = grid.clipped(annotation)
-    if box is None:
+    if box is None or min(annotation.bbox[2:]) <= 0:
         return None
     left, top, right, bottom = box
+    if np.abs(np.subtract(grid.corners(annotation), box)).max() > _ROUNDING:
+        grid.notes[_CLIPPED] = grid.notes.get(_CLIPPED, 0) + 1
     return {
         "bbox": tfds.features.BBox(
             ymin=top / grid.height, xmin=left / grid.width, ymax=bottom / grid.height, xmax=right / grid.width

@@ -14,6 +14,8 @@ from absl import logging
 
 from data_pipelines.errors import InputError
 
+_OUTSIDE = 0.1  # share of boxes that leave their image, from which on they are something else
+
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
@@ -29,19 +31,27 @@ class Annotation:
 
 @dataclasses.dataclass(frozen=True)
 class CocoImage:
-    """One image with its objects; `size` is width and height, or None where the file does not state them."""
+    """One image with its objects.
+
+    Attributes:
+      file_name: below the split's folder.
+      size: width and height, or None where the file does not state them.
+      annotations: of its objects.
+      number: its id in the file, or None where the format has none.
+    """
 
     file_name: str
     size: tuple[float, float] | None
     annotations: list[Annotation]
+    number: int | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class CocoFile:
-    """Images in order, and names of the categories in the order of their ids."""
+    """Images in order, and the ids of the categories by name, in the order of the ids."""
 
     images: list[CocoImage]
-    categories: list[str]
+    categories: dict[str, int | str]
 
 
 def read_coco(path: Path) -> CocoFile:
@@ -72,7 +82,7 @@ def read_coco(path: Path) -> CocoFile:
         if number in images:
             raise InputError(f"{name}: another image has the same id; give every image its own")
         size = _checked(entry, "width", name), _checked(entry, "height", name)
-        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [])
+        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [], number)
     _refuse_doubles(path, "file_name", (image.file_name for image in images.values()))
     for name, entry in _entries(path, "annotations", lists):
         image = images[_reference(entry, "image_id", name, "image", images)]
@@ -81,8 +91,9 @@ def read_coco(path: Path) -> CocoFile:
         crowd, shapes = bool(_checked(entry, "iscrowd", name)), _checked(entry, "segmentation", name) or []
         area = box[2] * box[3] if area is None else area
         image.annotations.append(Annotation(name, tuple(box), category, area, crowd, shapes))
+    _refuse_corners(path, images.values())
     ordered = sorted(categories, key=lambda number: (isinstance(number, str), number))
-    return CocoFile(list(images.values()), [categories[number] for number in ordered])
+    return CocoFile(list(images.values()), {categories[number]: number for number in ordered})
 
 
 def _entries(path: Path, kind: str, lists: dict[str, list]) -> list[tuple[str, dict]]:
@@ -132,6 +143,19 @@ def _refuse_doubles(path: Path, what: str, names: Iterable[str]) -> None:
     for name, count in Counter(names).items():
         if count > 1:
             raise InputError(f"{path}: {what} {_short(name)} is used twice: rename or merge them")
+
+
+def _refuse_corners(path: Path, images: Iterable[CocoImage]) -> None:
+    """InputError where the boxes of a file are corners in place of a corner and an extent: all could be, and many leave
+    their image otherwise."""
+    boxes = [(a.bbox, image.size) for image in images if image.size for a in image.annotations]
+    outside = sum(x + w > width + 1 or y + h > height + 1 for (x, y, w, h), (width, height) in boxes)
+    corners = all(x < w <= width + 1 and y < h <= height + 1 for (x, y, w, h), (width, height) in boxes)
+    if corners and outside > _OUTSIDE * len(boxes):
+        raise InputError(
+            f"{path}: {outside} of {len(boxes)} boxes leave their image, and all lie inside as two corners: bbox is "
+            "[x, y, width, height], not [x0, y0, x1, y1]; subtract x0 and y0 from the last two"
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -60,6 +60,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self._beam = beam
         # Names in the order of their numbers, of "mask" and "objects": known when the annotations were read.
         self.class_names: dict[str, list[str]] = {}
+        self.settings: dict[str, Any] = {}  # what a builder notes in the manifest, likewise
         super().__init__(file_format="array_record", **options)
 
     def _download_and_prepare(
@@ -80,7 +81,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             for example in self.examples(name):
                 images.append(describe_image(example, decode_pixels(example)))
                 notes.update(example.attributes.get(NOTES, {}))
-        settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes)}
+        settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
         settings["rejected"] = self._account_for_files(root)
         write_manifest(self.data_path, describe_set(images, splits, self.class_names, settings))
 

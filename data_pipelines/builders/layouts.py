@@ -60,36 +60,43 @@ def find_pairs(root: Path, targets: bool = False) -> tuple[dict[str, list[Pair]]
             if (root / images.format(split=split)).is_dir()
         }
         if found and any(folder.is_dir() for _, folder in found.values()):
-            return {split: list(_paired(*folders, _files(folders[0]), split)) for split, folders in found.items()}, ""
+            return {split: list(_paired(*pair, images_of(pair[0]), split)) for split, pair in found.items()}, ""
     for images, masks in _BY_LIST:
         if (root / images).is_dir() and (root / masks).is_dir():
-            return _listed(root, root / images, root / masks)
+            found, note = splits_of(root, root / images)
+            return {split: list(_paired(root / images, root / masks, part, "")) for split, part in found.items()}, note
     known = ", ".join(
         f"{images} + {masks}" for images, masks in (_BY_FOLDER[0], _BY_FOLDER[2], *_BY_FOLDER[4:], *_BY_LIST)
     )
     raise InputError(f"{root} has no images with masks in a known layout: {known.format(split='SPLIT')}")
 
 
-def _listed(root: Path, images: Path, masks: Path) -> tuple[dict[str, list[Pair]], str]:
-    """Splits by the lists of names in a set's folders, or by blocks where there are none."""
-    files = {path.stem: path for path in _files(images)}
+def splits_of(root: Path, images: Path) -> tuple[dict[str, list[Path]], str]:
+    """Images by split: by the lists of names in a set's folders, or by blocks where there are none.
+
+    Returns:
+      Split -> files, and a note that says how blocks were cut ("" where there are lists).
+
+    Raises:
+      InputError: a list names a file that is not there, or one that another list has.
+    """
+    files = {path.stem: path for path in images_of(images)}
     lists = {split: path for split in SPLITS if (path := _list_of(root, split)) is not None}
-    if lists:
-        found = {}
-        for split, path in lists.items():
-            names = [
-                Path(line.split()[0]).name for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-            ]
-            stems = [name if name in files else Path(name).stem for name in names]
-            if missing := [stem for stem in stems if stem not in files]:
-                raise InputError(f"{path} lists {missing[0]}, which is not in {images}: correct one of them")
-            found[split] = list(_paired(images, masks, [files[stem] for stem in stems], ""))
-            for other, pairs in found.items():
-                if other != split and (both := {pair.image.stem for pair in pairs} & set(stems)):
-                    raise InputError(f"{root}: image {min(both)} is in {other} and {split}: correct the lists of names")
-        return found, ""
-    parts, note = in_blocks(list(files.values()))
-    return {split: list(_paired(images, masks, part, "")) for split, part in parts.items()}, note
+    if not lists:
+        return in_blocks(list(files.values()))
+    found: dict[str, list[Path]] = {}
+    for split, path in lists.items():
+        names = [
+            Path(line.split()[0]).name for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
+        ]
+        stems = [name if name in files else Path(name).stem for name in names]
+        if missing := [stem for stem in stems if stem not in files]:
+            raise InputError(f"{path} lists {missing[0]}, which is not in {images}: correct one of them")
+        found[split] = [files[stem] for stem in stems]
+        for other, part in found.items():
+            if other != split and (both := {image.stem for image in part} & set(stems)):
+                raise InputError(f"{root}: image {min(both)} is in {other} and {split}: correct the lists of names")
+    return found, ""
 
 
 def in_blocks(ordered: list[T]) -> tuple[dict[str, list[T]], str]:
@@ -112,7 +119,7 @@ def _list_of(root: Path, split: str) -> Path | None:
 def _paired(images: Path, masks: Path, files: list[Path], split: str) -> Iterator[Pair]:
     if not masks.is_dir():
         raise InputError(f"{images} has no folder of masks beside it: every split needs {masks}")
-    by_stem = {path.stem: path for path in _files(masks)}
+    by_stem = {path.stem: path for path in images_of(masks)}
     for path in files:
         mask = next((by_stem[path.stem + suffix] for suffix in _SUFFIXES if path.stem + suffix in by_stem), None)
         if mask is None:
@@ -120,6 +127,7 @@ def _paired(images: Path, masks: Path, files: list[Path], split: str) -> Iterato
         yield Pair(f"{split}/{path.name}" if split else path.name, path, mask, masks.name == "labels" and not split)
 
 
-def _files(folder: Path) -> list[Path]:
+def images_of(folder: Path) -> list[Path]:
+    """The files of a folder with the suffix of an image, in order of their names."""
     suffixes = Image.registered_extensions()
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != ".")

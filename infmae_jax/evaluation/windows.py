@@ -62,7 +62,11 @@ class Windows:
     def __str__(self) -> str:
         if self.size == (0, 0):
             return "whole images"
-        return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}, scores averaged"
+        return f"{self.tiles}, scores averaged"
+
+    @property
+    def tiles(self) -> str:
+        return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}"
 
 
 def canvas_of(height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ ATTENTION_METHODS = ("xla", "cudnn")
 POSITIONS = ("recompute", "interpolate")
 SEGMENTATION_HEADS = ("upernet", "fcn")
 HEAD_NORMS = ("group", "layer")
+ROI_ALIGNS = ("auto", "gather", "einsum")
 _DECODER_KEYS = ("decoder_width", "decoder_depth", "decoder_heads", "predict_masked_only")
 
 
@@ -201,6 +202,89 @@ class SegmentationHeadConfig:
         if self.kind == "upernet" or self.fcn_stage in (1, 2):
             reads = "kind=upernet" if self.kind == "upernet" else f"fcn_stage={self.fcn_stage}"
             raise ValueError(f"model.head.{reads} reads stages that a vit encoder lacks; use kind=fcn, fcn_stage=3")
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectionHeadConfig:
+    """Two-stage detector, see `heads.detection`; the numbers are detectron2's.
+
+    Attributes:
+      channels: width of the pyramid, the region proposal network and the convolutions of the box and mask heads.
+      box_channels: width of the box head's fully connected layer.
+      norm: "layer" or "group" (up to 32 groups), of pyramid and heads.
+      box_convs, mask_convs: 3 x 3 convolutions of the box head and the mask head.
+      cascade: three box heads in a row (Cascade R-CNN), each trained on the boxes of the one before.
+      roi_align: "gather", "einsum" (same result; for TPUs), or "auto", which asks what the program is compiled for.
+      anchor_sizes: pixels, one for each of the strides 4, 8, 16, 32, 64; (32, 64, 128, 256, 512) as published. None:
+        to be proposed from the training boxes, see `heads.anchors.propose_sizes`.
+      ratios: height / width of the anchors.
+      rpn_iou: an anchor is background below the first, object from the second on.
+      rpn_samples, rpn_positive: anchors an image that are learnt from, and the largest share of objects among them.
+      pre_nms_train, pre_nms_test: best anchors of each level that become proposals.
+      rpn_nms: IoU above which the lower of two proposals goes.
+      proposals_train, proposals_test: kept of an image.
+      rois, roi_positive: proposals an image that the box heads learn from, and the largest share of objects.
+      roi_iou: a proposal is an object from here on; the later heads of a cascade add 0.1 and 0.2.
+      score_threshold: detections below are left out.
+      nms: IoU above which the lower of two detections of a class goes.
+      max_candidates: best pairs of proposal and class that go into that.
+      max_detections: kept of an image.
+    """
+
+    channels: int = 256
+    box_channels: int = 1024
+    norm: str = "layer"
+    box_convs: int = 4
+    mask_convs: int = 4
+    cascade: bool = False
+    roi_align: str = "auto"
+    anchor_sizes: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rpn_iou: tuple[float, float] = (0.3, 0.7)
+    rpn_samples: int = 256
+    rpn_positive: float = 0.5
+    pre_nms_train: int = 2000
+    pre_nms_test: int = 1000
+    rpn_nms: float = 0.7
+    proposals_train: int = 1000
+    proposals_test: int = 1000
+    rois: int = 512
+    roi_positive: float = 0.25
+    roi_iou: float = 0.5
+    score_threshold: float = 0.05
+    nms: float = 0.5
+    max_candidates: int = 1000
+    max_detections: int = 100
+
+    def __post_init__(self):
+        counts = (
+            "box_convs", "mask_convs", "rpn_samples", "pre_nms_train", "pre_nms_test", "proposals_train",
+            "proposals_test", "rois", "max_candidates", "max_detections",
+        )  # fmt: skip
+        shares = ("rpn_positive", "roi_positive")
+        sizes, low_high = self.anchor_sizes, self.rpn_iou
+        positive = all(0 < size < float("inf") for size in sizes)
+        for field, valid, allowed in (
+            ("channels", self.channels >= 8, "at least 8"),
+            ("box_channels", self.box_channels >= 8, "at least 8"),
+            ("norm", self.norm in HEAD_NORMS, f"one of {', '.join(HEAD_NORMS)}"),
+            ("roi_align", self.roi_align in ROI_ALIGNS, f"one of {', '.join(ROI_ALIGNS)}"),
+            ("anchor_sizes", len(sizes) in (0, 5) and positive, "five positive numbers, or none"),
+            ("ratios", self.ratios and all(0 < r < float("inf") for r in self.ratios), "positive numbers"),
+            ("rpn_iou", len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < 1, "two numbers in (0, 1), in order"),
+            ("roi_iou", 0 < self.roi_iou <= (0.7 if self.cascade else 0.9), "in (0, 0.9], with a cascade (0, 0.7]"),
+            ("score_threshold", 0 <= self.score_threshold < 1, "in [0, 1)"),
+            ("max_detections", self.max_detections <= self.max_candidates, "at most max_candidates"),
+            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
+            *((name, 0 < getattr(self, name) <= 1, "in (0, 1]") for name in (*shares, "rpn_nms", "nms")),
+        ):
+            if not valid:
+                raise ValueError(f"model.head.{field}={getattr(self, field)!r} must be {allowed}")
+
+    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+        """ValueError if the encoder lacks the maps of strides 4 and 8."""
+        if encoder.kind == "vit":
+            raise ValueError("detection reads the maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
 
 
 @dataclasses.dataclass(frozen=True)

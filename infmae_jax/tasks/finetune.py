@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -26,6 +26,7 @@ from data_pipelines.shards import Manifest, read_manifest
 from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
 from data_pipelines.views import LabelledView
+from infmae_jax.evaluation.windows import Windows, canvas_of, host_programs, in_groups, on_canvas
 from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
@@ -39,6 +40,7 @@ AUTO = "auto"
 _FULL_EPOCHS, _FULL_IMAGES = 100, 1000  # the usual hundred epochs belong to data sets of a thousand images
 _FEWEST_EPOCHS, _MOST_EPOCHS = 20, 400
 Config = TypeVar("Config", bound="FineTuneConfig")
+Image = TypeVar("Image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,7 @@ class FineTuneConfig(RunConfig):
       freeze: "encoder" trains the head alone, without drop path.
       layer_decay: the learning rate of each earlier layer is multiplied by this once more; 1 is off.
       classes: names in the order of their numbers, taken from the shards.
+      windows: how large images are looked at in evaluation and prediction.
       evaluate_every: duration between evaluations on the validation split.
       data: labelled images.
       embedded: synthetic ones in their place.
@@ -149,6 +152,7 @@ class FineTuneConfig(RunConfig):
     freeze: Annotated[str, "none, encoder"] = "none"
     layer_decay: Annotated[float, "(0, 1]"] = 0.75
     classes: tuple[str, ...] = ()
+    windows: Windows = Windows()
     evaluate_every: str = "10 percent"
     data: LabelledData = LabelledData()
     embedded: EmbeddedLabels = EmbeddedLabels()
@@ -254,6 +258,52 @@ def manifests_of(config: FineTuneConfig) -> list[Manifest]:
     return [read_manifest(folder) for folder in local_folders(config.data.shards)]
 
 
+class FineTuneModel:
+    """What a fine-tuning run computes, apart from its weights.
+
+    A subclass defines `evaluate`, `report`, `compute` and `write`; see `SegmentationModel`.
+
+    Attributes:
+      config: with architecture and classes filled in, see `resolved`.
+      classes: their names.
+    """
+
+    def __init__(self, config: FineTuneConfig):
+        self.config, self.classes = config, config.classes
+
+    def predictions(
+        self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
+    ) -> Iterator[tuple[Image, Any]]:
+        """Images with what the model finds in them, those of one canvas together: their order may change.
+
+        Here that is the part of `compute`'s array that belongs to the image, for models with a value for every pixel.
+
+        Args:
+          images: of any kind; `pixels` gives the (h,w) uint8 of one.
+        """
+        programs = host_programs()
+        placed, size = programs.params(params), programs.images_of(self.config.windows)
+        for group in in_groups(images, lambda image: canvas_of(*pixels(image).shape), size):
+            canvas = canvas_of(*pixels(group[0]).shape)
+            batch = np.zeros((size(canvas), *canvas), np.uint8)
+            for place, image in enumerate(group):
+                batch[place] = on_canvas(pixels(image), canvas)
+            computed = np.asarray(self.compute(placed, programs.put(batch)))
+            for image, found in zip(group, computed, strict=False):
+                height, width = pixels(image).shape
+                yield image, found[:height, :width]
+
+    def compute(self, params: Any, images: jax.Array) -> Any:
+        """(N,H,W) uint8 on a canvas -> what is found, on the devices."""
+        raise NotImplementedError
+
+    def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes what is of all predicted images together, where the task has such files.
+
+        `rows`: of `predictions.jsonl`, by name; what `write` returned for each image is among it.
+        """
+
+
 class FineTuneTask(Task):
     """See `training.task.Task`. The parameters are those of a Flax module, the encoder below "encoder".
 
@@ -306,24 +356,6 @@ class FineTuneTask(Task):
     def batch_of_zeros(self) -> dict[str, np.ndarray]:
         """One image of the training size, to initialise with."""
         return {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec.items()}
-
-
-class FineTunedModel:
-    """What a fine-tuning run computes, apart from its weights; see `SegmentationModel` for what a subclass has.
-
-    Attributes:
-      config: with architecture and classes filled in, see `resolved`.
-      classes: their names.
-    """
-
-    def __init__(self, config: FineTuneConfig):
-        self.config, self.classes = config, config.classes
-
-    def conclude(self, folder: Path, noted: Iterable[dict[str, Any]]) -> None:
-        """Writes the files that are made of all images' predictions together, where the task has one.
-
-        `noted`: "image", "height", "width" and what `write` returned, of every image.
-        """
 
 
 def layer_of(path: str, encoder: EncoderConfig) -> int:

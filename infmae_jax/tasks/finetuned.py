@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation.windows import MULTIPLE
+from infmae_jax.tasks.detect import DetectConfig, DetectTask
+from infmae_jax.tasks.detect_model import DetectionModel
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
 from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask
@@ -27,6 +29,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "detect": Kind(DetectConfig, DetectTask, DetectionModel),
     "segment": Kind(SegmentConfig, SegmentTask, SegmentationModel),
     "small_target": Kind(SmallTargetConfig, SmallTargetTask, SmallTargetModel),
 }

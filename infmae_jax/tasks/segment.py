@@ -28,7 +28,7 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
 from infmae_jax.models.heads.segmentation import Segmenter, resize
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTunedModel, FineTuneTask
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask
 from infmae_jax.training.task import Evaluator, Loss
 
 _MOST_WEIGHT = 10.0  # of a class before weights are scaled: a class of a few pixels must not be all that counts
@@ -56,7 +56,6 @@ class SegmentConfig(FineTuneConfig):
     Attributes:
       head: decode head and auxiliary head.
       loss: see there.
-      windows: how images are looked at in evaluation and prediction.
       background: class that the second mean of the measures leaves out; -1: none.
     """
 
@@ -64,7 +63,6 @@ class SegmentConfig(FineTuneConfig):
     best_metric: str = "val_miou"
     head: SegmentationHeadConfig = SegmentationHeadConfig()
     loss: SegmentLossConfig = SegmentLossConfig()
-    windows: Windows = Windows()
     background: Annotated[int, "[-1, 254]"] = 0
 
     LABELS: ClassVar[str] = "mask"
@@ -152,7 +150,7 @@ class SegmentTask(FineTuneTask):
         return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
 
 
-class SegmentationModel(FineTunedModel):
+class SegmentationModel(FineTuneModel):
     """What a segmentation run computes, apart from its weights."""
 
     def __init__(self, config: SegmentConfig):

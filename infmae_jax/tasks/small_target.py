@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -30,7 +30,7 @@ from infmae_jax.models.config import SmallTargetHeadConfig
 from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.heads.small_targets import TargetDetector
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTunedModel, FineTuneTask, LabelledData
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask, LabelledData
 from infmae_jax.training.task import Evaluator, Loss
 
 CLASSES = 2
@@ -163,7 +163,7 @@ def _sls(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
 _LOSSES = {"soft_iou_bce": _soft_iou_bce, "sls": _sls, "focal": _focal}
 
 
-class SmallTargetModel(FineTunedModel):
+class SmallTargetModel(FineTuneModel):
     """What a small-target run computes, apart from its weights."""
 
     def __init__(self, config: SmallTargetConfig):
@@ -234,9 +234,9 @@ class SmallTargetModel(FineTunedModel):
         ]
         return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "targets": listed}
 
-    def conclude(self, folder: Path, noted: Iterable[dict[str, Any]]) -> None:
-        rows = ((row["image"], *(target[name] for name in _COLUMNS)) for row in noted for target in row["targets"])
-        write_csv(folder / "targets.csv", ("image", *_COLUMNS), rows)
+    def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+        table = ((row["image"], *(target[name] for name in _COLUMNS)) for row in rows for target in row["targets"])
+        write_csv(folder / "targets.csv", ("image", *_COLUMNS), table)
 
 
 def _scores(module: TargetDetector, params: Any, pixels: jax.Array) -> jax.Array:

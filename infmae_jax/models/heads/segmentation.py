@@ -15,9 +15,8 @@ import numpy as np
 
 from infmae_jax.models import blocks
 from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig
+from infmae_jax.models.heads.layers import ConvModule, conv, norm
 from infmae_jax.models.infmae import ENCODER_MODULES
-
-_kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def adaptive_pool_matrix(size: int, bins: int) -> np.ndarray:
@@ -51,39 +50,6 @@ def _weighted(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
     return jnp.einsum("bhwc,ih,jw->bijc", wide, *weights, precision="highest").astype(x.dtype)
 
 
-def _norm(kind: str, channels: int, dtype: str) -> nn.Module:
-    """LayerNorm, or GroupNorm of at most 32 groups of at least 8 channels: over the 1 x 1 cells of a pooled map,
-    groups of one channel would be zero whatever their input."""
-    if kind == "layer":
-        return blocks.layer_norm(dtype, blocks.CONV_EPS, "norm")
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and (channels >= 8 * g or g == 1))
-    return nn.GroupNorm(
-        groups, epsilon=blocks.CONV_EPS, dtype=jnp.dtype(dtype), param_dtype=blocks.float_dtype(dtype),
-        use_fast_variance=False, name="norm",
-    )  # fmt: skip
-
-
-class ConvModule(nn.Module):
-    """Convolution without bias, norm, ReLU: (B,H,W,C_in) -> (B,H,W,channels); stride 1, zero padding."""
-
-    channels: int
-    kernel: int
-    norm: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = _conv(self.channels, self.kernel, self.dtype)(x)
-        return nn.relu(_norm(self.norm, self.channels, self.dtype)(x))
-
-
-def _conv(channels: int, kernel: int, dtype: str, **options) -> nn.Conv:
-    return nn.Conv(
-        channels, (kernel, kernel), use_bias=False, dtype=jnp.dtype(dtype), param_dtype=blocks.float_dtype(dtype),
-        kernel_init=_kaiming_normal, name="conv", **options,
-    )  # fmt: skip
-
-
 class Stride32(nn.Module):
     """The coarsest map of MCMAE: 3 x 3 convolution of stride 2 without padding, norm, exact GELU.
 
@@ -97,8 +63,8 @@ class Stride32(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         missing = [max(3 - side, 0) for side in x.shape[1:3]]
         x = jnp.pad(x, ((0, 0), *((count // 2, -(-count // 2)) for count in missing), (0, 0)))
-        x = _conv(x.shape[-1], 3, self.dtype, strides=2, padding="VALID")(x)
-        return blocks.gelu(_norm(self.norm, x.shape[-1], self.dtype)(x))
+        x = conv(x.shape[-1], 3, self.dtype, strides=2, padding="VALID")(x)
+        return blocks.gelu(norm(self.norm, x.shape[-1], self.dtype)(x))
 
 
 class Classifier(nn.Module):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from infmae_jax.models import blocks
 from infmae_jax.models.config import EncoderConfig, SmallTargetHeadConfig
-from infmae_jax.models.heads.segmentation import ConvModule, resize
+from infmae_jax.models.heads.layers import ConvModule
+from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.infmae import ENCODER_MODULES
 
 

@@ -1,0 +1,202 @@
+"""Boxes in the formats of COCO, Pascal VOC and YOLO, in the layouts that data sets come in: all become `CocoFile`s.
+
+    COCO   images/SPLIT/, annotations/SPLIT.json
+    VOC    one XML file for each image in Annotations/ (or Annotation/), images in JPEGImages/, images/, Ir/ or ir/;
+           splits by folders (Annotations/SPLIT/, images/SPLIT/) or by lists of names (ImageSets/Main/train.txt)
+    YOLO   one text file for each image in labels/, images in images/, each with folders of splits or without, or
+           SPLIT/images/ and SPLIT/labels/; classes.txt, obj.names, data.yaml or dataset.yaml
+
+Where nothing says how images are split, the first four fifths by name are train and the rest val: frames of a film that
+follow each other look alike, so that a random split would train on what it is measured by. VOC's corners are edges as
+they are written; its "difficult" objects count neither way, as COCO's crowds. VOC and YOLO number no categories: VOC's
+are in alphabetical order from 1, YOLO's in the order of its list from 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+from PIL import Image, UnidentifiedImageError
+
+from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
+from data_pipelines.builders.common import SPLITS, split_folders
+from data_pipelines.builders.layouts import images_of, splits_of
+from data_pipelines.errors import InputError
+
+_VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
+_NAME_LISTS, _YAML = ("classes.txt", "obj.names"), ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
+_ORIENTATION = 0x0112  # EXIF
+_SLACK = 1e-3  # of a share of the image: rounding in text files
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxSplit:
+    """A split: its boxes, and the folder that their images' names are below."""
+
+    folder: Path
+    boxes: CocoFile
+
+
+def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
+    """Split -> boxes, and a note on splits that the source does not have ("" otherwise).
+
+    Raises:
+      InputError: no layout that is known, or a file that cannot be used.
+    """
+    if (root / "annotations").is_dir() and any((root / "annotations").glob("*.json")):
+        folders, files = split_folders(root, "images"), root / "annotations"
+        return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, ""
+    voc = next((root / name for name in _VOC_LABELS if any((root / name).rglob("*.xml"))), None)
+    if voc is not None:
+        images = next((root / name for name in _VOC_IMAGES if (root / name).is_dir()), None)
+        if images is None:
+            raise InputError(f"{root} has no folder of images beside {voc.name}: name it {' or '.join(_VOC_IMAGES)}")
+        return _read_all(root, images, voc, _voc_image, None)
+    if any((root / name).rglob("*.txt") for name in ("labels", *SPLITS)):
+        return _read_all(root, root / "images", root / "labels", _yolo_image, _yolo_names(root))
+    raise InputError(
+        f"{root} has no boxes in a known layout: annotations/SPLIT.json (COCO), Annotations/*.xml (VOC) or "
+        "labels/*.txt (YOLO), with the images beside"
+    )
+
+
+_Read = Callable[[Path, Path, str, Mapping[str, int] | None], CocoImage]
+
+
+def _read_all(
+    root: Path, images: Path, labels: Path, read: _Read, categories: dict[str, int] | None
+) -> tuple[dict[str, BoxSplit], str]:
+    """All splits of a format with a file of labels for each image, named as it; `categories` None: those that occur."""
+    beside = {name: (root / name / "images", root / name / "labels") for name in SPLITS}
+    below = {name: (images / name, labels / name) for name in SPLITS}
+    folders = next(
+        (found for way in (beside, below) if (found := {name: p for name, p in way.items() if p[0].is_dir()})), None
+    )
+    if folders is None:
+        if not images.is_dir():
+            raise InputError(f"{root} has no folder {images.name} beside {labels.name}: put the images there")
+        files, note = splits_of(root, images)
+        folders = dict.fromkeys(files, (images, labels))
+    else:
+        files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
+    found = {
+        name: [read(file, folders[name][1] / file.stem, file.name, categories) for file in files[name]]
+        for name in files
+    }
+    if categories is None:
+        names = sorted({a.category for part in found.values() for image in part for a in image.annotations})
+        categories = {name: number for number, name in enumerate(names, start=1)}
+    return {name: BoxSplit(folders[name][0], CocoFile(part, categories)) for name, part in found.items()}, note
+
+
+def _voc_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+    """An image with the objects of its XML file."""
+    path = label.with_name(label.name + ".xml")
+    try:
+        root = ElementTree.fromstring(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(
+            f"{image} has no {path}: add it, without objects if there are none, or remove the image"
+        ) from None
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"{path} is not readable as XML ({error}): correct it") from error
+    width, height = (_voc_number(root, f"size/{side}", path, needed=False) for side in ("width", "height"))
+    objects = [_voc_object(found, f"{path}: object {n}", path) for n, found in enumerate(root.iter("object"), start=1)]
+    return CocoImage(name, (width, height) if width and height else None, objects)
+
+
+def _voc_object(found: ElementTree.Element, name: str, path: Path) -> Annotation:
+    category = (found.findtext("name") or "").strip()
+    if not category:
+        raise InputError(f"{name} has no name: give it one")
+    x0, y0, x1, y1 = (_voc_number(found, f"bndbox/{edge}", path) for edge in ("xmin", "ymin", "xmax", "ymax"))
+    if x1 < x0 or y1 < y0:
+        raise InputError(
+            f"{name} has its second corner {x1:g},{y1:g} before its first {x0:g},{y0:g}: correct it (is it width and "
+            "height? bndbox needs xmin, ymin, xmax, ymax)"
+        )
+    difficult = (found.findtext("difficult") or "0").strip() == "1"
+    return Annotation(name, (x0, y0, x1 - x0, y1 - y0), category, (x1 - x0) * (y1 - y0), difficult, [])
+
+
+def _voc_number(found: ElementTree.Element, tag: str, path: Path, needed: bool = True) -> float:
+    text = (found.findtext(tag) or "").strip()
+    try:
+        value = float(text) if text or needed else 0.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{path}: {tag} is {text!r}, which is no number of pixels: correct it")
+    return value
+
+
+def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+    """An image with the boxes, or polygons, of its text file; without a file it has none."""
+    path = label.with_name(label.name + ".txt")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        with Image.open(image) as opened:
+            size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
+    except (UnicodeDecodeError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{image} or {path.name} cannot be read ({error}): replace it") from error
+    names = list(categories or {})
+    objects = [
+        _yolo_object(line.split(), f"{path}: line {number}", names, size)
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    # Some tools draw boxes on the turned picture, others do not: without a size, turned images are refused.
+    return CocoImage(name, None if turned else size, objects)
+
+
+def _yolo_object(parts: list[str], name: str, categories: list[str], size: tuple[int, int]) -> Annotation:
+    try:
+        number, values = int(parts[0]), [float(part) for part in parts[1:]]
+        if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+            raise ValueError
+    except ValueError:
+        what = "a class and x, y, width, height, or a class and the points of a polygon"
+        raise InputError(f"{name} is not {what}: correct it") from None
+    if not 0 <= number < len(categories):
+        raise InputError(f"{name} has class {number}; the list of classes has {len(categories)}: correct one of them")
+    if not all(-_SLACK <= value <= 1 + _SLACK for value in values):
+        raise InputError(f"{name} holds {' '.join(parts[1:5])}: YOLO boxes are shares of the image, from 0 to 1")
+    width, height = size
+    if len(values) == 4:
+        x, y, w, h = values[0] * width, values[1] * height, values[2] * width, values[3] * height
+        box, polygons = (x - w / 2, y - h / 2, w, h), []
+    else:
+        polygons = [[value * size[place % 2] for place, value in enumerate(values)]]
+        xs, ys = polygons[0][::2], polygons[0][1::2]
+        box = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    return Annotation(name, box, categories[number], box[2] * box[3], False, polygons)
+
+
+def _yolo_names(root: Path) -> dict[str, int]:
+    """The classes of a YOLO set, by name, in order."""
+    for name in _NAME_LISTS:
+        for path in (root / name, root / "labels" / name):
+            if path.is_file():
+                return _numbered([line.strip() for line in path.read_text().splitlines() if line.strip()], path)
+    for name in _YAML:
+        path = root / name
+        if path.is_file():
+            try:
+                found = yaml.safe_load(path.read_text())["names"]
+                ordered = [found[number] for number in range(len(found))]  # a list, or a dict by number
+                return _numbered([str(name) for name in ordered], path)
+            except (yaml.YAMLError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
+                reason = " ".join(str(error).split())
+                raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
+    raise InputError(f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names")
+
+
+def _numbered(names: list[str], path: Path) -> dict[str, int]:
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"{path} lists no class, or one of them twice: give every class a name of its own")
+    return {name: number for number, name in enumerate(names)}

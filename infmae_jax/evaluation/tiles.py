@@ -1,0 +1,133 @@
+"""Boxes in images of any size: looked at whole, or by overlapping tiles whose boxes are brought together.
+
+An object on a seam is in two tiles, whole in at most one of them if the overlap is as large as the object. A box that
+touches the inner edge of its tile is left out where another tile has more of the same object; what is then still there
+twice is removed by non-maximum suppression within each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from infmae_jax.evaluation.detection import Boxes, pairwise_iou
+from infmae_jax.evaluation.windows import BatchSize, Windows, canvas_of, in_groups, on_canvas, window_starts
+
+T = TypeVar("T")
+Detect = Callable[[np.ndarray, np.ndarray], list[Boxes]]  # ((N,H,W) uint8, (N,2) int32 true sizes) -> N of Boxes
+_AT_SEAM = 2.0  # pixels from the edge of a tile within which a box touches it
+_SAME = 0.5  # share of the smaller box inside the other one, from which on they are of one object
+_RIVAL = 0.5  # share of a box's score that a box which sees more must have
+_OVERLAP = 0.5  # IoU above which the lower of two boxes of a class from different tiles is removed
+
+
+class Tile(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def tiles_of(height: int, width: int, windows: Windows) -> list[Tile]:
+    """The tiles that cover an image: one where it is looked at whole or is no larger than a window."""
+    if windows.size == (0, 0):
+        return [Tile(0, 0, height, width)]
+    rows, columns = (
+        window_starts(extent, size, stride)
+        for extent, size, stride in zip((height, width), windows.size, windows.stride, strict=True)
+    )
+    size = min(height, windows.size[0]), min(width, windows.size[1])
+    return [Tile(row, column, *size) for row in rows for column in columns]
+
+
+def detections(
+    images: Iterable[T],
+    pixels: Callable[[T], np.ndarray],
+    detect: Detect,
+    windows: Windows,
+    batch_size: BatchSize,
+    most: int,
+) -> Iterator[tuple[T, Boxes]]:
+    """Finds the boxes of images, those of one canvas together; their order may change.
+
+    Args:
+      images: of any kind.
+      pixels: (h,w) uint8 of one.
+      detect: of a batch on one canvas.
+      windows: size and stride of tiles.
+      batch_size: N; what is missing is filled up.
+      most: boxes that are kept of an image.
+
+    Yields:
+      Each image with its boxes, in its own pixels.
+    """
+    waiting: dict[int, tuple[T, list[Tile], dict[Tile, Boxes]]] = {}
+
+    def parts() -> Iterator[tuple[int, Tile, np.ndarray]]:
+        for number, image in enumerate(images):
+            whole = pixels(image)
+            tiles = tiles_of(*whole.shape, windows)
+            waiting[number] = image, tiles, {}
+            for tile in tiles:
+                yield number, tile, whole[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
+
+    for group in in_groups(parts(), lambda part: canvas_of(*part[2].shape), batch_size):
+        canvas = canvas_of(*group[0][2].shape)
+        size = batch_size(canvas)
+        batch = np.zeros((size, *canvas), np.uint8)
+        sizes = np.tile(np.array(canvas, np.int32), (size, 1))
+        for place, (_, tile, part) in enumerate(group):
+            batch[place], sizes[place] = on_canvas(part, canvas), (tile.height, tile.width)
+        for (number, tile, _), found in zip(group, detect(batch, sizes), strict=False):
+            image, tiles, known = waiting[number]
+            known[tile] = found
+            if len(known) == len(tiles):
+                del waiting[number]
+                yield image, joined([(tile, known[tile]) for tile in tiles], most)
+
+
+def joined(parts: list[tuple[Tile, Boxes]], most: int) -> Boxes:
+    """The boxes of an image's tiles as those of the image, best first, at most so many."""
+    if len(parts) == 1:
+        return parts[0][1]
+    moved = [found._replace(boxes=found.boxes + np.float32([t.left, t.top, t.left, t.top])) for t, found in parts]
+    masks = None if moved[0].masks is None else np.concatenate([found.masks for found in moved])
+    whole = Boxes(*(np.concatenate([found[field] for found in moved]) for field in range(3)), masks)
+    origin = np.repeat(np.arange(len(parts)), [len(found.boxes) for found in moved])
+    height, width = (max(t[axis] + t[axis + 2] for t, _ in parts) for axis in (0, 1))
+    cut = [_cut(found.boxes, tile, height, width) for (tile, _), found in zip(parts, moved, strict=True)]
+    kept = _kept(whole, origin, np.concatenate(cut))
+    return whole.only(kept[np.argsort(-whole.scores[kept], kind="stable")][:most])
+
+
+def _cut(boxes: np.ndarray, tile: Tile, height: int, width: int) -> np.ndarray:
+    """(n,) bool: which boxes, in pixels of the image, touch an edge of their tile that is not one of the image."""
+    bottom, right = tile.top + tile.height, tile.left + tile.width
+    return (
+        ((boxes[:, 0] < tile.left + _AT_SEAM) & (tile.left > 0))
+        | ((boxes[:, 1] < tile.top + _AT_SEAM) & (tile.top > 0))
+        | ((boxes[:, 2] > right - _AT_SEAM) & (right < width))
+        | ((boxes[:, 3] > bottom - _AT_SEAM) & (bottom < height))
+    )
+
+
+def _kept(whole: Boxes, origin: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """Indices of the boxes that stay."""
+    boxes = whole.boxes.astype(np.float64)
+    sides = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - np.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    both, areas = np.prod(np.maximum(sides, 0), axis=-1), np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
+    rivals = (whole.classes[:, None] == whole.classes[None]) & (origin[:, None] != origin[None])
+    same = both >= _SAME * np.maximum(np.minimum(areas[:, None], areas[None]), 1e-12)
+    stronger = whole.scores[None] >= _RIVAL * whole.scores[:, None]
+    seen_better = (rivals & same & stronger & (areas[None] > areas[:, None])).any(axis=1)
+    left = np.flatnonzero(~(cut & seen_better))
+    overlaps = (pairwise_iou(boxes, boxes) > _OVERLAP) & rivals
+    kept: list[int] = []
+    for place in left[np.argsort(-whole.scores[left], kind="stable")].tolist():
+        if not overlaps[place, kept].any():
+            kept.append(place)
+    return np.array(kept, int)

@@ -1,0 +1,202 @@
+"""Object detection: boxes, and masks where the data has outlines, by Mask R-CNN or Cascade R-CNN."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.errors import InputError
+from data_pipelines.examples import CorruptExample, Objects
+from data_pipelines.outlines import outline
+from data_pipelines.reader import ExampleReader
+from data_pipelines.remote import local_folders
+from infmae_jax.evaluation import detection
+from infmae_jax.evaluation.windows import Windows, ahead
+from infmae_jax.interop.trained_model import TrainedModel
+from infmae_jax.models.config import DetectionHeadConfig, EncoderConfig
+from infmae_jax.models.heads.anchors import propose_sizes
+from infmae_jax.models.heads.detection import Targets
+from infmae_jax.models.patches import normalize
+from infmae_jax.tasks.detect_model import DetectionModel
+from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask, LabelledData, manifests_of
+from infmae_jax.training.config import Count, OptimizerConfig
+from infmae_jax.training.task import Evaluator, Loss
+
+OUTLINE_SIDE = 56  # cells along a box, from which the mask head's targets are taken
+_MOST_AREA = 0.5  # share of the outlined objects below which there is no mask branch
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectConfig(FineTuneConfig):
+    """A detection run. The recipe is that of the MCMAE detectors: layer decay 0.8, weight decay 0.1, drop path 0.1.
+
+    Attributes:
+      head: the detector; its anchor sizes are proposed from the training boxes where none are given.
+      masks: "outlines" trains a mask branch, "none" does not, "auto" does where most training objects have an outline
+        other than their box; "boxes" trains it on the boxes as masks, for comparison with work that did.
+      max_objects: most objects of a training crop, to which all are padded; 0: as many as an image has. Fewer than
+        needed are refused.
+      min_visible: objects with a smaller share of their box in a crop are left out.
+      threshold: score from which on boxes are drawn.
+      category_ids: the source's id of each class, as JSON, in the order of `classes`; filled in.
+    """
+
+    task: str = "detect"
+    best_metric: str = "val_ap"
+    optimizer: OptimizerConfig = OptimizerConfig(
+        base_learning_rate=1.6e-3, warmup="2 percent", schedule="half_cosine", weight_decay=0.1, b2=0.999
+    )
+    encoder: EncoderConfig = EncoderConfig(fuse_stages=False, drop_path=0.1)
+    layer_decay: Annotated[float, "(0, 1]"] = 0.8
+    head: DetectionHeadConfig = DetectionHeadConfig()
+    masks: Annotated[str, "auto, none, boxes, outlines"] = "auto"
+    max_objects: Count = 0
+    min_visible: Annotated[float, "[0, 1]"] = 0.2
+    threshold: Annotated[float, "[0, 1]"] = 0.5
+    category_ids: tuple[str, ...] = ()
+    windows: Windows = Windows((0, 0), batch_size=2)
+    data: LabelledData = LabelledData()
+
+    LABELS: ClassVar[str] = "objects"
+    FREE_KEYS: ClassVar[tuple[str, ...]] = (*FineTuneConfig.FREE_KEYS, "windows.", "threshold")
+
+    def completed(self) -> Self:
+        """With anchor sizes, mask branch, number of objects and category ids, as the training labels need them.
+
+        Raises:
+          InputError: no boxes, more of them than `max_objects`, no outlines for a mask branch that is asked for; or the
+            library that evaluates is missing.
+        """
+        detection.require_library()
+        found = survey(self)
+        boxes = np.concatenate([objects.boxes[~objects.crowd] for objects in found.objects])
+        if not len(boxes):
+            raise InputError(f"no boxes in the split {self.data.train_split} of {', '.join(self.data.shards)}")
+        needed, where = max((len(o.boxes), key) for o, key in zip(found.objects, found.keys, strict=True))
+        if 0 < self.max_objects < needed:
+            raise InputError(f"{where} has {needed} objects, more than max_objects={self.max_objects}: raise it, or 0")
+        head = self.head
+        if not head.anchor_sizes:
+            head = dataclasses.replace(head, anchor_sizes=propose_sizes(boxes, head.ratios))
+        whole = dataclasses.replace(
+            self, head=head, masks=self._mask_branch(found), max_objects=self.max_objects or needed,
+            category_ids=self._category_ids(),
+        )  # fmt: skip
+        whole._describe(found, boxes)
+        return whole
+
+    def _mask_branch(self, found: Survey) -> str:
+        if self.masks == "auto":
+            return "outlines" if found.outlined > _MOST_AREA * found.count else "none"
+        if self.masks == "outlines" and not found.outlined:
+            raise InputError("masks=outlines, but no training object has polygons or RLE other than its box: use auto")
+        return self.masks
+
+    def _category_ids(self) -> tuple[str, ...]:
+        known: dict[str, Any] = {}
+        for manifest in manifests_of(self):
+            ids = manifest.settings.get("category_ids")
+            known = {**(ids if isinstance(ids, dict) else {}), **known}
+        return tuple(json.dumps(known.get(name, place)) for place, name in enumerate(self.classes, start=1))
+
+    def _describe(self, found: Survey, boxes: np.ndarray) -> None:
+        """Prints what the training labels are, and what was concluded."""
+        counts = np.bincount(np.concatenate([o.classes for o in found.objects]), minlength=len(self.classes))
+        empty = sum(not len(objects.boxes) for objects in found.objects)
+        sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1))
+        low, middle, high = (f"{side:.0f}" for side in np.percentile(sides, (5, 50, 95)))
+        outlines = f"{found.outlined:,} of {found.count:,} objects have an outline other than their box"
+        branch = {"none": "no mask branch", "boxes": "a mask branch trained on boxes"}
+        if self.masks == "outlines" and found.outlined < found.count:
+            outlines += ", the others count as filled boxes"
+        lines = [
+            f"{len(found.objects):,} training images ({empty:,} without boxes), at most {self.max_objects} boxes each",
+            f"boxes: {', '.join(f'{n} {c:,}' for n, c in zip(self.classes, counts.tolist(), strict=True))}; root of "
+            f"their area: 5 % below {low} pixels, half below {middle}, 5 % above {high}",
+            f"anchors of {', '.join(f'{size:g}' for size in self.head.anchor_sizes)} pixels, a size for each level",
+            f"masks: {branch.get(self.masks, 'a mask branch')}; {outlines}",
+        ]
+        if missing := [name for name, count in zip(self.classes, counts, strict=True) if not count]:
+            lines.append(f"no training box is of {', '.join(missing)}: the model cannot learn to find it")
+        print("\n".join(lines), flush=True)
+
+
+class Survey(NamedTuple):
+    """The training labels: keys and objects of all images, how many objects there are, and how many have an outline."""
+
+    keys: list[str]
+    objects: list[Objects]
+    count: int
+    outlined: int
+
+
+def survey(config: DetectConfig) -> Survey:
+    """Reads the objects of the training split; InputError for an image without a list of them."""
+    reader = ExampleReader(local_folders(config.data.shards), config.data.train_split)
+
+    def read(index: int) -> tuple[str, Objects, int] | None:
+        try:
+            example = reader[index]
+            if (objects := example.objects) is None:
+                raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
+            pairs = zip(objects.segmentations, objects.boxes, strict=False)
+            return example.key, objects, sum(outline(text, box) is not None for text, box in pairs)
+        except CorruptExample:
+            return None  # the pipeline names it, and puts another one in its place
+
+    rows = [row for row in ahead(read, range(len(reader))) if row is not None]
+    keys, objects, outlined = zip(*rows, strict=True) if rows else ((), (), ())
+    return Survey(list(keys), list(objects), sum(len(each.boxes) for each in objects), sum(outlined))
+
+
+class DetectTask(FineTuneTask):
+    """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and the boxes of `LabelledView`, with `outlines`
+    (B,M,56,56) uint8 where masks are trained on them."""
+
+    name = "detect"
+
+    def __init__(self, config: DetectConfig, trained: TrainedModel):
+        """Both from `resolved`."""
+        outlines = OUTLINE_SIDE if config.masks == "outlines" else 0
+        self.view = config.data.view(
+            max_objects=config.max_objects, outlines=outlines, min_visible=config.min_visible
+        )
+        super().__init__(config, trained)
+        self.model = DetectionModel(config)
+
+    def init(self, key: jax.Array) -> Any:
+        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
+
+    def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
+        noise, draws = jax.random.split(key)
+        arguments = normalize(batch["image"]), self._targets(batch), draws
+        module, rngs = self.model.module, self.noise(noise)
+        losses = module.apply({"params": params}, *arguments, method="losses", rngs=rngs)
+        count = len(batch["image"])
+        # Every loss is a mean over images of one weight: the sum over images is all that may be added up.
+        means = {name: total * (count / weight) for name, (total, weight) in losses.items()}
+        return Loss(sum(means.values()), count, means)
+
+    def _targets(self, batch: dict[str, jax.Array]) -> Targets:
+        masks = None
+        if self.config.masks == "outlines":
+            masks = batch["outlines"].astype(jnp.float32)
+        elif self.config.masks == "boxes":
+            masks = jnp.ones((*batch["classes"].shape, OUTLINE_SIDE, OUTLINE_SIDE), jnp.float32)
+        names = ("size", "boxes", "classes", "box_valid", "crowd")
+        return Targets(*(jnp.asarray(batch[name]) for name in names), masks)
+
+    def evaluators(self) -> dict[str, Evaluator]:
+        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
+
+    def _evaluate(self, params: Any) -> dict[str, Any]:
+        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
+        scores = found["scores"]
+        names = {"val_ap": "AP", "val_ap50": "AP50", "val_ap75": "AP75"}
+        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
+        return {**numbers, "val_scores": scores, "val_worst": found["worst"], "val_best": found["best"]}
