@@ -5,6 +5,9 @@ step        the training step: images/s, MFU, memory, compile time over --batch_
             config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
             .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
+segment, small_target
+            a fine-tuning task (--config of that task, --variant): images/s of training and prediction, and what
+            evaluation takes of a run
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
 all         each of them, the most telling first: --minutes (none begins later), --output (a folder: JSON and tables
             after each); one that fails does not stop the others
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +39,28 @@ from data_pipelines.errors import InputError
 from infmae_jax.bench.data import data
 from infmae_jax.bench.every import run_all
 from infmae_jax.bench.features import features
+from infmae_jax.bench.finetune import finetune
 from infmae_jax.bench.flops import flops
 from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
+from infmae_jax.tasks.finetune import FineTuneConfig
+from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import from_config
 
 _BASE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "inf30_base.py"
+_FINETUNING = {  # what is measured of a task where --config is not of it
+    "segment": "configs.segment.masks_tiny_cpu",
+    "small_target": "configs.small_target.targets_tiny_cpu",
+}
 _QUICK_MODEL = dict(
     widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2
 )  # fmt: skip
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_BASE), "Pretraining config with model and sizes.")
+    config_flags.DEFINE_config_file("config", str(_BASE), "Config of pretraining, or of the fine-tuning task.")
     flags.DEFINE_boolean("quick", False, "Shrink model and sizes until a CPU runs it in seconds.")
     flags.DEFINE_integer("rounds", 0, "Turns that each contender gets; 0: 7, or 2 with --quick.", lower_bound=0)
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
@@ -71,6 +82,10 @@ class _Settings:
         values = flags.FLAGS
         self.quick = values.quick
         self.rounds = values.rounds or (2 if self.quick else 7)
+
+    @functools.cached_property
+    def config(self) -> PretrainConfig:
+        values = flags.FLAGS
         config = from_config(PretrainConfig, values.config)
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
         model = variant(values.variant) if values.variant else config.model
@@ -81,7 +96,18 @@ class _Settings:
             model = model.replace(dtype=values.dtype or (model.encoder.dtype if on_accelerator() else "float32"))
         except ValueError as error:
             raise InputError(f"--dtype={values.dtype}: {error}") from error
-        self.config = dataclasses.replace(config, model=model, data=data)
+        return dataclasses.replace(config, model=model, data=data)
+
+    def finetuning(self, task: str) -> FineTuneConfig:
+        """--config where it is of this task, or else the task's config for CPUs."""
+        given = flags.FLAGS.config
+        if given.get("task", task) != task:
+            raise InputError(f"--config is of the task {given.task}: measure that, or leave --config out")
+        values = given if "task" in given else import_module(_FINETUNING[task]).get_config("smoke" * self.quick)
+        config = from_config(KINDS[task].config, values)
+        dtype = flags.FLAGS.dtype or (config.encoder.dtype if on_accelerator() else "float32")
+        encoder = dataclasses.replace(config.encoder, dtype=dtype)
+        return dataclasses.replace(config, encoder=encoder, variant=flags.FLAGS.variant or config.variant)
 
     def batches(self, on_cpu: int, accelerated: int) -> list[int]:
         """--batch_sizes, or the usual one of a subject."""
@@ -98,10 +124,16 @@ def _step(s: _Settings) -> dict[str, Any]:
     return step(s.config, batches, s.rounds)
 
 
+def _finetune(task: str, s: _Settings) -> dict[str, Any]:
+    config = s.finetuning(task)
+    return finetune(KINDS[task], config, s.batches(config.data.batch_size, config.data.batch_size)[0], s.rounds)
+
+
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
+    **{task: functools.partial(_finetune, task) for task in _FINETUNING},
     "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
 }
 
