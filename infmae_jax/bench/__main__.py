@@ -50,7 +50,7 @@ from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import from_config
 
 _BASE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "inf30_base.py"
-_FINETUNING = {  # what is measured of a task where --config is not of it
+_FINETUNING = {  # task -> its config for CPUs
     "segment": "configs.segment.masks_tiny_cpu",
     "small_target": "configs.small_target.targets_tiny_cpu",
 }
@@ -60,7 +60,10 @@ _QUICK_MODEL = dict(
 
 
 def _define_flags() -> None:
-    config_flags.DEFINE_config_file("config", str(_BASE), "Config of pretraining, or of the fine-tuning task.")
+    asked = next((_FINETUNING[word] for word in sys.argv[1:] if word in _FINETUNING), "")
+    default = _BASE.parents[2] / f"{asked.replace('.', '/')}.py" if asked else _BASE
+    form = ":smoke" if asked and "--quick" in sys.argv else ""
+    config_flags.DEFINE_config_file("config", f"{default}{form}", "Config of pretraining, or of the fine-tuning task.")
     flags.DEFINE_boolean("quick", False, "Shrink model and sizes until a CPU runs it in seconds.")
     flags.DEFINE_integer("rounds", 0, "Turns that each contender gets; 0: 7, or 2 with --quick.", lower_bound=0)
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
@@ -76,10 +79,10 @@ def _define_flags() -> None:
 
 
 class _Settings:
-    """Flags, with what depends on the device filled in."""
+    """Flags, with what depends on the device filled in; `all`: every subject is measured."""
 
-    def __init__(self):
-        values = flags.FLAGS
+    def __init__(self, all: bool):
+        values, self.all = flags.FLAGS, all
         self.quick = values.quick
         self.rounds = values.rounds or (2 if self.quick else 7)
 
@@ -99,11 +102,12 @@ class _Settings:
         return dataclasses.replace(config, model=model, data=data)
 
     def finetuning(self, task: str) -> FineTuneConfig:
-        """--config where it is of this task, or else the task's config for CPUs."""
-        given = flags.FLAGS.config
-        if given.get("task", task) != task:
-            raise InputError(f"--config is of the task {given.task}: measure that, or leave --config out")
-        values = given if "task" in given else import_module(_FINETUNING[task]).get_config("smoke" * self.quick)
+        """--config, which must be of this task; among `all` subjects, the task's config for CPUs."""
+        values = flags.FLAGS.config
+        if self.all:
+            values = import_module(_FINETUNING[task]).get_config("smoke" if self.quick else "")
+        elif values.get("task") != task:
+            raise InputError(f"--config is not of the task {task}: name such a config, or leave --config out")
         config = from_config(KINDS[task].config, values)
         dtype = flags.FLAGS.dtype or (config.encoder.dtype if on_accelerator() else "float32")
         encoder = dataclasses.replace(config.encoder, dtype=dtype)
@@ -146,7 +150,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.quick:  # compiling is most of the time then
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    settings, folder = _Settings(), Path(flags.FLAGS.output) if flags.FLAGS.output else None
+    settings, folder = _Settings(argv[1] == "all"), Path(flags.FLAGS.output) if flags.FLAGS.output else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="infmae-bench-cache-") as cache:

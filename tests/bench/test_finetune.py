@@ -41,4 +41,4 @@ def test_share_of_evaluations_in_a_run():
 
 def test_a_config_of_another_task_is_refused():
     done = run("infmae_jax.bench.__main__", "small_target", f"--config={masks_tiny_cpu.__file__}:smoke")
-    assert done.returncode == 2 and "--config is of the task segment" in done.stderr
+    assert done.returncode == 2 and "--config is not of the task small_target" in done.stderr
