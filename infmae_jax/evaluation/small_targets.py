@@ -18,7 +18,7 @@ resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 25
 4 neighbours in place of 8 (diagonal targets count twice).
 
 On 50 random pairs with 240 targets pyirstdmetrics 1.0.2 gives the same IoU, F1 (its beta at 1, not the default 0.3), Pd
-and Fa in all six digits; its nIoU was lower by 1 / 50, as an image that is empty in truth and prediction scores 0 there.
+and Fa in all six digits; its nIoU was lower by 1 / 50: an image that is empty in truth and prediction scores 0 there.
 It takes the first predicted target within 3 pixels, not the nearest, which can change Pd where targets crowd.
 """
 
