@@ -1,6 +1,8 @@
 """What a run will need and cost on a TPU slice or GPUs that are not there: python -m infmae_jax.compile_ahead \\
     --config=configs/pretrain/inf30_base.py --topology=v5e-16 [--batch=1024] [--largest_batch] [--output=FILE.json]
 
+Configs of fine-tuning are compiled for random weights of their variant and, unless `classes` names others, 9 classes.
+
 Compiles the program that trains with the compiler of those devices, on any machine: whether it fits, what the devices
 exchange, what the compiler expects it to take. Nothing is run. Minutes for large models; needs no data.
 
@@ -28,19 +30,24 @@ from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
 from infmae_jax.bench.step import endless_run, visible_tokens
+from infmae_jax.models.config import EncoderConfig
+from infmae_jax.tasks.finetune import FineTuneConfig, without_data
+from infmae_jax.tasks.finetuned import KINDS, kind_of
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
-from infmae_jax.training.config import define_config, from_config, to_config
+from infmae_jax.training.config import MeshConfig, define_config, from_config, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import package_versions
+from infmae_jax.training.task import Task
 
+Config = PretrainConfig | FineTuneConfig
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
 _MOST_IMAGES = 2**20  # a batch, see `PipelineConfig`
 _GRANULE = 8  # images a device between the batches that --largest_batch tries
 
 
 def _define_flags() -> None:
-    define_config(_BASE, "Pretraining config; every key can be overridden.")
+    define_config(_BASE, "Config of any training; every key can be overridden.")
     flags.DEFINE_string("topology", "v5e-16", "Devices to compile for: v5e-16, v5p-128, v6e-64, h100, h100x8, ...")
     flags.DEFINE_integer("batch", 0, "Images a step over all devices; 0: the config's.", lower_bound=0)
     flags.DEFINE_boolean("largest_batch", False, "Also find the largest batch that fits; compiles several times.")
@@ -48,7 +55,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", "", "JSON file to write the account to.")
 
 
-def compile_ahead(config: PretrainConfig, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def compile_ahead(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """The account of a config's training step, see `ahead.account.account`, with what it was made for.
 
     A program that does not fit has "fits" false, "memory_bytes" with what it needs and "chip_memory_bytes"; where the
@@ -78,13 +85,11 @@ def compile_ahead(config: PretrainConfig, target: targets.Target, devices: Seque
             "chip_memory_bytes": error.capacity or target.chip.memory,
             "help": _helps(config, each, len(devices)),
         }
-    model = config.model
-    useful = useful_gflop(model, config.data.image_size, visible_tokens(config)) * images / len(devices)
-    told |= account.account(compiled, target, useful, model.encoder.dtype)
+    told |= account.account(compiled, target, _useful_gflop(config) * images / len(devices), _encoder(config).dtype)
     return told if told["fits"] else told | {"help": _helps(config, each, len(devices))}
 
 
-def largest_batch(config: PretrainConfig, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Images of the largest batch whose program fits, and what each try needed; compiles once a try."""
     parts = _parts(config, devices)
     granule = _GRANULE if config.data.batch_size // parts >= _GRANULE else 1
@@ -108,15 +113,15 @@ def largest_batch(config: PretrainConfig, target: targets.Target, devices: Seque
     return {"images": found * parts, "multiple_of": granule * parts, "bytes_needed": tries}
 
 
-def _with_batch(config: PretrainConfig, images: int) -> PretrainConfig:
+def _with_batch(config: Config, images: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
 
 
-def _parts(config: PretrainConfig, devices: Sequence[jax.Device]) -> int:
+def _parts(config: Config, devices: Sequence[jax.Device]) -> int:
     return sharding.batch_parts(sharding.make_mesh(config.mesh, devices)) * config.optimizer.accumulate
 
 
-def _program(config: PretrainConfig, devices: Sequence[jax.Device]) -> Program:
+def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
     """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
     images, parts = config.data.batch_size, _parts(config, devices)
     if images % parts:
@@ -127,12 +132,31 @@ def _program(config: PretrainConfig, devices: Sequence[jax.Device]) -> Program:
         )
     guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
     run = dataclasses.replace(endless_run(config, images), guards=guards)
-    return Program.build(PretrainTask(run), run, sharding.make_mesh(config.mesh, devices))
+    return Program.build(_task(run), run, sharding.make_mesh(config.mesh, devices))
 
 
-def _helps(config: PretrainConfig, each: int, devices: int) -> list[str]:
+def _task(config: Config) -> Task:
+    return PretrainTask(config) if isinstance(config, PretrainConfig) else KINDS[config.task].task(config, None)
+
+
+def _encoder(config: Config) -> EncoderConfig:
+    return config.model.encoder if isinstance(config, PretrainConfig) else config.encoder
+
+
+def _useful_gflop(config: Config) -> float:
+    """Of the step per image: by hand, of fine-tuning by XLA's count of what is traced, norms and losses included."""
+    if isinstance(config, PretrainConfig):
+        return useful_gflop(config.model, config.data.image_size, visible_tokens(config))
+    alone = dataclasses.replace(
+        _with_batch(config, 1), mesh=MeshConfig(1), optimizer=dataclasses.replace(config.optimizer, accumulate=1)
+    )
+    return _program(alone, jax.devices("cpu")[:1]).lowered().cost_analysis()["flops"] / 1e9
+
+
+def _helps(config: Config, each: int, devices: int) -> list[str]:
     """What would make a program smaller, the cheapest first."""
-    remat = [] if config.model.encoder.remat else ["--config.model.encoder.remat=True (recomputes activations)"]
+    key = "model.encoder.remat" if isinstance(config, PretrainConfig) else "encoder.remat"
+    remat = [] if _encoder(config).remat else [f"--config.{key}=True (recomputes activations)"]
     cut = min(8, devices)
     fsdp = [] if cut == 1 or config.mesh.fsdp > 1 else [f"--config.mesh.fsdp={cut} (cuts weights and optimizer state)"]
     accumulate = ["--config.optimizer.accumulate=2 (half the activations)"] if each > 1 else []
@@ -215,15 +239,19 @@ def _cost(row: dict[str, Any]) -> dict[str, Any]:
     return {"MiB touched": round(row["bytes_touched"] / 2**20, 1), "times": row["times"]}
 
 
+def _config_of(given: Any) -> Config:
+    if "task" not in given:
+        return from_config(PretrainConfig, given)
+    return without_data(from_config(kind_of(given, "--config").config, given))
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 where the program fits, 1 where it does not."""
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be touched
     values = flags.FLAGS
-    if "task" in values.config:
-        raise InputError(f"--config is of fine-tuning ({values.config.task}): only pretraining is compiled ahead")
-    config, target = from_config(PretrainConfig, values.config), targets.target(values.topology)
+    target, config = targets.target(values.topology), _config_of(values.config)
     config = _with_batch(config, values.batch or config.data.batch_size)
     output = values.output and output_file(values.output, "output")
     devices = target.devices(values.compilers)

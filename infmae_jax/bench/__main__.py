@@ -5,6 +5,9 @@ step        the training step: images/s, MFU, memory, compile time over --batch_
             config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
             .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
+segment, small_target
+            a fine-tuning task (--config of that task, --variant): images/s of training and prediction, and what
+            evaluation takes of a run
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
 all         each of them, the most telling first: --minutes (none begins later), --output (a folder: JSON and tables
             after each); one that fails does not stop the others
@@ -23,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +39,31 @@ from data_pipelines.files import local_path, writing
 from infmae_jax.bench.data import data
 from infmae_jax.bench.every import run_all
 from infmae_jax.bench.features import features
+from infmae_jax.bench.finetune import finetune
 from infmae_jax.bench.flops import flops
 from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
+from infmae_jax.tasks.finetune import FineTuneConfig
+from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import define_config, from_config
 
 _BASE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "inf30_base.py"
+_FINETUNING = {  # task -> its config for CPUs
+    "segment": "configs.segment.masks_tiny_cpu",
+    "small_target": "configs.small_target.targets_tiny_cpu",
+}
 _QUICK_MODEL = dict(
     widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2
 )  # fmt: skip
 
 
 def _define_flags() -> None:
-    define_config(_BASE, "Pretraining config with model and sizes.")
+    asked = next((_FINETUNING[word] for word in sys.argv[1:] if word in _FINETUNING), "")
+    default = _BASE.parents[2] / f"{asked.replace('.', '/')}.py" if asked else _BASE
+    form = ":smoke" if asked and "--quick" in sys.argv else ""
+    define_config(f"{default}{form}", "Config of pretraining, or of the fine-tuning task.")
     flags.DEFINE_boolean("quick", False, "Shrink model and sizes until a CPU runs it in seconds.")
     flags.DEFINE_integer("rounds", 0, "Turns that each contender gets; 0: 7, or 2 with --quick.", lower_bound=0)
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
@@ -65,12 +79,16 @@ def _define_flags() -> None:
 
 
 class _Settings:
-    """Flags, with what depends on the device filled in."""
+    """Flags, with what depends on the device filled in; `all`: every subject is measured."""
 
-    def __init__(self):
-        values = flags.FLAGS
+    def __init__(self, all: bool):
+        values, self.all = flags.FLAGS, all
         self.quick = values.quick
         self.rounds = values.rounds or (2 if self.quick else 7)
+
+    @functools.cached_property
+    def config(self) -> PretrainConfig:
+        values = flags.FLAGS
         config = from_config(PretrainConfig, values.config)
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
         model = variant(values.variant) if values.variant else config.model
@@ -81,7 +99,19 @@ class _Settings:
             model = model.replace(dtype=values.dtype or (model.encoder.dtype if on_accelerator() else "float32"))
         except ValueError as error:
             raise InputError(f"--dtype={values.dtype}: {error}") from error
-        self.config = dataclasses.replace(config, model=model, data=data)
+        return dataclasses.replace(config, model=model, data=data)
+
+    def finetuning(self, task: str) -> FineTuneConfig:
+        """--config, which must be of this task; among `all` subjects, the task's config for CPUs."""
+        values = flags.FLAGS.config
+        if self.all:
+            values = import_module(_FINETUNING[task]).get_config("smoke" if self.quick else "")
+        elif values.get("task") != task:
+            raise InputError(f"--config is not of the task {task}: name such a config, or leave --config out")
+        config = from_config(KINDS[task].config, values)
+        dtype = flags.FLAGS.dtype or (config.encoder.dtype if on_accelerator() else "float32")
+        encoder = dataclasses.replace(config.encoder, dtype=dtype)
+        return dataclasses.replace(config, encoder=encoder, variant=flags.FLAGS.variant or config.variant)
 
     def batches(self, on_cpu: int, accelerated: int) -> list[int]:
         """--batch_sizes, or the usual one of a subject."""
@@ -98,10 +128,16 @@ def _step(s: _Settings) -> dict[str, Any]:
     return step(s.config, batches, s.rounds)
 
 
+def _finetune(task: str, s: _Settings) -> dict[str, Any]:
+    config = s.finetuning(task)
+    return finetune(KINDS[task], config, s.batches(config.data.batch_size, config.data.batch_size)[0], s.rounds)
+
+
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
+    **{task: functools.partial(_finetune, task) for task in _FINETUNING},
     "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),
 }
 
@@ -114,7 +150,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.quick:  # compiling is most of the time then
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    settings, folder = _Settings(), None
+    settings, folder = _Settings(argv[1] == "all"), None
     if flags.FLAGS.output:
         folder = Path(local_path(flags.FLAGS.output, "output"))
         with writing(folder):

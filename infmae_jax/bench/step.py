@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,11 +18,13 @@ from infmae_jax.bench.results import Row, report
 from infmae_jax.models.patches import token_grid
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
-from infmae_jax.training.config import MeshConfig
+from infmae_jax.training.config import MeshConfig, RunConfig
 from infmae_jax.training.hardware import mfu
 from infmae_jax.training.optimizer import peak_learning_rate
 from infmae_jax.training.program import Program
+from infmae_jax.training.task import Task
 
+Config = TypeVar("Config", bound=RunConfig)
 TORCH_FORMS = ("eager", "compiled")
 _GIB = 2**30
 _SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
@@ -40,10 +42,10 @@ class TimedStep:
       memory_gib: of the device while it steps, by the compiled program: state, batch and temporaries.
     """
 
-    def __init__(self, config: PretrainConfig, batch: int):
+    def __init__(self, config: Config, batch: int, make_task: Callable[[Config], Task] = PretrainTask):
         self.config = endless_run(config, batch)
         self.batch = batch
-        task = PretrainTask(self.config)
+        task = make_task(self.config)
         self.program = Program.build(task, self.config, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
         since = time.perf_counter()
         memory = self.program.compiled.memory_analysis()
@@ -68,7 +70,7 @@ class TimedStep:
             leaf.delete()
 
 
-def endless_run(config: PretrainConfig, batch: int) -> PretrainConfig:
+def endless_run(config: Config, batch: int) -> Config:
     """The config with batches of this size, and a learning rate that stays at its peak."""
     return dataclasses.replace(
         config,
@@ -88,13 +90,19 @@ def visible_tokens(config: PretrainConfig) -> int:
     return int(PretrainTask(config).batch_spec["ids_keep"][0][1])
 
 
-def synthetic_batch(task: PretrainTask) -> dict[str, np.ndarray]:
-    """A batch of the task: noise, and random tokens without repeats."""
+def synthetic_batch(task: Task) -> dict[str, np.ndarray]:
+    """A batch of a task: noise, random tokens without repeats, masks of two classes; other labels are zeros."""
     rng = np.random.default_rng(0)
-    (batch, height, width, _), (_, keep) = task.batch_spec["image"][0], task.batch_spec["ids_keep"][0]
-    tokens = np.tile(np.arange(np.prod(token_grid(height, width)), dtype=np.int32), (batch, 1))
-    images = rng.integers(0, 256, (batch, height, width, 1), np.uint8)
-    return {"image": images, "ids_keep": np.ascontiguousarray(rng.permuted(tokens, axis=1)[:, :keep])}
+    spec = task.batch_spec
+    batch, height, width, _ = spec["image"][0]
+    found = {name: np.zeros(shape, dtype) for name, (shape, dtype) in spec.items()}
+    found["image"] = rng.integers(0, 256, (batch, height, width, 1), np.uint8)
+    if "ids_keep" in spec:
+        tokens = np.tile(np.arange(np.prod(token_grid(height, width)), dtype=np.int32), (batch, 1))
+        found["ids_keep"] = np.ascontiguousarray(rng.permuted(tokens, axis=1)[:, : spec["ids_keep"][0][1]])
+    if "mask" in spec:
+        found["mask"] = rng.integers(0, 2, (batch, height, width), np.uint8)
+    return found
 
 
 def step(config: PretrainConfig, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:

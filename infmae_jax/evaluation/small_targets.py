@@ -16,6 +16,10 @@ by identity (a false one of the same area as a matched one is free: Fa too low);
 logits (all but one of the ROC points are void); targets counted on from epoch to epoch (Pd shrinks); images and masks
 resized before scoring (targets vanish, 3 pixels mean 6); masks compared with 255 though some files hold other values;
 4 neighbours in place of 8 (diagonal targets count twice).
+
+On 50 random pairs with 240 targets pyirstdmetrics 1.0.2 gives the same IoU, F1 (its beta at 1, not the default 0.3), Pd
+and Fa in all six digits; its nIoU was lower by 1 / 50: an image that is empty in truth and prediction scores 0 there.
+It takes the first predicted target within 3 pixels, not the nearest, which can change Pd where targets crowd.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from data_pipelines.transforms import InfraredAugment
 from data_pipelines.views import LabelledView
 from infmae_jax.evaluation.windows import Windows, canvas_of, host_programs, in_groups, on_canvas
 from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
-from infmae_jax.interop.trained_model import TrainedModel
-from infmae_jax.models.config import EncoderConfig
+from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
+from infmae_jax.models.config import EncoderConfig, variant
 from infmae_jax.models.patches import token_grid
 from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
@@ -173,7 +173,10 @@ class FineTuneConfig(RunConfig):
         in_steps(self.evaluate_every, batch_size=1, num_examples=1, total_steps=1)
 
     def completed(self) -> Self:
-        """The config with what a task finds out about its training labels, once classes are known."""
+        """The config with what a task finds out about its training labels, once classes are known.
+
+        Without shards (see `without_data`), with neutral values.
+        """
         return self
 
 
@@ -214,15 +217,35 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
         print(f"images by {data.intensity}, not by the checkpoint's own {trained.intensity}", flush=True)
     duration = config.duration
     if duration == AUTO:
-        images = pipeline.num_examples(data.pipeline)
-        epochs = round(_FULL_EPOCHS * math.sqrt(_FULL_IMAGES / images))
-        duration = f"{min(max(epochs, _FEWEST_EPOCHS), _MOST_EPOCHS)} epochs"
+        duration = usual_duration(pipeline.num_examples(data.pipeline))
     try:
         encoder = dataclasses.replace(config.encoder, **architecture)
     except ValueError as error:
         raise InputError(f"config {error}") from error
     config = dataclasses.replace(config, encoder=encoder, data=data, duration=duration, classes=classes)
     return config.completed(), trained
+
+
+def usual_duration(images: int) -> str:
+    """What "auto" is for so many training images."""
+    epochs = round(_FULL_EPOCHS * math.sqrt(_FULL_IMAGES / images))
+    return f"{min(max(epochs, _FEWEST_EPOCHS), _MOST_EPOCHS)} epochs"
+
+
+def without_data(config: Config, classes: int = 9) -> Config:
+    """What `resolved` makes of a config for random weights, without data: to measure or to compile, not to train.
+
+    `classes`: how many the model tells apart where the config does not name any.
+    """
+    encoder = variant(config.variant or "tiny").encoder
+    architecture = {name: getattr(encoder, name) for name in ARCHITECTURE}
+    architecture["position_grid"] = token_grid(*DEFAULT_SIZE)
+    names = config.classes or tuple(f"class {number}" for number in range(classes))
+    config = dataclasses.replace(
+        config, checkpoint="random", classes=names, encoder=dataclasses.replace(config.encoder, **architecture),
+        data=dataclasses.replace(config.data, shards=()),
+    )  # fmt: skip
+    return config.completed()
 
 
 def require_checkpoint(config: FineTuneConfig) -> None:

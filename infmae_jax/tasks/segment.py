@@ -71,7 +71,9 @@ class SegmentConfig(FineTuneConfig):
     def completed(self) -> Self:
         """With numbers for "auto" class weights; InputError where the weights do not fit the classes."""
         weights = self.loss.class_weights
-        if weights == ("auto",):
+        if weights == ("auto",) and not self.data.shards:
+            weights = ()
+        elif weights == ("auto",):
             weights = tuple(f"{weight:.4g}" for weight in balanced_weights(self._pixels_of_classes()))
         try:
             fit = not weights or (len(weights) == len(self.classes) and all(0 <= float(w) < 1e6 for w in weights))

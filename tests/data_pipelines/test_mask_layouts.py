@@ -170,3 +170,32 @@ def test_boxes_of_one_file_are_split_in_blocks(tmp_path):
     built = build("weak_small_targets", tmp_path / "data", root)
     assert built.counts == {"train": 8, "val": 2}
     assert set(records(built.folder, "val")) == {f"images/{name}.png" for name in NAMES[8:]}
+
+
+def test_masks_of_small_targets_that_are_odd(tmp_path):
+    """Values 0, 64 and 255: cut at 127 and counted; all black: a background; another size: one line."""
+    root = tmp_path / "in"
+    _files(root / "images" / "train", NAMES[:2], None)
+    _files(root / "masks" / "train", NAMES[:2], 0 * MASK)
+    levels = np.where(MASK, 255, 0).astype(np.uint8)
+    levels[0] = 64
+    Image.fromarray(levels).save(root / "masks" / "train" / f"{NAMES[0]}.png")
+    built = build("small_targets", tmp_path / "data", root)
+    first, second = (decode_mask(example) for _, example in sorted(records(built.folder, "train").items()))
+    assert np.array_equal(first, MASK) and not second.any()
+    assert built.notes == {"masks with values between 0 and 255, cut at 127": 1}
+    Image.fromarray(levels[:20]).save(root / "masks" / "train" / f"{NAMES[1]}.png")
+    with pytest.raises(InputError, match=f"{NAMES[1]}.png is 32x20, its image 32x24: make them equal$"):
+        build("small_targets", tmp_path / "other", root)
+
+
+def test_a_class_number_outside_of_nine_and_no_masks_at_all(tmp_path):
+    root = tmp_path / "in"
+    _files(root / "images" / "train", NAMES[:2], None)
+    (root / "classes.json").write_text(json.dumps({"classes": [{"value": n, "name": f"c{n}"} for n in range(9)]}))
+    with pytest.raises(InputError, match="has no images with masks in a known layout"):
+        build("class_masks", tmp_path / "a", root)
+    _files(root / "masks" / "train", NAMES[:2], MASK)
+    Image.fromarray(np.where(MASK, 200, 8).astype(np.uint8)).save(root / "masks" / "train" / f"{NAMES[1]}.png")
+    with pytest.raises(InputError, match=f"{NAMES[1]}.png holds the value 200, which classes.json does not list$"):
+        build("class_masks", tmp_path / "b", root)

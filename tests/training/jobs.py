@@ -23,6 +23,7 @@ from infmae_jax.training.writers import read_events
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = f"--config={ROOT}/configs/pretrain/tiny_cpu.py:smoke"
+PRETRAIN = ("infmae_jax.pretrain", SMOKE, "--config.picture_every=0 steps")
 # Where the encoder is not the point: the one that compiles fastest.
 SMALLEST = ("--config.model.encoder.kind=vit", "--config.model.encoder.depths=(1,1,1)")
 # What must be the same bit for bit, whatever happened in between.
@@ -41,7 +42,7 @@ def free_port() -> int:
 class Job:
     """The processes of one training job; use it as a context manager, which leaves none behind."""
 
-    def __init__(self, run, shards, *flags, processes=1, devices=1, **popen):
+    def __init__(self, run, shards, *flags, command=PRETRAIN, processes=1, devices=1, **popen):
         self.run = Path(run)
         port = free_port()
         self.processes, self._printed = [], []
@@ -50,18 +51,16 @@ class Job:
                 "--config.distributed.method=addresses", f"--config.distributed.coordinator=127.0.0.1:{port}",
                 f"--config.distributed.num_processes={processes}", f"--config.distributed.process_id={index}",
             ]  # fmt: skip
-            command = [
-                sys.executable, "-m", "infmae_jax.pretrain", SMOKE, f"--workdir={run}",
-                f"--config.data.shards={shards}", "--config.picture_every=0 steps", *hosts, *flags,
-            ]  # fmt: skip
+            arguments = f"--workdir={run}", f"--config.data.shards={shards}", *hosts, *flags
             environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
             # Files, not pipes: a process must not wait until a test reads what it prints.
             output, errors = (tempfile.TemporaryFile("w+") for _ in range(2))
             self._printed.append((output, errors))
             self.processes.append(
                 subprocess.Popen(
-                    command, cwd=ROOT, stdout=output, stderr=errors, env=environment, start_new_session=True, **popen
-                )
+                    [sys.executable, "-m", *command, *arguments], cwd=ROOT, stdout=output, stderr=errors,
+                    env=environment, start_new_session=True, **popen,
+                )  # fmt: skip
             )
 
     def __enter__(self):
