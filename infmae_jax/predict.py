@@ -1,10 +1,11 @@
 """A fine-tuned model on images and folders of images; no labels are needed.
 
-    python -m infmae_jax.predict --checkpoint=RUN --output=DIR IMAGES_OR_FOLDER...
+    python -m infmae_jax.predict --checkpoint=RUN --output=DIR [--tile=512 --overlap=64] IMAGES_OR_FOLDER...
 
 Every image is looked at by itself, in its own pixels. Segmentation writes class numbers (DIR/classes, PNG), overlays
-(DIR/overlays) and a line of JSON per image (DIR/predictions.jsonl: size, files, share of each class). The same command
-again goes on where it was. Images that cannot be read are named and left out.
+(DIR/overlays) and a line of JSON per image (DIR/predictions.jsonl: size, files, share of each class); detection boxes
+in the lines, in DIR/detections.json (COCO) and DIR/detections.csv. The same command again goes on where it was. Images
+that cannot be read are named and left out.
 
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """

@@ -80,7 +80,7 @@ def _read_all(
     if folders is None:
         if not images.is_dir():
             raise InputError(f"{root} has no folder {images.name} beside {labels.name}: put the images there")
-        files, note = splits_of(root, images)
+        files, note = splits_of(root, images, labels)
         folders = dict.fromkeys(files, (images, labels))
     else:
         files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
