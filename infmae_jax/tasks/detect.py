@@ -28,7 +28,7 @@ from infmae_jax.training.config import Count, OptimizerConfig
 from infmae_jax.training.task import Evaluator, Loss
 
 OUTLINE_SIDE = 56  # cells along a box, from which the mask head's targets are taken
-_MOST_AREA = 0.5  # share of the outlined objects below which there is no mask branch
+_MOSTLY = 0.5  # share of objects with an outline, up to which "auto" trains no mask branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class DetectConfig(FineTuneConfig):
 
     def _mask_branch(self, found: Survey) -> str:
         if self.masks == "auto":
-            return "outlines" if found.outlined > _MOST_AREA * found.count else "none"
+            return "outlines" if found.outlined > _MOSTLY * found.count else "none"
         if self.masks == "outlines" and not found.outlined:
             raise InputError("masks=outlines, but no training object has polygons or RLE other than its box: use auto")
         return self.masks
