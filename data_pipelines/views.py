@@ -112,7 +112,8 @@ class LabelledView(View):
 
     Attributes beside those of `View`:
       focus: probability that a zoomed crop contains a pixel of a class drawn evenly among those of the mask that are
-        not 0, the background: for rare classes and small targets.
+        not 0, the background (without a mask: the centre of an object, of a class drawn so): for rare classes and small
+        targets.
       mask: give the class mask; an example without one is an error.
       max_objects: M; 0 gives no boxes. More valid boxes are an error that names the image, never cut.
       outlines: S; 0 gives none.
@@ -165,14 +166,20 @@ class LabelledView(View):
         return arrays | {name: np.int32(example.labels.get(name, -1)) for name in self.labels}
 
     def _focused(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> Geometry:
-        """Another crop, around a pixel of a class; the same one where there is none."""
+        """Another crop, around a pixel or an object of a class; the same one where there is none."""
+        place = self._pixel(example, rng) if self.mask else _centre(example, rng)
+        if place is None:
+            return geometry
+        return Geometry.zoomed(rng, example.height, example.width, self.size, self.zoom, self.flip, place)
+
+    def _pixel(self, example: Example, rng: np.random.Generator) -> tuple[int, int] | None:
         mask = decode_mask(example)
         classes = np.setdiff1d(np.unique(mask), (0, IGNORE))
         if not classes.size:
-            return geometry
+            return None
         places = np.argwhere(mask == rng.choice(classes))
         row, column = places[rng.integers(len(places))].tolist()
-        return Geometry.zoomed(rng, *mask.shape, self.size, self.zoom, self.flip, (row, column))
+        return row, column
 
     def _objects(self, example: Example, geometry: Geometry) -> dict[str, np.ndarray]:
         objects = example.objects
@@ -198,6 +205,18 @@ class LabelledView(View):
             if found is not None:
                 mask[:] = mask_in_box(found, geometry, boxes[number], self.outlines)
         return masks
+
+
+def _centre(example: Example, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Row and column of the centre of an object that is no crowd."""
+    objects = example.objects
+    if objects is None or objects.crowd.all():
+        return None
+    single = np.flatnonzero(~objects.crowd)
+    number = rng.choice(np.unique(objects.classes[single]))
+    chosen = rng.choice(single[objects.classes[single] == number])
+    x0, y0, x1, y1 = objects.boxes[chosen].tolist()
+    return min(int((y0 + y1) / 2), example.height - 1), min(int((x0 + x1) / 2), example.width - 1)
 
 
 _OF_BOXES = {"classes": np.int32, "crowd": np.bool_, "box_valid": np.bool_}

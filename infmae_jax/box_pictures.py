@@ -12,6 +12,7 @@ from infmae_jax.pictures import class_colours, printable
 
 _LONGEST_NAME = 16  # characters of a class name in a picture
 _GAP, _HEAD = 6, 22  # pixels between pictures; for a line of text
+_LINE = 16  # pixels that a text needs above its box
 _MASK = 0.5  # probability from which on a pixel is drawn as part of an object
 _SMALLEST = 320  # pixels: narrower images are enlarged, so that the texts can be told apart
 
@@ -36,9 +37,10 @@ def box_overlay(image: np.ndarray, found: Boxes, names: Sequence[str]) -> Image.
         x0, y0, x1, y1 = (round(edge * zoom) for edge in box)
         draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=1 + (zoom > 1))
         text = printable(names[number])[:_LONGEST_NAME] + (f" {score:.2f}" if score < 1 else "")
-        extent = draw.textbbox((x0, y0 - 13 if y0 >= 13 else y1), text, font=font)
-        draw.rectangle(extent, fill=(0, 0, 0))
-        draw.text(extent[:2], text, fill=colour, font=font, anchor="lt")
+        place, anchor = ((x0, y0 - 3), "lb") if y0 >= _LINE else ((x0, y1 + 2), "lt")
+        left, top, right, bottom = draw.textbbox(place, text, font=font, anchor=anchor)
+        draw.rectangle((left - 1, top - 1, right, bottom), fill="black")
+        draw.text(place, text, fill=colour, font=font, anchor=anchor)
     return picture
 
 

@@ -1,11 +1,12 @@
 """A fine-tuned model on images and folders of images; no labels are needed.
 
-    python -m infmae_jax.predict --checkpoint=RUN --output=DIR [--tile=512] IMAGES_OR_FOLDER...
+    python -m infmae_jax.predict --checkpoint=RUN --output=DIR [--tile=512 --overlap=64] IMAGES_OR_FOLDER...
 
 Every image is looked at by itself, in its own pixels, and gets a line of JSON in DIR/predictions.jsonl: size, files
-and what was found. Segmentation writes class numbers (DIR/classes, PNG) and overlays, small targets masks,
-probabilities, overlays and a table of all targets (DIR/targets.csv). The same command again goes on where it was.
-Images that cannot be read are named and left out.
+and what was found. Segmentation writes class numbers (DIR/classes, PNG) and overlays; small targets masks,
+probabilities, overlays and a table of all targets (DIR/targets.csv); detection overlays and all boxes as
+DIR/detections.json (COCO) and DIR/detections.csv. The same command again goes on where it was. Images that cannot be
+read are named and left out.
 
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """

@@ -25,7 +25,7 @@ from infmae_jax.training.writers import read_metrics
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PRETRAIN = sorted(path.stem for path in (CONFIGS / "pretrain").glob("*.py") if path.stem != "__init__")
-FINE_TUNING = ("segment", "small_target")  # trained in tasks/test_finetune.py
+FINE_TUNING = ("detect", "segment", "small_target")  # trained in tests/tasks
 PROBES = sorted(path.stem for path in (CONFIGS / "linear_probe").glob("*.py") if path.stem != "__init__")
 
 

@@ -57,7 +57,7 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
         if images is None:
             raise InputError(f"{root} has no folder of images beside {voc.name}: name it {' or '.join(_VOC_IMAGES)}")
         return _read_all(root, images, voc, _voc_image, None)
-    if any((root / name).rglob("*.txt") for name in ("labels", *SPLITS)):
+    if any((root / "labels").rglob("*.txt")) or any((root / name / "labels").is_dir() for name in SPLITS):
         return _read_all(root, root / "images", root / "labels", _yolo_image, _yolo_names(root))
     raise InputError(
         f"{root} has no boxes in a known layout: annotations/SPLIT.json (COCO), Annotations/*.xml (VOC) or "
@@ -80,7 +80,7 @@ def _read_all(
     if folders is None:
         if not images.is_dir():
             raise InputError(f"{root} has no folder {images.name} beside {labels.name}: put the images there")
-        files, note = splits_of(root, images)
+        files, note = splits_of(root, images, labels)
         folders = dict.fromkeys(files, (images, labels))
     else:
         files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""

@@ -49,7 +49,7 @@ class CocoBoxes(InfraredBuilder):
         if note:
             logging.warning("%s", note)
             self.settings["split"] = note
-        refuse_other_names(splits)
+        _refuse_other_names(splits)
         names = list(dict.fromkeys(name for split in splits.values() for name in split.boxes.categories))
         self.class_names["objects"] = names
         ids = {name: n for split in reversed(splits.values()) for name, n in split.boxes.categories.items()}
@@ -64,7 +64,7 @@ class CocoBoxes(InfraredBuilder):
         return self._generate(split.boxes.images, make)
 
 
-def refuse_other_names(splits: Mapping[str, BoxSplit]) -> None:
+def _refuse_other_names(splits: Mapping[str, BoxSplit]) -> None:
     """InputError where a split has boxes of categories that the first one does not list."""
     first, *others = splits
     known = splits[first].boxes.categories

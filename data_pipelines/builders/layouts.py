@@ -71,8 +71,10 @@ def find_pairs(root: Path, targets: bool = False) -> tuple[dict[str, list[Pair]]
     raise InputError(f"{root} has no images with masks in a known layout: {known.format(split='SPLIT')}")
 
 
-def splits_of(root: Path, images: Path) -> tuple[dict[str, list[Path]], str]:
+def splits_of(root: Path, images: Path, labels: Path | None = None) -> tuple[dict[str, list[Path]], str]:
     """Images by split: by the lists of names in a set's folders, or by blocks where there are none.
+
+    `labels`: folder of text files that are no lists.
 
     Returns:
       Split -> files, and a note that says how blocks were cut ("" where there are lists).
@@ -81,7 +83,7 @@ def splits_of(root: Path, images: Path) -> tuple[dict[str, list[Path]], str]:
       InputError: a list names a file that is not there, or one that another list has.
     """
     files = {path.stem: path for path in images_of(images)}
-    lists = {split: path for split in SPLITS if (path := _list_of(root, split)) is not None}
+    lists = {split: path for split in SPLITS if (path := _list_of(root, split, labels)) is not None}
     if not lists:
         return in_blocks(list(files.values()))
     found: dict[str, list[Path]] = {}
@@ -107,11 +109,12 @@ def in_blocks(ordered: list[T]) -> tuple[dict[str, list[T]], str]:
     return {split: part for split, part in parts.items() if part}, note
 
 
-def _list_of(root: Path, split: str) -> Path | None:
+def _list_of(root: Path, split: str, labels: Path | None) -> Path | None:
     """The file that lists the names of a split, e.g. train.txt, train_infrared.txt, img_idx/train_SET.txt."""
     wanted = "train|trainval" if split == "train" else split
     named = re.compile(rf"(?:{wanted})(?:[_-].*)?\.txt", re.IGNORECASE)
-    found = sorted(path for path in root.rglob("*.txt") if named.fullmatch(path.name))
+    files = (path for path in root.rglob("*.txt") if labels is None or labels not in path.parents)
+    found = sorted(path for path in files if named.fullmatch(path.name))
     infrared = [path for path in found if "infrared" in path.name or "thermal" in path.name]
     return next(iter(infrared or sorted(found, key=lambda path: (len(path.name), str(path)))), None)
 

@@ -5,7 +5,7 @@ step        the training step: images/s, MFU, memory, compile time over --batch_
             config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
             .remat=true); with --torch in turns with PyTorch
 features    dense features of whole images; with --torch in turns with PyTorch
-segment, small_target
+segment, detect, small_target
             a fine-tuning task (--config of that task, --variant): images/s of training and prediction, and what
             evaluation takes of a run
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
@@ -52,6 +52,7 @@ from infmae_jax.training.config import define_config, from_config
 _BASE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "inf30_base.py"
 _FINETUNING = {  # task -> its config for CPUs
     "segment": "configs.segment.masks_tiny_cpu",
+    "detect": "configs.detect.boxes_tiny_cpu",
     "small_target": "configs.small_target.targets_tiny_cpu",
 }
 _QUICK_MODEL = dict(

@@ -107,8 +107,7 @@ class DetectionCounts:
 
 
 def _rows(image: int, count: int, *columns: np.ndarray) -> np.ndarray:
-    parts = [np.full((count, 1), image), *(np.asarray(column).reshape(count, -1) for column in columns)]
-    return np.concatenate(parts, axis=1, dtype=np.float64)
+    return np.column_stack([np.full(count, image, np.float64), *columns])
 
 
 def _by_image(rows: np.ndarray) -> np.ndarray:

@@ -116,18 +116,20 @@ def _cut(boxes: np.ndarray, tile: Tile, height: int, width: int) -> np.ndarray:
 
 
 def _kept(whole: Boxes, origin: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """Indices of the boxes that stay."""
-    boxes = whole.boxes.astype(np.float64)
-    sides = np.minimum(boxes[:, None, 2:], boxes[None, :, 2:]) - np.maximum(boxes[:, None, :2], boxes[None, :, :2])
-    both, areas = np.prod(np.maximum(sides, 0), axis=-1), np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
-    rivals = (whole.classes[:, None] == whole.classes[None]) & (origin[:, None] != origin[None])
-    same = both >= _SAME * np.maximum(np.minimum(areas[:, None], areas[None]), 1e-12)
-    stronger = whole.scores[None] >= _RIVAL * whole.scores[:, None]
-    seen_better = (rivals & same & stronger & (areas[None] > areas[:, None])).any(axis=1)
-    left = np.flatnonzero(~(cut & seen_better))
-    overlaps = (pairwise_iou(boxes, boxes) > _OVERLAP) & rivals
-    kept: list[int] = []
-    for place in left[np.argsort(-whole.scores[left], kind="stable")].tolist():
-        if not overlaps[place, kept].any():
-            kept.append(place)
-    return np.array(kept, int)
+    """Indices of the boxes that stay; `origin`: the number of each box's tile."""
+    boxes, scores = whole.boxes.astype(np.float64), whole.scores
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=-1)
+
+    def rivals(place: int) -> np.ndarray:
+        return (whole.classes == whole.classes[place]) & (origin != origin[place])
+
+    hidden = np.zeros(len(boxes), bool)
+    for place in np.flatnonzero(cut).tolist():
+        others = boxes[rivals(place) & (areas > areas[place]) & (scores >= _RIVAL * scores[place])]
+        sides = np.minimum(boxes[place, 2:], others[:, 2:]) - np.maximum(boxes[place, :2], others[:, :2])
+        hidden[place] = (np.prod(np.maximum(sides, 0), axis=-1) >= _SAME * areas[place]).any()
+    kept = np.zeros(len(boxes), bool)
+    for place in np.argsort(-scores, kind="stable").tolist():
+        others = boxes[rivals(place) & kept]
+        kept[place] = not hidden[place] and not (pairwise_iou(boxes[place : place + 1], others) > _OVERLAP).any()
+    return np.flatnonzero(kept)

@@ -28,7 +28,7 @@ from infmae_jax.training.config import Count, OptimizerConfig
 from infmae_jax.training.task import Evaluator, Loss
 
 OUTLINE_SIDE = 56  # cells along a box, from which the mask head's targets are taken
-_MOST_AREA = 0.5  # share of the outlined objects below which there is no mask branch
+_MOSTLY = 0.5  # share of objects with an outline, up to which "auto" trains no mask branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,9 @@ class DetectConfig(FineTuneConfig):
             library that evaluates is missing.
         """
         detection.require_library()
-        found = survey(self)
+        found = survey(self, self.data.train_split)
+        survey(self, self.data.val_split)
         boxes = np.concatenate([objects.boxes[~objects.crowd] for objects in found.objects])
-        if not len(boxes):
-            raise InputError(f"no boxes in the split {self.data.train_split} of {', '.join(self.data.shards)}")
         needed, where = max((len(o.boxes), key) for o, key in zip(found.objects, found.keys, strict=True))
         if 0 < self.max_objects < needed:
             raise InputError(f"{where} has {needed} objects, more than max_objects={self.max_objects}: raise it, or 0")
@@ -92,7 +91,7 @@ class DetectConfig(FineTuneConfig):
 
     def _mask_branch(self, found: Survey) -> str:
         if self.masks == "auto":
-            return "outlines" if found.outlined > _MOST_AREA * found.count else "none"
+            return "outlines" if found.outlined > _MOSTLY * found.count else "none"
         if self.masks == "outlines" and not found.outlined:
             raise InputError("masks=outlines, but no training object has polygons or RLE other than its box: use auto")
         return self.masks
@@ -127,7 +126,7 @@ class DetectConfig(FineTuneConfig):
 
 
 class Survey(NamedTuple):
-    """The training labels: keys and objects of all images, how many objects there are, and how many have an outline."""
+    """Labels of a split: keys and objects of all images, how many objects there are, and how many have an outline."""
 
     keys: list[str]
     objects: list[Objects]
@@ -135,9 +134,9 @@ class Survey(NamedTuple):
     outlined: int
 
 
-def survey(config: DetectConfig) -> Survey:
-    """Reads the objects of the training split; InputError for an image without a list of them."""
-    reader = ExampleReader(local_folders(config.data.shards), config.data.train_split)
+def survey(config: DetectConfig, split: str) -> Survey:
+    """Reads the objects of a split; InputError for an image without a list of them, or where there are no boxes."""
+    reader = ExampleReader(local_folders(config.data.shards), split)
 
     def read(index: int) -> tuple[str, Objects, int] | None:
         try:
@@ -150,7 +149,9 @@ def survey(config: DetectConfig) -> Survey:
             return None  # the pipeline names it, and puts another one in its place
 
     rows = [row for row in ahead(read, range(len(reader))) if row is not None]
-    keys, objects, outlined = zip(*rows, strict=True) if rows else ((), (), ())
+    if all(objects.crowd.all() for _, objects, _ in rows):
+        raise InputError(f"no boxes in the split {split} of {', '.join(config.data.shards)}: choose another")
+    keys, objects, outlined = zip(*rows, strict=True)
     return Survey(list(keys), list(objects), sum(len(each.boxes) for each in objects), sum(outlined))
 
 

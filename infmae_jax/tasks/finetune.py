@@ -56,7 +56,8 @@ class LabelledData:
       batch_size: images per step, over all hosts.
       seed: of order and crops.
       zoom: crops are enlarged by a factor uniform between these two, relative to the stored image.
-      focus: probability that a crop contains a pixel of a class drawn evenly among the image's, background left out.
+      focus: probability that a crop contains a pixel of a class drawn evenly among the image's, background left out; in
+        detection, the centre of an object of a class drawn so.
       flip: mirror left and right half of the time.
       augment: gain (contrast) and offset (brightness) vary as cameras do; hue and saturation mean nothing in infrared.
       intensity: stored integers to 8 bit; left at its default, that of the encoder's checkpoint.

@@ -15,7 +15,7 @@ from data_pipelines.examples import Objects, decode_pixels
 from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, eval_batches, pretrain_view, train_batches
 from data_pipelines.reader import ExampleReader
-from data_pipelines.transforms import center_crop_resize
+from data_pipelines.transforms import PAD_GRAY, InfraredAugment, center_crop_resize
 from data_pipelines.views import LabelledView
 from tests.data_pipelines.shard_sets import make_example, make_image, truncated, write_splits
 
@@ -98,6 +98,39 @@ def test_labels_move_with_the_image(shards):
             extent = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             np.testing.assert_allclose(boxes[0], extent, atol=1.0)
             assert valid[0] and not boxes[~valid].any()
+
+
+def test_boxes_of_small_images_have_their_padding_behind_them_also_mirrored(shards):
+    """Sizes say what of the canvas is image; outlines are the object itself, here all of its box."""
+    view = LabelledView((96, 128), zoom=(1.0, 1.0), flip=True, augment=InfraredAugment(), max_objects=3, outlines=8)
+    with train_batches(_config(shards, batch_size=16, image_size=(96, 128)), view=view) as batches:
+        batch = next(batches)
+    assert (batch["size"] == [60, 80]).all() and batch["outlines"].dtype == np.uint8
+    images, reader = batch["image"][..., 0], ExampleReader([shards])
+    stored = [decode_pixels(reader[index]) for index in range(COUNT)]
+    assert (images[:, 60:] == PAD_GRAY).all() and (images[:, :, 80:] == PAD_GRAY).all()
+    mirrored = 0
+    arrays = (batch[name] for name in ("boxes", "box_valid", "outlines"))
+    for image, boxes, valid, outlines in zip(images, *arrays, strict=True):
+        (found,) = [x for x in (*stored, *(x[:, ::-1] for x in stored)) if (x == image[:60, :80]).all()]
+        mirrored += not any((x == found).all() for x in stored)
+        for (x0, y0, x1, y1), outline in zip(boxes[valid].astype(int), outlines[valid], strict=True):
+            assert (image[y0:y1, x0:x1] == 250).all() and outline.all()
+        assert not outlines[~valid].any()
+    assert 2 < mirrored < 14
+
+
+def test_crops_are_drawn_around_objects_of_every_class_alike(tmp_path):
+    """One object of a rare class among many of another: half of the crops that are asked for show it."""
+    boxes = np.array([[2, 2, 6, 6]] * 9 + [[150, 90, 154, 94]], np.float32)
+    objects = Objects(boxes, np.array([0] * 9 + [1], np.int32), np.zeros(10, bool), np.full(10, 16, np.float32))
+    example = dataclasses.replace(make_example("one", make_image(0, 100, 160), "png"), objects=objects)
+    folder = write_splits(tmp_path / "set", {"train": [example]}, shards=1)
+    view = LabelledView((32, 32), zoom=(1.0, 1.0), focus=1.0, max_objects=10)
+    with train_batches(_config(folder, batch_size=64, image_size=(32, 32)), view=view) as batches:
+        batch = next(batches)
+    shown = [set(classes[valid].tolist()) for classes, valid in zip(batch["classes"], batch["box_valid"], strict=True)]
+    assert all(shown) and 16 < sum(1 in each for each in shown) < 48
 
 
 def test_more_objects_than_declared_are_an_error_that_names_the_image(shards):
