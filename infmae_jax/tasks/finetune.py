@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -18,6 +19,7 @@ import numpy as np
 
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
 from data_pipelines.intensity import Intensity
 from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
@@ -25,7 +27,7 @@ from data_pipelines.shards import Manifest, read_manifest
 from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
 from data_pipelines.views import LabelledView
-from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
+from infmae_jax.interop.load import ARCHITECTURE, RANDOM, graft, load_encoder
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
 from infmae_jax.models.patches import token_grid
@@ -221,9 +223,11 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
 
 
 def require_checkpoint(config: FineTuneConfig) -> None:
-    """InputError where the config names no encoder to start from."""
+    """InputError where the config names no encoder to start from, or one that is not there."""
     if not config.checkpoint:
         raise InputError("no encoder to start from: give --checkpoint=RUN, a .pth or .safetensors file, or random")
+    if config.checkpoint != RANDOM and not os.path.exists(local_path(config.checkpoint, "checkpoint")):
+        raise InputError(f"checkpoint {config.checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
 
 
 def class_names(config: FineTuneConfig) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def test_flags_set_what_is_none(monkeypatch, value):
     ("--config.clip_norm=1", "did you mean optimizer.clip_norm?"),
     ("--config.model.encoder.dtype=float32", "did you mean encoder.dtype?"),  # where pretraining has it
     ("--noconfig.data.flipp", "did you mean data.flip?"), ("--config.data.shards.x=1", "did you mean data.shards?"),
-    ("--config.data.image_size[0]=32", "did you mean data.image_size?"), ("--config.zzz=1", "zzz is unknown; known are "),
+    ("--config.data.image_size[0]=32", "did you mean data.image_size?"), ("--config.zzz=1", "is unknown; known are "),
     ("--config.keys=1", "config key keys is unknown"), ("--config..a=1", "unknown"), ("--config.=1", "unknown"),
     ("--config.optimizer={}", "optimizer is a section"), ("--config.data=3", "data is a section"),
     ("--config=nowhere.py", "config file nowhere.py cannot be loaded"),
