@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import faulthandler
 import re
 import signal
@@ -13,15 +12,12 @@ from typing import Any, TypeVar
 import tqdm
 from absl import app, flags, logging
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import OF_THE_MACHINE, InputError
 
 T = TypeVar("T")
 EXIT_INTERRUPTED = 130  # Ctrl-C
 EXIT_PREEMPTED = 75  # asked to leave, saved: launchers start the same command again
 EXIT_LOST = 76  # another process of the job is missing or died: launchers start all of them again
-
-# What a machine lacks rather than the program: room, open files, the right to write.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 _PLAIN_INTERVAL_SECONDS = 15.0  # between progress lines where there is no terminal
 # C0 and C1 controls, marks that turn the direction of writing, line separators: what a terminal or editor obeys; and
@@ -100,7 +96,7 @@ def run_command(
             print(f"error: {printable(str(error))}", file=sys.stderr)
             return error.exit_code
         except OSError as error:
-            if error.errno not in _OF_THE_MACHINE and "No usable temporary directory" not in str(error):
+            if error.errno not in OF_THE_MACHINE and "No usable temporary directory" not in str(error):
                 raise
             print(f"error: {printable(str(error))}; mend that and start again", file=sys.stderr)
             return InputError.exit_code

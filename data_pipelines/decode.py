@@ -36,12 +36,13 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines import tiff
-from data_pipelines.errors import InputError
+from data_pipelines.errors import OF_THE_MACHINE, InputError
 from data_pipelines.examples import Example
 from data_pipelines.intensity import Intensity
 from data_pipelines.radiometric import read_raw_array
 from data_pipelines.refusals import ImageRefused
 
+MAX_FILE_BYTES = 1 << 29
 MAX_PIXELS = 1 << 26  # 67 million: nine times the largest image of Inf30 (6912 x 1024)
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")
@@ -322,12 +323,17 @@ def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None)
 
     Raises:
       InputError: the file is missing or not usable; the message names it.
+      OSError: the machine cannot read now (`OF_THE_MACHINE`), whatever the file holds.
     """
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
+        if error.errno in OF_THE_MACHINE:
+            raise
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the path") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{os.fspath(path)} is larger than {MAX_FILE_BYTES >> 20} MiB; remove it or make it smaller")
     try:
         image = decode_image(data)
     except ImageRefused as refusal:

@@ -1,5 +1,12 @@
 """The one exception that means: the user can mend this."""
 
+import errno
+
+# Of an OSError: what the machine lacks (room, open files, a sound disk), which is no fault of the file at hand.
+OF_THE_MACHINE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM
+)  # fmt: skip
+
 
 class InputError(ValueError):
     """A mistake in what the user gave: a path, a flag, a config key, a file.

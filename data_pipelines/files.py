@@ -17,6 +17,12 @@ from PIL import Image
 from data_pipelines.commands import csv_cell
 from data_pipelines.errors import InputError
 
+PLAN_NAME = "prepare_plan"  # in the work folder of an unfinished shard set
+# Beside shard sets: work on one, runs, predictions, scores.
+_MADE = (
+    {PLAN_NAME}, {"config.json", "events.jsonl"}, {"settings.json", "predictions.jsonl"}, {"scores.json", "scores.txt"}
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
@@ -119,15 +125,27 @@ def require_writable(folder: Path) -> None:
         pass
 
 
+def is_made(names: Iterable[str]) -> bool:
+    """Whether a folder of these names was made by this project: the pictures in it are no images of anybody."""
+    found = set(names)
+    shards = "manifest.json" in found and any(".array_record" in name for name in found)
+    return shards or any(made <= found for made in _MADE)
+
+
 def images_in(sources: Iterable[str | os.PathLike]) -> Iterator[Path]:
-    """Image files as named; of folders all those with a suffix of an image, sorted by path, hidden ones left out."""
+    """Image files as named; of folders all those with a suffix of an image, sorted by path. Left out are hidden files
+    and folders, and what lies in a folder inside the named one that `is_made`."""
     suffixes = Image.registered_extensions()
     for source in map(Path, sources):
         source = source.expanduser()
         if not source.is_dir():
             yield source
             continue
-        for path in sorted(source.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
-            if path.suffix.lower() in suffixes and path.is_file() and not hidden:
-                yield path
+        found: list[Path] = []
+        for folder, inside, files in os.walk(source):
+            if os.path.samefile(folder, source) or not is_made([*inside, *files]):
+                inside[:] = [name for name in inside if not name.startswith(".")]
+                found += [Path(folder, name) for name in files if not name.startswith(".")]
+            else:
+                inside.clear()
+        yield from sorted(path for path in found if path.suffix.lower() in suffixes and path.is_file())

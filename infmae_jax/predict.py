@@ -58,7 +58,8 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
       InputError: no images, none that can be read, two of the same name, or an output that is in the way.
     """
     output, files = output_file(Path(output) / RESULTS_NAME, "output").parent, named(sources)
-    done = _begun(output, tuned)
+    with writing(output):
+        done = _begun(output, tuned)
     left_out: list[str] = []
     todo = [(name, path) for name, path in files.items() if name not in done]
     intensity = tuned.model.config.data.intensity
@@ -119,7 +120,7 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
 
 
 def _begun(output: Path, tuned: FineTuned) -> set[str]:
-    """Makes the folder, or returns the names of the images that it has; InputError where they are another model's."""
+    """Makes the folder, or returns the names of the images that it has; InputError where they are of another."""
     digest = hashlib.sha256(repr(tuned.model.config).encode())
     for leaf in jax.tree.leaves(tuned.params):
         digest.update(np.ascontiguousarray(leaf).tobytes())
@@ -135,10 +136,11 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n")
         return _finished(output / RESULTS_NAME)
-    except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{output} cannot be used ({error}): name another --output") from error
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{output} holds files that are not of predictions ({what}): name another --output") from error
 
 
 def _finished(path: Path) -> set[str]:

@@ -23,7 +23,7 @@ def run_process(module, *arguments):
     "flags, message",
     [
         ([SMOKE, "--config.durration=3 steps"], "durration"),
-        (["--config.model.encoder.widhts=3"], "widths"),
+        (["--config.model.encoder.widhts=3"], "did you mean model.encoder.widths?"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
         ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
         ([SMOKE.removesuffix(":smoke")], "data.shards"),

@@ -75,11 +75,14 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Describes the splits in a pass over their images."""
         splits, images = {}, []
         notes: Counter[str] = Counter()
+        first: dict[str, str] = {}  # digest of pixels -> split
         for name, info in self.info.splits.items():
             shards = zip(info.filenames, info.shard_lengths, strict=True)
             splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
             for example in self.examples(name):
                 images.append(describe_image(example, decode_pixels(example)))
+                if (other := first.setdefault(images[-1].content, name)) != name:
+                    notes[f"images of {name} whose pixels are in {other} too"] += 1
                 notes.update(example.attributes.get(NOTES, {}))
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
         settings["rejected"] = self._account_for_files(root)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines.decode import MAX_PIXELS, DecodedImage, ImageRefused
+from data_pipelines.decode import MAX_FILE_BYTES, MAX_PIXELS, DecodedImage, ImageRefused
 from data_pipelines.intensity import count_values
 
 # A recorder's black frame is flat, up to the black level of video (16) and ripples of compression, and ends in a step;
@@ -38,7 +38,7 @@ class Filters:
     crop_borders: bool = True
     bit_depth: int = 0
     max_pixels: int = MAX_PIXELS
-    max_file_bytes: int = 1 << 29
+    max_file_bytes: int = MAX_FILE_BYTES
 
 
 def apply_filters(image: DecodedImage, filters: Filters) -> DecodedImage:

@@ -17,11 +17,8 @@ from collections.abc import Iterator, Sequence
 
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
-from data_pipelines.files import local_path
+from data_pipelines.files import is_made, local_path
 from data_pipelines.prepare.archives import Rejection, Source, is_archive, list_archive
-from data_pipelines.shards import MANIFEST_NAME, SHARD_SUFFIX
-
-PLAN_NAME = "prepare_plan"  # in the work folder of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +94,8 @@ def _is_made(folder: str, root: str, known: dict[str, bool]) -> bool:
     if len(folder) <= len(root):
         return False
     if folder not in known:
-        known[folder] = _is_shard_set(os.listdir(folder)) or _is_made(os.path.dirname(folder), root, known)
+        known[folder] = is_made(os.listdir(folder)) or _is_made(os.path.dirname(folder), root, known)
     return known[folder]
-
-
-def _is_shard_set(names: Sequence[str]) -> bool:
-    """Whether a folder of these names is a finished or unfinished shard set."""
-    has_shards = any(name.endswith(SHARD_SUFFIX) or f"{SHARD_SUFFIX}-" in name for name in names)
-    return PLAN_NAME in names or (MANIFEST_NAME in names and has_shards)
 
 
 def _walk(
@@ -126,8 +117,8 @@ def _walk(
                 if identity in folders_seen:
                     reason = "symlink_loop" if os.path.islink(path) else "listed_twice"
                     yield Rejection(key, reason, f"leads to {printable(os.path.realpath(path))}, listed already")
-                elif _is_shard_set(names):
-                    yield Rejection(key, "shard_set", "a folder that was prepared or built by this package")
+                elif is_made(names):
+                    yield Rejection(key, "shard_set", "made by this package: shards, a run, predictions or scores")
                 else:
                     waiting.extend((os.path.join(path, name), f"{key}/{printable(name)}") for name in names)
                 folders_seen.add(identity)

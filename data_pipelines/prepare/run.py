@@ -20,12 +20,12 @@ from pathlib import Path
 
 from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, is_free, local_path, writing
+from data_pipelines.files import PLAN_NAME, atomic_write, is_free, local_path, writing
 from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
-from data_pipelines.prepare.inputs import PLAN_NAME, Listing, list_sources, split_into_parts
+from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
 from data_pipelines.prepare.results import describe_set, draw_pictures, write_rejected, write_report
 from data_pipelines.shards import Manifest, read_manifest, write_manifest, write_split
 from data_pipelines.workers import worker_pool

@@ -78,7 +78,7 @@ def load(
 
 def _detect(path: str) -> str:
     """Which of `READABLE` a path is, by its kind and name; InputError if there is nothing."""
-    if "://" in path or Path(path).is_dir():
+    if Path(local_path(path, "checkpoint")).is_dir():
         return "run"
     if not Path(path).exists():
         raise InputError(f"{path} does not exist; give a run folder, a .pth or a .safetensors file")
@@ -174,6 +174,9 @@ def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), restored.params)
     if "model" not in restored.config:  # a fine-tuning run, whose heads are not InfMAE's
         params = {"encoder": params["encoder"]}
+    blocks = sum(described.config.encoder.depths) + ("decoder" in params and described.config.decoder.depth)
+    if blocks > len(jax.tree.leaves(params)):  # not worth tracing
+        raise InputError(f"checkpoint of {path} does not fit its config: it has fewer than {blocks} blocks")
     expected = abstract_params(described.config)
     for name, tree in params.items():
         have, want = _leaves(tree), _leaves(expected.get(name, {}))
@@ -199,7 +202,9 @@ def _described(run: str) -> TrainedModel:
             f"the weights file itself{f', {weights[0]}' if weights else ''}"
         )
     data = config.get("data", {})
-    size = data.get("image_size", DEFAULT_SIZE)
+    size = data.get("image_size", DEFAULT_SIZE) if isinstance(data, dict) else None
+    if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
+        raise InputError(f"{run}: its config.json has no data.image_size of rows and columns; restore it")
     return TrainedModel(
         from_config(InfMAEConfig, model, "model."),
         {},
@@ -261,7 +266,7 @@ def load_encoder(
         trained = untrained(described.config, described.image_size, seed)
         trained = dataclasses.replace(trained, intensity=described.intensity)
     else:
-        if not Path(checkpoint).expanduser().exists() and "://" not in checkpoint:
+        if not Path(local_path(checkpoint, "checkpoint")).exists():
             raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
         trained = encoder_params(checkpoint, **options)
         if model and not same_encoder(_variant(model).encoder, trained.config.encoder):

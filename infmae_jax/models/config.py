@@ -11,6 +11,8 @@ POSITIONS = ("recompute", "interpolate")
 SEGMENTATION_HEADS = ("upernet", "fcn")
 HEAD_NORMS = ("group", "layer")
 ROI_ALIGNS = ("auto", "gather", "einsum")
+# Configs may come from strangers: no architecture takes a program without end.
+_MOST_WIDTH, _MOST_BLOCKS, _MOST_RATIO, _LONGEST_SIDE = 1 << 16, 1000, 64, 1 << 12
 _DECODER_KEYS = ("decoder_width", "decoder_depth", "decoder_heads", "predict_masked_only")
 
 
@@ -76,13 +78,15 @@ class EncoderConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"model.encoder.{field}={value!r} is not one of {', '.join(map(str, allowed))}")
-        if len(self.widths) != 3 or len(self.depths) != 3 or min(self.widths) < 1 or min(self.depths) < 0:
-            raise ValueError(f"model.encoder needs three widths and depths, not {self.widths} and {self.depths}")
-        if self.mlp_ratio < 1:
-            raise ValueError(f"model.encoder.mlp_ratio={self.mlp_ratio} must be at least 1")
+        if len(self.widths) != 3 or not all(1 <= width <= _MOST_WIDTH for width in self.widths):
+            raise ValueError(f"model.encoder.widths={self.widths} must be three from 1 to {_MOST_WIDTH}")
+        if len(self.depths) != 3 or not all(0 <= depth <= _MOST_BLOCKS for depth in self.depths):
+            raise ValueError(f"model.encoder.depths={self.depths} must be three from 0 to {_MOST_BLOCKS}")
+        if not 1 <= self.mlp_ratio <= _MOST_RATIO:
+            raise ValueError(f"model.encoder.mlp_ratio={self.mlp_ratio} must be from 1 to {_MOST_RATIO}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.encoder.drop_path={self.drop_path} must be in [0, 1)")
-        if len(self.position_grid) != 2 or min(self.position_grid) < 1:
+        if len(self.position_grid) != 2 or not all(1 <= side <= _LONGEST_SIDE for side in self.position_grid):
             raise ValueError(f"model.encoder.position_grid={self.position_grid} must be token rows, columns")
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"model.encoder.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
@@ -110,8 +114,10 @@ class DecoderConfig:
     predict_masked_only: bool = True
 
     def __post_init__(self):
-        if self.depth < 1:
-            raise ValueError(f"model.decoder.depth={self.depth} must be at least 1")
+        if not 1 <= self.depth <= _MOST_BLOCKS or self.width > _MOST_WIDTH:
+            raise ValueError(
+                f"model.decoder.depth={self.depth} must be from 1 to {_MOST_BLOCKS}, its width at most {_MOST_WIDTH}"
+            )
         _check_heads(self.width, self.heads)
 
 

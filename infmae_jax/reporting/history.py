@@ -117,7 +117,7 @@ def read_history(run: str | Path) -> RunHistory:
     Raises:
       InputError: `run` holds none of the files of a run.
     """
-    folder = Path(run)
+    folder = Path(run).expanduser()
     names = (CONFIG_NAME, RUN_INFO_NAME, METRICS_NAME, EVENTS_NAME)
     if not any((folder / name).is_file() for name in names):
         raise InputError(f"{run} is not a run folder: it has none of {', '.join(names)}; give the --workdir of a run")
@@ -146,5 +146,5 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
             return read_object(path)
         problems.append(f"{path.name} is missing")
     except InputError as error:
-        problems.append(str(error))
+        problems.append(str(error).replace(f"{path.parent}/", ""))
     return {}

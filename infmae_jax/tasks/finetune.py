@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
 from data_pipelines.intensity import Intensity
 from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.remote import local_folders
@@ -27,7 +29,7 @@ from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
 from data_pipelines.views import LabelledView
 from infmae_jax.evaluation.windows import Windows, canvas_of, host_programs, in_groups, on_canvas
-from infmae_jax.interop.load import ARCHITECTURE, graft, load_encoder
+from infmae_jax.interop.load import ARCHITECTURE, RANDOM, graft, load_encoder
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import EncoderConfig, variant
 from infmae_jax.models.patches import token_grid
@@ -250,9 +252,11 @@ def without_data(config: Config, classes: int = 9) -> Config:
 
 
 def require_checkpoint(config: FineTuneConfig) -> None:
-    """InputError where the config names no encoder to start from."""
+    """InputError where the config names no encoder to start from, or one that is not there."""
     if not config.checkpoint:
         raise InputError("no encoder to start from: give --checkpoint=RUN, a .pth or .safetensors file, or random")
+    if config.checkpoint != RANDOM and not os.path.exists(local_path(config.checkpoint, "checkpoint")):
+        raise InputError(f"checkpoint {config.checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
 
 
 def class_names(config: FineTuneConfig) -> tuple[str, ...]:

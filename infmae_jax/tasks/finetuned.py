@@ -45,7 +45,7 @@ class FineTuned(NamedTuple):
 
 def kind_of(config: Any, where: str) -> Kind:
     """Of a run's or a file's config; InputError where it is not that of a fine-tuning task."""
-    name = config.get("task", "") if hasattr(config, "get") else ""
+    name = str(config.get("task", "")) if hasattr(config, "get") else ""
     if name not in KINDS:
         raise InputError(f"{where} is not of a fine-tuning task ({', '.join(KINDS)}) but of {name or 'none'!r}")
     return KINDS[name]
@@ -54,7 +54,7 @@ def kind_of(config: Any, where: str) -> Kind:
 def is_finetuned(run: str | Path) -> bool:
     """Whether it is the folder of a fine-tuning run."""
     run = Path(run).expanduser()
-    return (run / CONFIG_NAME).is_file() and read_config(run).get("task") in KINDS
+    return (run / CONFIG_NAME).is_file() and str(read_config(run).get("task")) in KINDS
 
 
 def load_finetuned(

@@ -250,6 +250,8 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
       InputError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
     """
     fields = _fields(cls)
+    if not isinstance(config, (Mapping, ConfigDict)):
+        raise InputError(f"config {path.rstrip('.') or cls.__name__} must be a section of keys, got {config!r}")
     for key in config:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)

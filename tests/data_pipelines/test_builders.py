@@ -297,7 +297,9 @@ def test_mistakes_are_one_line_and_leave_no_set(scenes, tmp_path, name, what, me
 def test_wrong_requests(scenes, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in (
-        (("nonsense", tmp_path, scenes), "nonsense"),
+        (("nonsense", tmp_path, scenes), "nonsense.*there are"),
+        (("small_target", tmp_path, scenes), "did you mean small_targets?"),
+        (("mnist", tmp_path, scenes), "'mnist' is unknown"),
         (("image_folder/gray12", tmp_path, scenes), "gray12"),
         (("image_folder", "gs://bucket/data", scenes), "gs:// is not supported"),
         (("image_folder", tmp_path, tmp_path / "gone"), "gone is not a folder"),

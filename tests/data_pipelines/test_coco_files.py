@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -219,3 +220,12 @@ def test_copies_of_entries_count_once(tmp_path, caplog):
     (tmp_path / "train.json").write_text(json.dumps(coco))
     found = read_coco(tmp_path / "train.json")
     assert [len(image.annotations) for image in found.images] == [1, 2] and found.categories == {"person": 2, "car": 9}
+
+
+def test_images_in_two_splits_are_counted(tmp_path):
+    root = write(tmp_path, GOOD)
+    shutil.copytree(root / "images/train", root / "images/val")
+    Image.new("L", (40, 30)).save(root / "images/val/b.png")
+    shutil.copy(root / "annotations/train.json", root / "annotations/val.json")
+    built = build("coco_boxes", tmp_path / "data", root)
+    assert built.notes["images of val whose pixels are in train too"] == 1

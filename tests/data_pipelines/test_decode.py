@@ -1,8 +1,10 @@
 """Decoding: every supported format by its stated rule, every unusable file refused with a reason, nothing crashes."""
 
+import errno
 import io
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
 
+from data_pipelines import decode
 from data_pipelines.decode import ImageRefused, decode_image, encode_png, make_example, read_image_file
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_pixels, encode_example, source_units
@@ -332,3 +335,15 @@ def test_damaged_files_are_decoded_or_refused(data):
     assert image.pixels.size <= 1 << 20
     record = decode_example(encode_example(make_example("key", data, image)))
     np.testing.assert_array_equal(decode_pixels(record), image.pixels)
+
+
+def test_what_the_machine_lacks_is_no_fault_of_a_file(tmp_path, monkeypatch):
+    """Where images that cannot be read are left out, those that could be read otherwise must not be."""
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", Mock(side_effect=OSError(errno.EMFILE, "Too many open files", "a.png")))
+        with pytest.raises(OSError, match="Too many open files"):
+            read_image_file(tmp_path / "a.png")
+    monkeypatch.setattr(decode, "MAX_FILE_BYTES", 50)
+    with pytest.raises(InputError, match="a.png is larger than"):
+        read_image_file(tmp_path / "a.png")

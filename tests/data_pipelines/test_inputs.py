@@ -15,6 +15,7 @@ import pytest
 
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
+from data_pipelines.files import images_in
 from data_pipelines.prepare import archives
 from data_pipelines.prepare.archives import Source, SourceReader, SourceUnreadable
 from data_pipelines.prepare.inputs import list_sources, split_into_parts
@@ -318,6 +319,26 @@ def test_brackets_in_the_names_of_folders_are_no_pattern(tmp_path):
     fill(tmp_path / "set [1]")
     assert len(list_sources([tmp_path / "set [1]"]).sources) == 4
     assert len(list_sources([f"{tmp_path}/set [1]/**/*.jpg"]).sources) == 2
+
+
+def test_pictures_of_this_project_are_no_images(tmp_path):
+    made = {
+        "shards": ("manifest.json", "train-0.array_record"), "work": ("prepare_plan",),
+        "run": ("config.json", "events.jsonl"), "predictions": ("settings.json", "predictions.jsonl"),
+        "scores": ("scores.json", "scores.txt"),
+    }  # fmt: skip
+    for folder, names in {**made, "mine": ("config.json",)}.items():
+        for name in (*names, "pictures/p.png"):
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_bytes(b"p")
+    (tmp_path / "a.png").write_bytes(b"a")
+    listing = list_sources([tmp_path])
+    assert sorted(reasons(listing).values()) == ["shard_set"] * len(made)
+    mine = [tmp_path / "a.png", tmp_path / "mine" / "pictures" / "p.png"]
+    assert list(images_in([tmp_path])) == mine
+    found = {source.path for source in listing.sources}
+    assert found == {*map(str, mine), f"{tmp_path}/mine/config.json"}
+    assert list(images_in([tmp_path / "run"])) == [tmp_path / "run" / "pictures" / "p.png"]  # asked for by name
 
 
 def test_too_many_open_files_are_not_the_fault_of_an_image(tmp_path, monkeypatch):

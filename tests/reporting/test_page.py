@@ -133,7 +133,7 @@ def test_broken_pictures_are_left_out(tmp_path):
 
 def test_a_page_that_cannot_be_written(eventful, tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match="taken.*cannot be written.*--output"):
+    with pytest.raises(InputError, match="taken.*cannot be written"):
         write_report(eventful, tmp_path / "taken" / "page.html")
     assert write_report(eventful, tmp_path / "new" / "page.html").is_file()
     assert not list(tmp_path.glob("**/*.partial"))

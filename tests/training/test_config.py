@@ -1,17 +1,19 @@
 """ConfigDict to dataclasses and back; every mistake names its key."""
 
 import json
+import re
 import sys
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs.segment import masks_tiny_cpu
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig
-from infmae_jax.training.config import MeshConfig, differences, from_config, to_config
+from infmae_jax.training.config import MeshConfig, define_config, differences, from_config, to_config
 
 
 def test_round_trip_through_json():
@@ -78,6 +80,23 @@ def test_flags_set_what_is_none(monkeypatch, value):
     )  # fmt: skip
     assert config.data.intensity.low == float(value) and config.data.intensity.high == 330.0
     assert from_config(PretrainConfig, to_config(PretrainConfig())).data.intensity.low is None
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("--config.optimiser.clip_norm=1", "optimiser.clip_norm is unknown; did you mean optimizer.clip_norm?"),
+    ("--config.clip_norm=1", "did you mean optimizer.clip_norm?"),
+    ("--config.model.encoder.dtype=float32", "did you mean encoder.dtype?"),  # where pretraining has it
+    ("--noconfig.data.flipp", "did you mean data.flip?"), ("--config.data.shards.x=1", "did you mean data.shards?"),
+    ("--config.data.image_size[0]=32", "did you mean data.image_size?"), ("--config.zzz=1", "is unknown; known are "),
+    ("--config.keys=1", "config key keys is unknown"), ("--config..a=1", "unknown"), ("--config.=1", "unknown"),
+    ("--config.optimizer={}", "optimizer is a section"), ("--config.data=3", "data is a section"),
+    ("--config=nowhere.py", "config file nowhere.py cannot be loaded"),
+])  # fmt: skip
+def test_unknown_keys_of_the_command_line_are_named_with_the_nearest(monkeypatch, argument, message):
+    monkeypatch.setattr(sys, "argv", ["test", f"--config={masks_tiny_cpu.__file__}:smoke", argument])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        define_config("unused.py", "")
+    assert "\n" not in str(caught.value)
 
 
 def overridden(monkeypatch, *arguments):

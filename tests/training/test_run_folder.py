@@ -112,3 +112,22 @@ def test_run_folders_are_folders(tmp_path, monkeypatch):
             pass
     with run_folder.workdir_lock("~/run"):
         assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_folder_of_another_task_is_refused_in_one_short_line_before_any_work(tmp_path):
+    config = PretrainConfig()
+    run_folder.claim(tmp_path / "run", config, "pretrain", {}, resuming=False, primary=True)
+    write_config(tmp_path / "converted", {"model": {}})
+    (tmp_path / "file").write_text("")
+    assert run_folder.run_path(tmp_path / "run", "pretrain") == tmp_path / "run"
+    assert run_folder.run_path(tmp_path / "new" / "run", "pretrain") == tmp_path / "new" / "run"
+    for folder, task, message in (
+        ("run", "segment", "run holds a run of the task 'pretrain', not of 'segment'; use another --workdir"),
+        ("converted", "pretrain", "converted holds a checkpoint from elsewhere"),
+        ("file", "pretrain", "file is a file"), ("file/run", "pretrain", "Not a directory"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            run_folder.run_path(tmp_path / folder, task)
+    with pytest.raises(InputError, match="run holds a run of the task 'pretrain'"):
+        run_folder.claim(tmp_path / "run", config, "segment", {}, resuming=True, primary=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "file", "run"]
