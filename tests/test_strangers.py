@@ -129,6 +129,7 @@ def encoder_run(tmp_path_factory):
     trained = load.untrained(InfMAEConfig().replace(widths=(8, 8, 16), depths=(1, 1, 1), heads=2, decoder_heads=2))
     folder = tmp_path_factory.mktemp("encoder") / "run"
     load.write(folder, "run", trained, (32, 32), {})
+    infmae_jax.load(folder)  # the first time takes longer
     return folder, json.loads((folder / "config.json").read_text())
 
 
