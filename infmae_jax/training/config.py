@@ -249,7 +249,8 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     """
     fields = _fields(cls)
     if not isinstance(config, (Mapping, ConfigDict)):
-        raise InputError(f"config {path.rstrip('.') or cls.__name__} must be a section of keys, got {reprlib.repr(config)}")
+        name = path.rstrip(".") or cls.__name__
+        raise InputError(f"config {name} must be a section of keys, got {reprlib.repr(config)}")
     for key in config:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -308,7 +309,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         hint, allowed = typing.get_args(hint)
         value = _convert(hint, value, path)
         if not _within(value, allowed):
-            raise InputError(f"config key {path}={reprlib.repr(value)} must be {'one of' if hint is str else 'in'} {allowed}")
+            relation = "one of" if hint is str else "in"
+            raise InputError(f"config key {path}={reprlib.repr(value)} must be {relation} {allowed}")
         return value
     if hint == tuple[str, ...] and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
