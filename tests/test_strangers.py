@@ -123,17 +123,37 @@ def test_manifests(tmp_path, tries):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_configs_of_runs(tmp_path, tries):
+@pytest.fixture(scope="module")
+def encoder_run(tmp_path_factory):
+    """Folder and config of a small run."""
     trained = load.untrained(InfMAEConfig().replace(widths=(8, 8, 16), depths=(1, 1, 1), heads=2, decoder_heads=2))
-    load.write(tmp_path / "run", "run", trained, (32, 32), {})
-    path = tmp_path / "run" / "config.json"
+    folder = tmp_path_factory.mktemp("encoder") / "run"
+    load.write(folder, "run", trained, (32, 32), {})
+    infmae_jax.load(folder)  # the first time takes longer
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+def test_configs_of_runs(encoder_run, tries):
+    folder, config = encoder_run
 
     def check(text):
-        path.write_text(text)
+        (folder / "config.json").write_text(text)
         with bounded():
-            infmae_jax.load(tmp_path / "run")
+            infmae_jax.load(folder)
 
-    tries(spoiled(json.loads(path.read_text())), check)
+    tries(spoiled(config), check)
+
+
+@pytest.mark.parametrize("section, change", [
+    ("data", None), ("data", {"image_size": 3}), ("data", {"mask": []}), ("model", []), ("task", []),
+    ("model", {"encoder": {"depths": [1000, 1, 1]}}), ("model", {"encoder": {"widths": [10**30, 8, 8], "heads": 1}}),
+    ("model", {"encoder": {"position_grid": [10**9, 10**9]}}),
+])  # fmt: skip
+def test_sections_that_are_none_and_models_without_end(encoder_run, section, change):
+    folder, config = encoder_run
+    (folder / "config.json").write_text(json.dumps({**config, section: change}))
+    with bounded(), pytest.raises(InputError):
+        (load_finetuned if section == "task" else infmae_jax.load)(folder)
 
 
 def test_configs_of_fine_tuned_runs(tmp_path, tries):

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import re
+import reprlib
 import sys
 import types
 import typing
@@ -251,7 +252,8 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     """
     fields = _fields(cls)
     if not isinstance(config, (Mapping, ConfigDict)):
-        raise InputError(f"config {path.rstrip('.') or cls.__name__} must be a section of keys, got {config!r}")
+        name = path.rstrip(".") or cls.__name__
+        raise InputError(f"config {name} must be a section of keys, got {reprlib.repr(config)}")
     for key in config:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -263,7 +265,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"config {path.rstrip('.') or cls.__name__}: {error}") from error
+        raise InputError(f"config {path.rstrip('.') or cls.__name__}: {str(error)[:500]}") from error
 
 
 def flat(settings: Mapping[str, Any], path: str = "") -> dict[str, str]:
@@ -310,7 +312,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         hint, allowed = typing.get_args(hint)
         value = _convert(hint, value, path)
         if not _within(value, allowed):
-            raise InputError(f"config key {path}={value!r} must be {'one of' if hint is str else 'in'} {allowed}")
+            relation = "one of" if hint is str else "in"
+            raise InputError(f"config key {path}={reprlib.repr(value)} must be {relation} {allowed}")
         return value
     if hint == tuple[str, ...] and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -320,7 +323,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
-    raise InputError(f"config key {path} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise InputError(f"config key {path} must be {getattr(hint, '__name__', hint)}, got {reprlib.repr(value)}")
 
 
 def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
@@ -332,7 +335,7 @@ def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
         value = [int(part) for part in value.split("x")]
     if not isinstance(value, (tuple, list)) or (... not in kinds and kinds and len(value) != len(kinds)):
         names = ", ".join("..." if kind is ... else getattr(kind, "__name__", str(kind)) for kind in kinds)
-        raise InputError(f"config key {path} must be ({names or 'a tuple'}), got {value!r}")
+        raise InputError(f"config key {path} must be ({names or 'a tuple'}), got {reprlib.repr(value)}")
     if not kinds:
         return _as_tuple(value)
     return tuple(_convert(kinds[0 if ... in kinds else i], item, f"{path}[{i}]") for i, item in enumerate(value))
