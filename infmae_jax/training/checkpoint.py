@@ -282,10 +282,8 @@ class Checkpointer:
         except (storage.Damaged, OSError) as error:
             return None, _what_is_wrong(error)
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        state = abstract.replace(
-            step=count, params=items["params"], opt_state=items["optimizer"], guard=items["guard"],
-            average=items.get(_AVERAGE),
-        )  # fmt: skip
+        weights = {"params": items["params"], "average": items.get(_AVERAGE)}
+        state = abstract.replace(step=count, opt_state=items["optimizer"], guard=items["guard"], **weights)
         return (state, step, record["metadata"]), ""
 
     def _set_aside(self, step: int) -> None:
