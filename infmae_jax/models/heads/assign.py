@@ -99,8 +99,13 @@ class Sample(NamedTuple):
     valid: jax.Array
 
 
-def sample(label: jax.Array, noise: jax.Array, count: int, positives: int) -> Sample:
-    """Draws up to `count` candidates, at most `positives` of them positive, the rest negative as far as there are any.
+def most_positive(count: int, share: float) -> int:
+    """How many of a sample of `count` may be positive."""
+    return max(int(count * share), 1)
+
+
+def sample(label: jax.Array, noise: jax.Array, count: int, share: float) -> Sample:
+    """Draws up to `count` candidates, of which at most a share are positive, the rest negative as far as there are any.
 
     Args:
       label: (N,) of `match`.
@@ -112,7 +117,7 @@ def sample(label: jax.Array, noise: jax.Array, count: int, positives: int) -> Sa
         index = jax.lax.top_k(jnp.where(label == wanted, noise, -1.0), min(most, label.shape[0]))[1]
         return index, jnp.minimum((label == wanted).sum(), most)
 
-    positive, n_positive = highest(POSITIVE, positives)
+    positive, n_positive = highest(POSITIVE, most_positive(count, share))
     negative, n_negative = highest(NEGATIVE, count)
     place = jnp.arange(count)
     first = place < n_positive

@@ -21,7 +21,7 @@ from infmae_jax.models.config import DetectionHeadConfig, EncoderConfig
 from infmae_jax.models.heads import boxes as box
 from infmae_jax.models.heads import regions as region
 from infmae_jax.models.heads.anchors import STRIDES
-from infmae_jax.models.heads.assign import Targets, in_order
+from infmae_jax.models.heads.assign import Targets, in_order, most_positive
 from infmae_jax.models.heads.proposals import RegionLayers, anchors_of, propose, region_losses
 from infmae_jax.models.heads.pyramid import FeaturePyramid
 from infmae_jax.models.heads.roi_align import roi_align
@@ -174,7 +174,7 @@ class Detector(nn.Module):
         return jax.vmap(box.clip)(moved, sizes)
 
     def _mask_loss(self, maps: list[jax.Array], drawn: region.Regions, targets: Targets) -> jax.Array:
-        most = max(int(self.head.rois * self.head.roi_positive), 1)  # positive regions come first
+        most = most_positive(self.head.rois, self.head.roi_positive)  # they come first
         drawn = jax.tree.map(lambda x: x[:, :most], drawn)
         classes = jnp.take_along_axis(targets.classes, drawn.matched, axis=1)
         logits = self.mask_head(self._pooled(maps, drawn.boxes, region.MASK_BINS), classes)

@@ -60,7 +60,7 @@ def anchors_of(maps: Sequence[jax.Array], config: DetectionHeadConfig) -> list[n
 def inside(level: np.ndarray, sizes: jax.Array) -> jax.Array:
     """(n,4) anchors, (B,2) true rows and columns -> (B,n) bool: their centre lies on the image, not on the padding.
     The others are neither learnt nor proposed."""
-    centre = (level[:, :2] + level[:, 2:]) / 2
+    centre = np.rint((level[:, :2] + level[:, 2:]) / 2)  # a corner of a cell, but for rounding
     x, y = (jnp.asarray(centre[:, axis]).reshape(1, -1) for axis in (0, 1))
     return (x < sizes[:, 1:]) & (y < sizes[:, :1])
 
@@ -131,7 +131,7 @@ def region_losses(
 
     def image(logits: jax.Array, deltas: jax.Array, usable: jax.Array, targets: Targets) -> dict[str, jax.Array]:
         matched, label = match(whole, usable, targets, *config.rpn_iou, force=True)
-        drawn = sample(label, noise, count, int(count * config.rpn_positive))
+        drawn = sample(label, noise, count, config.rpn_positive)
         logit, wanted = logits[drawn.index], (label[drawn.index] == POSITIVE).astype(jnp.float32)
         entropy = jax.nn.softplus(logit) - wanted * logit
         objects = targets.boxes[matched[drawn.index]]

@@ -100,7 +100,7 @@ def draw_regions(proposals: Proposals, targets: Targets, noise: jax.Array, confi
 
     def image(boxes: jax.Array, usable: jax.Array, places: jax.Array, targets: Targets) -> Regions:
         matched, label = match(boxes, usable, targets, config.roi_iou, config.roi_iou)
-        drawn = sample(label, noise[places], config.rois, int(config.rois * config.roi_positive))
+        drawn = sample(label, noise[places], config.rois, config.roi_positive)
         chosen = or_dummy(boxes[drawn.index], drawn.valid)
         return Regions(chosen, drawn.valid, matched[drawn.index], drawn.positive)
 
