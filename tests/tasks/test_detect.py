@@ -1,5 +1,6 @@
 """Detection through the commands and the loop, at the smallest sizes."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -126,7 +127,7 @@ def test_predictions_are_in_the_source_s_ids_and_pixels(trained_run, tmp_path):
         table = list(csv.DictReader(stream))
     assert len(table) == len(results) and {row["file"][0] for row in table} <= set("'dt")
     assert run(*command).returncode == 0  # all is there
-    done = run(*command, "--tile=64")
+    done = run(*command, "--tile=64", "--overlap=32")
     assert done.returncode == 2 and "another model" in done.stderr
     done = run(*command[:2], f"--output={tmp_path / 'tiles'}", source, "--tile=64", "--overlap=32")
     assert done.returncode == 0, done.stderr
@@ -152,7 +153,7 @@ def test_the_exported_program_finds_the_same(trained_run, tmp_path):
 
 def test_devices_and_micro_batches_change_nothing(encoder, scenes):
     task, _ = task_of(encoder, scenes)
-    with task.train_batches(Position()) as batches:
+    with contextlib.closing(task.train_batches(Position())) as batches:
         batch = next(batches)
     params = jax.device_get(jax.jit(task.init)(jax.random.key(0)))
     loss = jax.jit(lambda params, batch: task.loss(params, batch, jax.random.key(1)))
