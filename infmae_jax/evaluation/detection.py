@@ -17,12 +17,11 @@ import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Objects
+from infmae_jax.evaluation.hosts import gathered
 
 LIBRARY = "faster_coco_eval"
 MOST = 100  # detections of an image that count
@@ -112,19 +111,6 @@ def _rows(image: int, count: int, *columns: np.ndarray) -> np.ndarray:
 
 def _by_image(rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(rows[:, 0], kind="stable")]
-
-
-def gathered(rows: np.ndarray) -> np.ndarray:
-    """(n, c) float64 of this host -> those of all hosts, one after the other, bit for bit."""
-    if jax.process_count() == 1:
-        return rows
-    counts = multihost_utils.process_allgather(np.int32(len(rows))).reshape(-1).tolist()
-    # As bytes: JAX would round numbers of 64 bit.
-    padded = np.zeros((max(counts), rows.shape[1]), np.float64)
-    padded[: len(rows)] = rows
-    everywhere = np.asarray(multihost_utils.process_allgather(padded.view(np.uint8)))
-    hosts = np.ascontiguousarray(everywhere).view(np.float64)
-    return np.concatenate([host[:count] for host, count in zip(hosts, counts, strict=True)])
 
 
 def _evaluated(images: Sequence[int], truth: np.ndarray, found: np.ndarray, classes: int) -> Any:

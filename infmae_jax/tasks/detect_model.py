@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, write_csv
@@ -20,6 +19,7 @@ from infmae_jax import pictures
 from infmae_jax.box_pictures import box_overlay, box_panel, paste
 from infmae_jax.evaluation import detection
 from infmae_jax.evaluation.detection import Boxes
+from infmae_jax.evaluation.hosts import summed
 from infmae_jax.evaluation.labelled import HostShare, ImageWithObjects, images_with_objects
 from infmae_jax.evaluation.tiles import detections
 from infmae_jax.evaluation.windows import host_programs
@@ -115,9 +115,7 @@ class DetectionModel(FineTuneModel):
                 number = image.attributes.get("image_id", image.number + 1)
                 listed += self.coco_results(number, image.key.split("/", 1)[-1], found, image.pixels.shape)
         counts.gather()
-        damaged = np.int32(len(share.damaged))
-        if jax.process_count() > 1:
-            damaged = multihost_utils.process_allgather(damaged).sum()
+        damaged = summed(np.array(len(share.damaged)))
         scores = {**counts.scores(self.classes), "damaged": int(damaged), "protocol": self.protocol}
         drawn = {name: box_panel([self._row(*entry) for entry in kept], self.classes)
                  for name, kept in (("worst", extremes.worst), ("best", extremes.best))}  # fmt: skip

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, decode_mask
@@ -21,6 +20,7 @@ from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
 from infmae_jax.evaluation import segmentation
+from infmae_jax.evaluation.hosts import summed
 from infmae_jax.evaluation.labelled import LabelledImages
 from infmae_jax.evaluation.windows import Windows, ahead, host_programs, window_scores
 from infmae_jax.evaluation.worst import Worst
@@ -202,8 +202,7 @@ class SegmentationModel(FineTuneModel):
                 right = float((classes == image.mask)[valid].mean()) if valid.any() else 1.0
                 worst.add(right, (image.key, image.image, image.mask, classes))
         totals[-1] = len(labelled.damaged)
-        if jax.process_count() > 1:
-            totals, edges = (multihost_utils.process_allgather(found).sum(axis=0) for found in (totals, edges))
+        totals, edges = summed(totals), summed(edges)
         matrix = totals[:-2].reshape(count, count)
         background = self.config.background if self.config.background >= 0 else None
         scores = segmentation.scores(matrix, self.classes, background)

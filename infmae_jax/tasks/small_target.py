@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from data_pipelines.examples import IGNORE
@@ -22,6 +21,7 @@ from data_pipelines.shards import read_manifest
 from data_pipelines.transforms import InfraredAugment
 from infmae_jax import pictures
 from infmae_jax.evaluation import small_targets
+from infmae_jax.evaluation.hosts import summed
 from infmae_jax.evaluation.labelled import LabelledImages
 from infmae_jax.evaluation.windows import Windows, host_programs, window_scores
 from infmae_jax.evaluation.worst import Worst
@@ -192,10 +192,7 @@ class SmallTargetModel(FineTuneModel):
                 iou = counts.add(scores, image.mask)
                 above = (scores > self.config.threshold).astype(np.uint8)
                 worst.add(iou, (image.key, image.image, image.mask, above))
-        damaged = np.float64(len(labelled.damaged))
-        if jax.process_count() > 1:
-            counts.values = multihost_utils.process_allgather(counts.values).sum(axis=0)
-            damaged = multihost_utils.process_allgather(damaged).sum()
+        counts.values, damaged = summed(counts.values), summed(np.array(len(labelled.damaged)))
         scores = {**counts.scores(), "damaged": int(damaged)}
         scores["protocol"] = f"{self._labels(shards)}{self.config.windows}; {scores['protocol']}"
         return {"scores": scores, "worst": pictures.segmentation_panel(worst.items(), self.classes)}

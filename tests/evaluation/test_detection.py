@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Objects
-from infmae_jax.evaluation import detection
+from infmae_jax.evaluation import detection, hosts
 from infmae_jax.evaluation.detection import Boxes, DetectionCounts, image_f1, pairwise_iou
 
 NAMES = ("car", "person", "bus")
@@ -116,19 +116,35 @@ def test_hosts_lose_nothing(monkeypatch):
 
     def gather(value):
         kind = next(step)
-        hosts = [host[kind // 2] for host in kept]
+        both = [host[kind // 2] for host in kept]
         if kind % 2 == 0:
-            return np.array([[len(host)] for host in hosts], np.int32)
+            return np.array([[len(host)] for host in both], np.int32)
         assert np.asarray(value).dtype == np.uint8
-        most = max(map(len, hosts))
-        padded = [np.pad(host, ((0, most - len(host)), (0, 0))) for host in hosts]
+        most = max(map(len, both))
+        padded = [np.pad(host, ((0, most - len(host)), (0, 0))) for host in both]
         return np.stack([p.view(np.uint8) for p in padded])
 
-    monkeypatch.setattr(detection.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(detection.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
     parts[0].gather()
     monkeypatch.undo()
     assert parts[0].scores(NAMES) == whole.scores(NAMES)
+
+
+def test_sums_over_hosts_are_exact(monkeypatch):
+    """What crosses JAX has at most 32 bits there: counts of more pixels than that must not be rounded."""
+
+    def gather(value):
+        value = np.asarray(value)
+        assert value.itemsize < 8
+        return np.stack([value, value])
+
+    monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    counts = np.array([[2**33 + 1, 0], [3, 2**24 + 1]])
+    found = hosts.summed(counts)
+    assert found.dtype == counts.dtype and (found == 2 * counts).all()
+    assert hosts.summed(np.array(5)) == 10
 
 
 def test_a_missing_library_is_one_line(monkeypatch):

@@ -54,7 +54,7 @@ def as_rows(found):
 def test_objects_no_larger_than_the_overlap_are_found_once(seed, height, width):
     rng = np.random.default_rng(seed)
     image, truth = scene(rng, height, width, 12, 20)
-    ((_, found),) = detections([0], lambda _: image, detect, Windows((64, 64), (40, 40)), 3, 100)
+    ((_, found),) = detections([0], lambda _: image, detect, Windows((64, 64), (40, 40)), lambda canvas: 3, 100)
     assert as_rows(found) == truth
 
 
@@ -74,9 +74,9 @@ def test_tiles_cover_the_image_in_few_sizes(sides, size, overlap):
 def test_images_of_many_sizes_come_back_with_their_own_boxes(windows):
     rng = np.random.default_rng(5)
     scenes = {n: scene(rng, *rng.integers(40, 120, 2).tolist(), 8, 20) for n in range(9)}
-    found = dict(detections(scenes, lambda n: scenes[n][0], detect, windows, 4, 100))
+    found = dict(detections(scenes, lambda n: scenes[n][0], detect, windows, lambda canvas: 4, 100))
     assert set(found) == set(scenes) and all(as_rows(found[n]) == truth for n, (_, truth) in scenes.items())
-    (_, few), *_ = detections(scenes, lambda n: scenes[n][0], detect, Windows((64, 64), (40, 40)), 4, 2)
+    (_, few), *_ = detections(scenes, lambda n: scenes[n][0], detect, Windows((64, 64), (40, 40)), lambda canvas: 4, 2)
     assert len(few.boxes) <= 2
 
 
