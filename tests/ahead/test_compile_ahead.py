@@ -26,7 +26,7 @@ needs_libtpu = pytest.mark.skipif(
         (["--topology=v5e-15"], "--topology=v5e-15 is not known: the nearest are v5e-16"),
         (["extra"], "unexpected argument 'extra'"),
         (["--config.durration=3 steps"], "durration"),
-        (["--output=nowhere/file.json"], "--output=nowhere/file.json"),
+        (["--output=configs"], "configs is a folder: name a file"),
         (["--batch=-1"], "batch"),
     ],
 )

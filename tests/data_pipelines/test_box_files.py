@@ -23,7 +23,7 @@ def image(path, size, exif=None):
     tags = Image.Exif()
     if exif:
         tags[0x0112] = exif
-    pixels = np.random.default_rng(len(path.stem)).integers(0, 256, size, dtype=np.uint8)
+    pixels = np.random.default_rng(list(path.stem.encode())).integers(0, 256, size, dtype=np.uint8)
     Image.fromarray(pixels).save(path, exif=tags)
 
 

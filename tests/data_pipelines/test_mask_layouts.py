@@ -149,7 +149,7 @@ def test_boxes_become_weak_masks_that_say_so(tmp_path):
     assert built.counts == {"train": 5, "val": 5}
     assert built.notes == {
         "targets drawn from boxes as filled ellipses (weak masks)": 2 * 3, "crowd boxes that do not count (ignored)": 2,
-        "boxes left out (empty or outside the image)": 2,
+        "boxes left out (empty or outside the image)": 2, "images of val whose pixels are in train too": 5,
     }  # fmt: skip
     found = [decode_mask(example) for _, example in sorted(records(built.folder, "train").items())]
     for (x, y, width, height), label, mask in (

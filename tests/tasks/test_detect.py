@@ -133,7 +133,7 @@ def test_predictions_are_in_the_source_s_ids_and_pixels(trained_run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert predicted(tmp_path / "tiles")["tiny"]["objects"] == rows["tiny"]["objects"]  # no larger than a tile
     done = run(*command[:2], f"--output={tmp_path / 'no'}", source, "--tile=60")
-    assert done.returncode == 2 and "--tile=60 must be a multiple of 32" in done.stderr
+    assert done.returncode == 2 and "--tile=60,60: give rows,columns, multiples of 32" in done.stderr
 
 
 def test_the_exported_program_finds_the_same(trained_run, tmp_path):
