@@ -18,7 +18,9 @@ CONFIGS = {"segment": masks_tiny_cpu, "small_target": targets_tiny_cpu}
 
 
 @pytest.mark.parametrize("task", CONFIGS)
-def test_a_task_without_data(task, monkeypatch):
+def test_a_task_without_data(task, monkeypatch, request):
+    if task != "segment" and not request.config.getoption("--long"):
+        pytest.skip("one task stands for all: --long")
     smallest = InfMAEConfig().replace(widths=(16, 16, 16), depths=(1, 1, 1), heads=2)
     monkeypatch.setattr("infmae_jax.tasks.finetune.variant", lambda name: smallest)
     config = from_config(KINDS[task].config, CONFIGS[task].get_config("smoke"))

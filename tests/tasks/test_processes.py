@@ -1,4 +1,7 @@
-"""Fine-tuning as real processes: killed in the middle, and two of them together."""
+"""With --long: fine-tuning as real processes, killed in the middle, and two of them together.
+
+In short runs `test_a_stopped_run_goes_on_bit_for_bit` stands for it, and pretraining for the loop that all tasks share.
+"""
 
 import json
 import signal
@@ -22,7 +25,9 @@ def start(run, encoder, labelled, **processes):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(encoder, labelled, tmp_path_factory):
+def undisturbed(encoder, labelled, tmp_path_factory, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes: --long")
     run = tmp_path_factory.mktemp("undisturbed")
     with start(run, encoder, labelled) as job:
         job.succeeded()
@@ -45,9 +50,7 @@ def test_a_killed_run_goes_on_bit_for_bit(undisturbed, encoder, labelled, tmp_pa
     assert ours["confusion"] == theirs["confusion"] and ours["step"] == theirs["step"]
 
 
-def test_two_processes_equal_one(undisturbed, encoder, labelled, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("takes most of a minute: --long")
+def test_two_processes_equal_one(undisturbed, encoder, labelled, tmp_path):
     with start(tmp_path, encoder, labelled, processes=2) as job:
         job.succeeded()
     for key in ("loss", "val_miou", "val_aacc"):
