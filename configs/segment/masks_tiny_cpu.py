@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = SegmentConfig(
         encoder=EncoderConfig(fuse_stages=False, drop_path=0.05),
         head=SegmentationHeadConfig(channels=64, auxiliary_channels=64),
-        optimizer=OptimizerConfig(base_learning_rate=8e-3, warmup="5 percent", schedule="polynomial", b2=0.999),
+        optimizer=OptimizerConfig(base_learning_rate=1.6e-2, warmup="5 percent", schedule="polynomial", b2=0.999),
         data=LabelledData(
             image_size=(160, 160), batch_size=16, zoom=(0.5, 1.5), augment=InfraredAugment(gain=0.3, offset=20.0)
         ),
