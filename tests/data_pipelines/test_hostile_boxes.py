@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.builders.box_files import read_boxes
-from data_pipelines.builders.coco_boxes import annotated_image
-from data_pipelines.builders.coco_file import CocoImage, read_coco
+from data_pipelines.builders.coco_boxes import Grid, annotated_image
+from data_pipelines.builders.coco_file import Annotation, CocoImage, read_coco
 from data_pipelines.builders.masks import read_classes
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample
@@ -93,7 +93,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 
 
 @pytest.mark.parametrize("text, names", [
-    ("names: [yes, no, 2001-99-99]", ["yes", "no", "2001-99-99"]), ("names: {1: b, 0: a, '2': 1:30}", ["a", "b", "1:30"]),
+    ("names: [yes, no, 2001-99-99]", ["yes", "no", "2001-99-99"]),
+    ("names: {1: b, 0: a, '2': 1:30}", ["a", "b", "1:30"]),
     ("x: !!int ''\nnames: [1.0, 0x1, ~]", ["1.0", "0x1", "~"]),
     ("names: abc", None), (BOMB + "names: [*i, b, c]", None), ("names: &a [*a, b, c]", None),
     ("names: {0: a, 0: b, 1: c}", None), ("names: [a, '', c]", None), ("names: " + "[" * 5000, None),
@@ -145,3 +146,9 @@ def test_outlines_without_end_are_damage(text):
     with pytest.raises(CorruptExample):
         outline(text, np.array([0, 0, 20, 20]))
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("found", [{"size": [30, 40], "counts": [10**18]}, [[1, 2, 3, 4, 5, 6]] * 10_000])
+def test_outlines_that_training_would_skip_are_not_built(tmp_path, found):
+    annotation = Annotation("annotation 7", (1, 2, 8, 6), "a", 48, False, found)
+    refused(Grid((40, 30), (40, 30), 1, tmp_path).place_segmentation, annotation, message="annotation 7")
