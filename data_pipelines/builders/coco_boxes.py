@@ -184,14 +184,14 @@ class Grid:
           InputError: RLE of another pixel grid, or an outline that would be damage in the set.
         """
         found = annotation.segmentation
+        if isinstance(found, dict) and (tuple(found["size"]) != (self.height, self.width) or self._orientation > 1):
+            raise InputError(f"{annotation.name} has RLE of {found['size']}, {self.path} is {self.height}x{self.width}")
         try:
             outline(json.dumps(found), np.array(self.corners(annotation)))
         except CorruptExample as error:
             raise InputError(f"{annotation.name}: {error}; correct or remove its segmentation") from error
         if isinstance(found, list):
             return [self.place(np.array(polygon, float).reshape(-1, 2)).ravel().tolist() for polygon in found]
-        if tuple(found["size"]) != (self.height, self.width) or self._orientation > 1:
-            raise InputError(f"{annotation.name} has RLE of {found['size']}, {self.path} is {self.height}x{self.width}")
         return found
 
 
