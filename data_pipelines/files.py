@@ -7,6 +7,7 @@ import csv
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,30 @@ def local_path(given: str | os.PathLike, what: str) -> str:
             f"{what} {given}: {scheme[0]}:// is not supported here, name a local path (copy files, or mount the bucket)"
         )
     return os.path.abspath(os.path.expanduser(given))
+
+
+def read_text(path: str | os.PathLike, most: int) -> str:
+    """The text of a file that may be a stranger's, without byte-order mark.
+
+    Raises:
+      InputError: it is no regular file (a pipe or a device may never end), has over `most` bytes, or is not UTF-8.
+      OSError: it cannot be read.
+    """
+    try:
+        return read_regular(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from error
+
+
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The bytes of a file; raises as `read_text`."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is no regular file: put the file itself there")
+    if status.st_size > most:
+        raise InputError(f"{path} has {status.st_size} bytes, more than the {most} that such a file may have: split it")
+    with open(path, "rb") as file:
+        return file.read(most)
 
 
 def output_file(given: str | os.PathLike, what: str) -> Path:

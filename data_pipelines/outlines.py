@@ -14,6 +14,10 @@ import numpy as np
 from data_pipelines.examples import CorruptExample
 from data_pipelines.transforms import Geometry
 
+# Of an outline from a stranger's file, so that none takes long or much memory.
+MOST_POINTS, _MOST_PIXELS, _LARGEST = 20_000, 1 << 28, 1e9
+_LONGEST_TEXT = 4 << 20
+_LONGEST_NUMBER = 12  # groups of five bits
 _CORNER = 1.0  # pixels: how near to a corner of the box a point counts as that corner
 
 
@@ -25,14 +29,25 @@ def outline(text: str, box: np.ndarray) -> list | dict | None:
       box: (4,) x0, y0, x1, y1.
 
     Raises:
-      CorruptExample: not polygons or a run-length code.
+      CorruptExample: not polygons or a run-length code, or one too large.
     """
+    if len(text) > _LONGEST_TEXT:
+        raise CorruptExample(f"an outline is a text of {len(text)} characters")
     try:
         found = json.loads(text or "[]")
         if isinstance(found, Mapping):
-            return found if len(found["size"]) == 2 and found["counts"] else None
+            if not found["counts"]:
+                return None
+            _runs(found)
+            return found
         polygons = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in found]
-    except (ValueError, TypeError, KeyError) as error:
+        if sum(map(len, polygons)) > MOST_POINTS:
+            raise CorruptExample(f"an outline has over {MOST_POINTS} points")
+        if not all((np.abs(points) < _LARGEST).all() for points in polygons):
+            raise ValueError("a point is not finite")
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        if isinstance(error, CorruptExample):
+            raise
         raise CorruptExample(f"an outline is neither polygons nor a run-length code: {text[:60]}") from error
     if not polygons or (len(polygons) == 1 and _is_box(polygons[0], np.asarray(box, np.float64))):
         return None
@@ -87,12 +102,21 @@ def decode_rle(code: Mapping[str, Any]) -> np.ndarray:
       CorruptExample: the runs do not fill the size.
     """
     height, width = map(int, code["size"])
+    runs = _runs(code)
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _runs(code: Mapping[str, Any]) -> list[int]:
+    """The runs of a code; CorruptExample where they do not fill its size, or it is too large."""
+    height, width = map(int, code["size"])
     counts = code["counts"]
+    if min(height, width) < 1 or height * width > _MOST_PIXELS:
+        raise CorruptExample(f"a run-length code is of {height}x{width} pixels")
     runs = _runs_of_text(counts) if isinstance(counts, str) else [int(count) for count in counts]
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise CorruptExample(f"a run-length code of {height}x{width} has {sum(runs)} pixels")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
+    return runs
 
 
 def _runs_of_text(text: str) -> list[int]:
@@ -103,6 +127,8 @@ def _runs_of_text(text: str) -> list[int]:
         group = ord(character) - 48
         value |= (group & 31) << shift
         shift += 5
+        if not 0 <= group < 64 or shift > 5 * _LONGEST_NUMBER:
+            raise CorruptExample("a run-length code holds other characters or numbers without end")
         if not group & 32:
             if group & 16:
                 value -= 1 << shift

@@ -65,6 +65,10 @@ def commands(place, out):
     return {
         "prepare": ("data_pipelines.prepare.__main__", f"--input={images}", f"--output={out}/shards", "--workers=0"),
         "table": ("data_pipelines.prepare.__main__", f"--table={table}", "--label=label", f"--output={out}/labelled"),
+        "synthetic": ("data_pipelines.synthetic.__main__", f"--output={out}/scenes", "--count=8", "--height=64",
+                      "--width=64"),
+        "synthetic shards": ("data_pipelines.synthetic.__main__", f"--output={out}/target_shards", "--count=8",
+                             "--height=64", "--width=64", "--shards=targets"),
         "inspect": ("data_pipelines.inspect", f"{place}/shards", f"--output={out}/samples.png", "--image_size=64"),
         "pretrain": ("infmae_jax.pretrain", f"--config={demo.__file__}:smoke", f"--workdir={out}/run",
                      f"--config.data.shards={place}/shards", "--config.embedded.probe_images=0"),

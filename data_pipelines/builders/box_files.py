@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,13 +24,15 @@ from pathlib import Path
 import yaml
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.coco_file import Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, split_folders
+from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
+from data_pipelines.builders.common import SPLITS, class_names, split_folders
 from data_pipelines.builders.layouts import images_of, splits_of
 from data_pipelines.errors import InputError
+from data_pipelines.files import read_regular, read_text
 
 _VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
 _NAME_LISTS, _YAML = ("classes.txt", "obj.names"), ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
+_LARGEST_XML, _LARGEST_LIST, _LARGEST_YAML = 4 << 20, 16 << 20, 1 << 18  # bytes
 _ORIENTATION = 0x0112  # EXIF
 _SLACK = 1e-3  # of a share of the image: rounding in text files
 
@@ -84,30 +87,47 @@ def _read_all(
         folders = dict.fromkeys(files, (images, labels))
     else:
         files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
+    for pair in dict.fromkeys(folders.values()):
+        _refuse_orphans(*pair, ".xml" if categories is None else ".txt")
     found = {
         name: [read(file, folders[name][1] / file.stem, file.name, categories) for file in files[name]]
         for name in files
     }
     if categories is None:
         names = sorted({a.category for part in found.values() for image in part for a in image.annotations})
+        names = class_names(names, labels) if names else []
         categories = {name: number for number, name in enumerate(names, start=1)}
     return {name: BoxSplit(folders[name][0], CocoFile(part, categories)) for name, part in found.items()}, note
+
+
+def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
+    """InputError for a file of labels without image: its boxes would be lost without a word."""
+    known = {path.stem for path in images_of(images)} | {Path(name).stem for name in _NAME_LISTS}
+    if lost := sorted(path.name for path in labels.glob(f"*{suffix}") if path.stem not in known):
+        raise InputError(
+            f"{len(lost)} files of {labels} have no image of their name in {images}, the first is {lost[0]}: add the "
+            "images (JPEG, PNG, TIFF, …) or remove the files"
+        )
 
 
 def _voc_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the objects of its XML file."""
     path = label.with_name(label.name + ".xml")
     try:
-        root = ElementTree.fromstring(path.read_bytes())
+        root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
     except FileNotFoundError:
         raise InputError(
             f"{image} has no {path}: add it, without objects if there are none, or remove the image"
         ) from None
-    except (OSError, ElementTree.ParseError) as error:
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # of encodings
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} is not readable as XML ({error}): correct it") from error
+    if root.tag != "annotation":
+        raise InputError(f"{path} holds <{root.tag[:40]}>, not VOC's <annotation>: replace it")
     width, height = (_voc_number(root, f"size/{side}", path, needed=False) for side in ("width", "height"))
     objects = [_voc_object(found, f"{path}: object {n}", path) for n, found in enumerate(root.iter("object"), start=1)]
-    return CocoImage(name, (width, height) if width and height else None, objects)
+    return CocoImage(name, (width, height) if min(width, height) >= 1 else None, objects)
 
 
 def _voc_object(found: ElementTree.Element, name: str, path: Path) -> Annotation:
@@ -130,7 +150,7 @@ def _voc_number(found: ElementTree.Element, tag: str, path: Path, needed: bool =
         value = float(text) if text or needed else 0.0
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) < LARGEST:
         raise InputError(f"{path}: {tag} is {text!r}, which is no number of pixels: correct it")
     return value
 
@@ -139,10 +159,10 @@ def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, in
     """An image with the boxes, or polygons, of its text file; without a file it has none."""
     path = label.with_name(label.name + ".txt")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+        lines = read_text(path, _LARGEST_LIST).splitlines() if os.path.lexists(path) else []
         with Image.open(image) as opened:
             size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
-    except (UnicodeDecodeError, OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{image} or {path.name} cannot be read ({error}): replace it") from error
     names = list(categories or {})
     objects = [
@@ -182,21 +202,44 @@ def _yolo_names(root: Path) -> dict[str, int]:
     for name in _NAME_LISTS:
         for path in (root / name, root / "labels" / name):
             if path.is_file():
-                return _numbered([line.strip() for line in path.read_text().splitlines() if line.strip()], path)
+                lines = read_text(path, _LARGEST_LIST).splitlines()
+                return _numbered([line.strip() for line in lines if line.strip()], path)
     for name in _YAML:
         path = root / name
         if path.is_file():
             try:
-                found = yaml.safe_load(path.read_text())["names"]
-                ordered = [found[number] for number in range(len(found))]  # a list, or a dict by number
-                return _numbered([str(name) for name in ordered], path)
-            except (yaml.YAMLError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
+                return _numbered(_names_in_yaml(read_text(path, _LARGEST_YAML)), path)
+            except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+                if isinstance(error, InputError):
+                    raise
                 reason = " ".join(str(error).split())
                 raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
     raise InputError(f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names")
 
 
+def _names_in_yaml(text: str) -> list[str]:
+    """The entry `names`, a list or a dict by number, as it is written: "no" and "2001-01-01" are names.
+
+    Raises:
+      ValueError: there is none, or it is something else.
+      yaml.YAMLError: not YAML.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)  # nodes: nothing is constructed, no alias unfolded
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("it holds no entries")
+    found = [value for key, value in root.value if key.value == "names"]
+    if len(found) != 1 or not isinstance(found[0], yaml.CollectionNode):
+        raise ValueError(f"{len(found)} entries of this name" if len(found) != 1 else "it is no list")
+    entries = found[0].value
+    if isinstance(found[0], yaml.MappingNode):
+        numbered = sorted((int(key.value), place) for place, (key, _) in enumerate(entries))
+        if [number for number, _ in numbered] != list(range(len(entries))):
+            raise ValueError("its numbers are not 0, 1, 2 and so on")
+        entries = [entries[place][1] for _, place in numbered]
+    if not all(isinstance(entry, yaml.ScalarNode) for entry in entries):
+        raise ValueError("it holds something else than names")
+    return [entry.value for entry in entries]
+
+
 def _numbered(names: list[str], path: Path) -> dict[str, int]:
-    if not names or len(set(names)) != len(names):
-        raise InputError(f"{path} lists no class, or one of them twice: give every class a name of its own")
-    return {name: number for number, name in enumerate(names)}
+    return {name: number for number, name in enumerate(class_names(names, path))}

@@ -16,7 +16,8 @@ from data_pipelines.builders.box_files import BoxSplit, read_boxes
 from data_pipelines.builders.coco_file import Annotation, CocoImage
 from data_pipelines.builders.common import InfraredBuilder, image_features, with_notes
 from data_pipelines.errors import InputError
-from data_pipelines.examples import Example
+from data_pipelines.examples import CorruptExample, Example
+from data_pipelines.outlines import outline
 from data_pipelines.prepare.labelled import labelled_image
 
 LEFT_OUT = "boxes left out (empty or outside the image)"
@@ -180,13 +181,17 @@ class Grid:
         """Polygons, moved; RLE as it is.
 
         Raises:
-          InputError: RLE of another pixel grid.
+          InputError: RLE of another pixel grid, or an outline that would be damage in the set.
         """
         found = annotation.segmentation
+        if isinstance(found, dict) and (tuple(found["size"]) != (self.height, self.width) or self._orientation > 1):
+            raise InputError(f"{annotation.name} has RLE of {found['size']}, {self.path} is {self.height}x{self.width}")
+        try:
+            outline(json.dumps(found), np.array(self.corners(annotation)))
+        except CorruptExample as error:
+            raise InputError(f"{annotation.name}: {error}; correct or remove its segmentation") from error
         if isinstance(found, list):
             return [self.place(np.array(polygon, float).reshape(-1, 2)).ravel().tolist() for polygon in found]
-        if tuple(found["size"]) != (self.height, self.width) or self._orientation > 1:
-            raise InputError(f"{annotation.name} has RLE of {found['size']}, {self.path} is {self.height}x{self.width}")
         return found
 
 

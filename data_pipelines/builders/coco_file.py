@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from absl import logging
 
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
+from data_pipelines.files import read_text
 
+LARGEST = 1e9  # of coordinates
+_LARGEST_FILE = 4 << 30  # bytes
 _OUTSIDE = 0.1  # share of boxes that leave their image, from which on they are something else
 
 
@@ -63,9 +68,11 @@ def read_coco(path: Path) -> CocoFile:
       InputError: the file or one of its entries is not usable.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_text(path, _LARGEST_FILE))
         lists = {kind: content.get(kind) for kind in ("images", "annotations", "categories")}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not a COCO file ({reason}): every split needs annotations/SPLIT.json") from error
     for kind, entries in lists.items():
@@ -83,7 +90,7 @@ def read_coco(path: Path) -> CocoFile:
             raise InputError(f"{name}: another image has the same id; give every image its own")
         size = _checked(entry, "width", name), _checked(entry, "height", name)
         images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [], number)
-    _refuse_doubles(path, "file_name", (image.file_name for image in images.values()))
+    _refuse_doubles(path, "file_name", (str(PurePosixPath(image.file_name)) for image in images.values()))
     for name, entry in _entries(path, "annotations", lists):
         image = images[_reference(entry, "image_id", name, "image", images)]
         category = categories[_reference(entry, "category_id", name, "category", categories)]
@@ -108,7 +115,7 @@ def _entries(path: Path, kind: str, lists: dict[str, list]) -> list[tuple[str, d
             continue
         known.setdefault(number, entry)
         what = {"images": "image", "annotations": "annotation", "categories": "category"}[kind]
-        found.append((f"{path}: {what} {number if 'id' in entry else f'at place {place}'}", entry))
+        found.append((f"{path}: {what} {_short(entry['id']) if 'id' in entry else f'at place {place}'}", entry))
     if copies:
         logging.warning("%s: %d entries of %s are copies of another one and count once", path, copies, kind)
     return found
@@ -159,7 +166,7 @@ def _refuse_corners(path: Path, images: Iterable[CocoImage]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e9 and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < LARGEST and math.isfinite(value)
 
 
 def _is_identity(value: Any) -> bool:
@@ -167,11 +174,18 @@ def _is_identity(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and printable(value) == value
+
+
+def _is_path(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.strip()) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_extent(value: Any) -> bool:
-    return not value or (_is_number(value) and value >= 0)
+    return not value or (_is_number(value) and value >= 1)
 
 
 def _is_box(value: Any) -> bool:
@@ -194,7 +208,8 @@ def _is_segmentation(value: Any) -> bool:
 # Of each field: what it needs to be, and whether a value (None where it is left out) is that.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("id", "image_id", "category_id"), ("a number", _is_identity)),
-    **dict.fromkeys(("name", "file_name"), ("a name", _is_text)),
+    "name": ("a name without control characters", _is_text),
+    "file_name": ("a name", _is_path),
     **dict.fromkeys(("width", "height"), ("a number of pixels", _is_extent)),
     "bbox": ("[x, y, width, height]", _is_box),
     "area": ("a number", lambda area: area is None or _is_number(area)),

@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_data_source
 
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
 from data_pipelines.prepare.archives import Rejection, Source
@@ -131,6 +132,16 @@ def source_name(source: str | os.PathLike) -> str:
 def image_features(example: Example) -> Features:
     """The features of the image itself."""
     return {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example)}
+
+
+def class_names(names: Iterable[str], path: Path) -> list[str]:
+    """Names of classes as a list; InputError where one is empty, there twice, or would not stay on one line."""
+    found = list(names)
+    if not found or len({name.strip() for name in found} - {""}) != len(found):
+        raise InputError(f"{path} lists no class, or one of them twice: give every class a name of its own")
+    if strange := [name for name in found if printable(name) != name]:
+        raise InputError(f"{path} names a class {printable(strange[0])!r}: names have no control characters")
+    return found
 
 
 def with_notes(example: Example, notes: dict[str, int]) -> Example:

@@ -12,9 +12,11 @@ from PIL import Image
 
 from data_pipelines.builders.common import SPLITS
 from data_pipelines.errors import InputError
+from data_pipelines.files import read_text
 
 T = TypeVar("T")
 _BLOCK_TRAIN = 0.8  # of the files in order of their names, where nothing says how they are split
+_LARGEST_LIST = 64 << 20  # bytes
 _SUFFIXES = ("", "_pixels0", "_mask", "_label", "_labelIds")  # of a mask's stem, beside its image's
 # Folders of images and of masks; {split} is a split's name. The first pair that exists counts.
 _BY_FOLDER = (
@@ -82,19 +84,22 @@ def splits_of(root: Path, images: Path, labels: Path | None = None) -> tuple[dic
     Raises:
       InputError: a list names a file that is not there, or one that another list has.
     """
-    files = {path.stem: path for path in images_of(images)}
+    files: dict[str, Path] = {}
+    for path in images_of(images):
+        if (other := files.setdefault(path.stem, path)) is not path:
+            raise InputError(f"{other} and {path.name} have one stem, and so the same labels: rename or remove one")
     lists = {split: path for split in SPLITS if (path := _list_of(root, split, labels)) is not None}
     if not lists:
         return in_blocks(list(files.values()))
     found: dict[str, list[Path]] = {}
     for split, path in lists.items():
-        names = [
-            Path(line.split()[0]).name for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()
-        ]
+        names = [Path(line.split()[0]).name for line in read_text(path, _LARGEST_LIST).splitlines() if line.strip()]
         stems = [name if name in files else Path(name).stem for name in names]
         if missing := [stem for stem in stems if stem not in files]:
             raise InputError(f"{path} lists {missing[0]}, which is not in {images}: correct one of them")
-        found[split] = [files[stem] for stem in stems]
+        found[split] = [files[stem] for stem in dict.fromkeys(stems)]
+        if not stems:
+            raise InputError(f"{path} lists no image: add them or remove it")
         for other, part in found.items():
             if other != split and (both := {image.stem for image in part} & set(stems)):
                 raise InputError(f"{root}: image {min(both)} is in {other} and {split}: correct the lists of names")

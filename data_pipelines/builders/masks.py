@@ -14,16 +14,18 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import NOTES, InfraredBuilder, image_features, with_notes
+from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names, image_features, with_notes
 from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, MASK, Example
+from data_pipelines.files import read_text
 from data_pipelines.prepare.labelled import labelled_image
 
 MASK_FEATURES = {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
 TARGET_CLASSES = ["background", "target"]  # of masks of small targets
 _UNKNOWN = 254  # in a table from values to class numbers
+_LARGEST_TABLE = 1 << 20  # bytes
 _THRESHOLD = 127  # of gray values, above which a pixel is target
 
 
@@ -90,7 +92,7 @@ class ClassTable:
 def read_classes(path: Path) -> ClassTable:
     """Reads classes.json; InputError where it does not list the classes."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path, _LARGEST_TABLE))
         classes = content["classes"]
         values = {int(entry["value"]): str(entry["name"]) for entry in classes}
         colours = {tuple(map(int, e["color"])): place for place, e in enumerate(classes) if "color" in e}
@@ -100,7 +102,10 @@ def read_classes(path: Path) -> ClassTable:
             raise ValueError("values are 0 to 255, of at most 253 classes")
         if colours and (len(colours) != len(classes) or any(len(colour) != 3 for colour in colours)):
             raise ValueError("colors are [r, g, b], one of its own for every class")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        class_names(values.values(), path)
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} does not list the classes ({error!r}): see the builder's description") from error
     numbers = np.full(256, _UNKNOWN, np.uint8)
     numbers[IGNORE] = IGNORE

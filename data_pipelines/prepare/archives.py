@@ -28,6 +28,7 @@ from typing import BinaryIO
 
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
+from data_pipelines.files import read_regular
 from data_pipelines.refusals import ImageRefused
 
 _SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -238,6 +239,8 @@ class SourceReader(contextlib.ExitStack):
             raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
         try:
             data = self._read(source, max_bytes)
+        except InputError as error:
+            raise SourceUnreadable("unreadable", printable(_one_line(error))) from error
         except Exception if source.member else OSError as error:  # As many kinds as there are decompressors.
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                 raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
@@ -250,8 +253,7 @@ class SourceReader(contextlib.ExitStack):
 
     def _read(self, source: Source, max_bytes: int) -> bytes:
         if not source.member:
-            with open(source.path, "rb") as file:
-                return file.read(max_bytes)
+            return read_regular(source.path, max_bytes)
         if _is_zip(source.path):
             return _read_zip_member(source)
         if self._tar[0] != source.path or self._tar[1].closed:

@@ -13,28 +13,32 @@ from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic.dataset import write_dataset, write_shards
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; must be missing or empty.", required=True)
-_COUNT = flags.DEFINE_integer("count", 600, "Number of scenes.")
-_SEED = flags.DEFINE_integer("seed", 0, "Series of scenes; the same seed gives the same files.")
-_HEIGHT = flags.DEFINE_integer("height", 256, "Pixel rows.")
-_WIDTH = flags.DEFINE_integer("width", 320, "Pixel columns.")
-_VAL_FRACTION = flags.DEFINE_float("val_fraction", 0.2, "Share of every scene class that goes to the split val.")
-_SHARDS = flags.DEFINE_enum(
-    "shards", None, ("surfaces", "targets"), "Write a shard set with boxes, scene classes and these masks."
-)
+_FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("output", None, "Folder to write; must be missing or empty.", required=True)
+    flags.DEFINE_integer("count", 600, "Number of scenes.")
+    flags.DEFINE_integer("seed", 0, "Series of scenes; the same seed gives the same files.")
+    flags.DEFINE_integer("height", 256, "Pixel rows.")
+    flags.DEFINE_integer("width", 320, "Pixel columns.")
+    flags.DEFINE_float("val_fraction", 0.2, "Share of every scene class that goes to the split val.")
+    flags.DEFINE_enum(
+        "shards", None, ("surfaces", "targets"), "Write a shard set with boxes, scene classes and these masks."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    size = (_HEIGHT.value, _WIDTH.value)
-    request = (_OUTPUT.value, _COUNT.value, _SEED.value, size, _VAL_FRACTION.value)
-    if _SHARDS.value is None:
+    size = (_FLAGS.height, _FLAGS.width)
+    request = (_FLAGS.output, _FLAGS.count, _FLAGS.seed, size, _FLAGS.val_fraction)
+    if _FLAGS.shards is None:
         write_dataset(*request)
     else:
-        write_shards(*request, _SHARDS.value)
-    print(f"{_COUNT.value} scenes of {size[0]}x{size[1]} in {printable(_OUTPUT.value)}")
+        write_shards(*request, _FLAGS.shards)
+    print(f"{_FLAGS.count} scenes of {size[0]}x{size[1]} in {printable(_FLAGS.output)}")
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

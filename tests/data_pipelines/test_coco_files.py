@@ -25,7 +25,7 @@ GOOD = {
         {"id": 1, "image_id": 5, "category_id": 9, "bbox": [1, 2, 10, 8], "area": 80, "iscrowd": 0},
         {"id": 2, "image_id": 7, "category_id": 2, "bbox": [4.5, 2, 10, 8], "area": 80.0, "segmentation": []},
         {"id": 3, "image_id": 7, "category_id": 9, "bbox": [0, 0, 5, 5], "iscrowd": 1,
-         "segmentation": {"size": [30, 40], "counts": "abc"}},
+         "segmentation": {"size": [30, 40], "counts": "`U1"}},
     ],
     "categories": [{"id": 9, "name": "car"}, {"id": 2, "name": "person", "supercategory": "x"}],
 }  # fmt: skip
@@ -146,7 +146,7 @@ def test_labels_arrive_and_categories_are_matched_by_name(tmp_path):
     np.testing.assert_allclose(found.boxes, [[4.5, 2, 14.5, 10], [0, 0, 5, 5]], atol=1e-5)
     assert found.classes.tolist() == [0, 1] and found.crowd.tolist() == [False, True]
     assert found.area.tolist() == [80, 25]
-    assert [json.loads(text) for text in found.segmentations] == [[], {"size": [30, 40], "counts": "abc"}]
+    assert [json.loads(text) for text in found.segmentations] == [[], {"size": [30, 40], "counts": "`U1"}]
     (val,) = [e.objects for e in map(decode_example, ShardReader(folder, "val")) if e.key == "val/a.png"]
     assert val.classes.tolist() == [0]
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import resource
 import socket
 import time
 
@@ -82,6 +83,7 @@ def test_a_flipped_bit_is_refused(at, bit):
 
 @given(st.binary(max_size=300))
 def test_any_bytes_end_in_a_refusal(data):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for greeted in (False, True):
         ours, theirs = socket.socketpair()
         with ours, theirs:
@@ -90,6 +92,7 @@ def test_any_bytes_end_in_a_refusal(data):
             deadline = time.monotonic() + 5
             with pytest.raises(ConnectionError):
                 channel.Line(ours, SECRET, True, deadline).receive(deadline, "knock")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # kibibytes
 
 
 def test_a_slow_stranger_has_no_more_time_than_a_silent_one():
