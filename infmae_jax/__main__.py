@@ -18,7 +18,7 @@ JOBS = {
     "pretrain": ("infmae_jax.pretrain", "pretrain an encoder on shard sets"),
     "reconstruct": ("infmae_jax.reconstruct", "a picture of what a model reconstructs from visible patches"),
     "linear_probe": ("infmae_jax.linear_probe", "judge an encoder by a linear classifier on labelled images"),
-    "finetune": ("infmae_jax.finetune", "train an encoder and a head on labels: segmentation, small targets"),
+    "finetune": ("infmae_jax.finetune", "an encoder and a head on labels: segmentation, detection, small targets"),
     "evaluate": ("infmae_jax.evaluate", "measures of a fine-tuned model on a labelled split"),
     "predict": ("infmae_jax.predict", "a fine-tuned model on images and folders without labels"),
     "embed": ("infmae_jax.embed", "features of a folder of images, as .npz or .parquet"),
