@@ -28,6 +28,7 @@ from infmae_jax.training.config import Count, OptimizerConfig
 from infmae_jax.training.task import Evaluator, Loss
 
 OUTLINE_SIDE = 56  # cells along a box, from which the mask head's targets are taken
+_PUBLISHED_ANCHORS, _OBJECTS_WITHOUT_DATA = (32, 64, 128, 256, 512), 100
 _MOSTLY = 0.5  # share of objects with an outline, up to which "auto" trains no mask branch
 
 
@@ -68,10 +69,16 @@ class DetectConfig(FineTuneConfig):
     def completed(self) -> Self:
         """With anchor sizes, mask branch, number of objects and category ids, as the training labels need them.
 
+        Without shards (to measure or to compile, see `finetune.without_data`) the published sizes and no mask branch.
+
         Raises:
           InputError: no boxes, more of them than `max_objects`, no outlines for a mask branch that is asked for; or the
             library that evaluates is missing.
         """
+        if not self.data.shards:
+            head = dataclasses.replace(self.head, anchor_sizes=self.head.anchor_sizes or _PUBLISHED_ANCHORS)
+            masks, most = "none" if self.masks == "auto" else self.masks, self.max_objects or _OBJECTS_WITHOUT_DATA
+            return dataclasses.replace(self, head=head, masks=masks, max_objects=most)
         detection.require_library()
         found = survey(self, self.data.train_split)
         survey(self, self.data.val_split)

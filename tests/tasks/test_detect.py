@@ -20,11 +20,12 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import Objects
 from data_pipelines.reader import ExampleReader
 from data_pipelines.shards import read_manifest
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.tasks.detect import DetectConfig, DetectTask
-from infmae_jax.tasks.finetune import resolved
-from infmae_jax.tasks.finetuned import load_finetuned
+from infmae_jax.tasks.finetune import resolved, without_data
+from infmae_jax.tasks.finetuned import KINDS, load_finetuned
 from infmae_jax.training import loop
 from infmae_jax.training.config import from_config
 from infmae_jax.training.task import Position
@@ -276,3 +277,13 @@ def test_a_missing_library_is_said_before_training(encoder, scenes, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "faster_coco_eval", None)
     with pytest.raises(InputError, match=r"infmae-jax\[detection\]"):
         task_of(encoder, scenes)
+
+
+def test_without_data_the_step_can_be_measured_and_compiled_ahead(encoder):
+    """As `bench detect` and `compile_ahead` ask for it: traced, on as many objects as a crowded image has."""
+    config = without_data(from_config(DetectConfig, boxes_tiny_cpu.get_config("smoke")))
+    task = KINDS["detect"].task(config, load_encoder(str(encoder)))
+    assert config.masks == "none" and task.batch_spec["boxes"][0] == (config.data.batch_size, 100, 4)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in task.batch_spec.items()}
+    assert jax.eval_shape(task.loss, params, batch, jax.random.key(0)).sum.shape == ()
