@@ -21,7 +21,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = SmallTargetConfig(
         encoder=EncoderConfig(fuse_stages=False, drop_path=0.05),
         head=SmallTargetHeadConfig(widths=(64, 48, 32, 16, 8)),
-        optimizer=OptimizerConfig(base_learning_rate=8e-3, warmup="5 percent", schedule="polynomial", b2=0.999),
+        optimizer=OptimizerConfig(base_learning_rate=0.048, warmup="5 percent", schedule="polynomial", b2=0.999),
         data=LabelledData(
             image_size=(128, 128),
             batch_size=16,

@@ -36,7 +36,6 @@ from infmae_jax.training.task import Evaluator, Loss
 CLASSES = 2
 LOSSES = ("soft_iou_bce", "sls", "focal")
 _COLUMNS = ("row", "column", "area", "peak")  # of targets.csv
-_SMOOTH = 1.0  # added to intersection and union: without it, an image without target has no gradient
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.75, 2.0
 _DEEP_WEIGHT = 0.5  # of each coarser prediction in the loss
 
@@ -118,10 +117,16 @@ def turned(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Arr
 
 
 def soft_iou(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-    """(B,H,W) each -> (B,): intersection over union of probabilities, both plus 1 (Rahman and Wang 2016)."""
+    """(B,H,W) each -> (B,): intersection over union of probabilities (Rahman and Wang 2016); 1 / (1 + their sum) where
+    an image has no target.
+
+    The usual 1 added to both sums everywhere outweighs a target of a few pixels: most is then gained by predicting
+    nothing, and nothing is what such a loss learns.
+    """
     p = jax.nn.sigmoid(logits) * valid
     both, either = (p * target).sum(axis=(1, 2)), (p + target - p * target).sum(axis=(1, 2))
-    return (both + _SMOOTH) / (either + _SMOOTH)
+    empty = jnp.where(target.any(axis=(1, 2)), 0.0, 1.0)
+    return (both + empty) / (either + empty)
 
 
 def _soft_iou_bce(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
@@ -144,7 +149,7 @@ def _sls(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
     p = jax.nn.sigmoid(logits) * valid
     mass, true = p.sum(axis=(1, 2)), target.sum(axis=(1, 2))
     apart = ((mass - true) / 2) ** 2
-    scale = (jnp.minimum(mass, true) + apart + _SMOOTH) / (jnp.maximum(mass, true) + apart + _SMOOTH)
+    scale = (jnp.minimum(mass, true) + apart + 1) / (jnp.maximum(mass, true) + apart + 1)
     height, width = logits.shape[1:]
     places = jnp.meshgrid((jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / width, indexing="ij")
 

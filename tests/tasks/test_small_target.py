@@ -24,7 +24,8 @@ def test_losses_equal_numpy_and_ignored_pixels_do_not_count(x, mask):
     for place in range(len(x)):
         p = 1 / (1 + np.exp(-x[place].astype(np.float64)))[valid[place]]
         t = target[place][valid[place]]
-        iou = ((p * t).sum() + 1) / ((p + t - p * t).sum() + 1)
+        empty = 0 if t.any() else 1
+        iou = ((p * t).sum() + empty) / ((p + t - p * t).sum() + empty)
         entropy = -(t * np.log(p) + (1 - t) * np.log(1 - p))
         share = np.where(t == 1, p, 1 - p)
         focal = np.where(t == 1, 0.75, 0.25) * (1 - share) ** 2 * entropy
@@ -38,6 +39,20 @@ def test_losses_equal_numpy_and_ignored_pixels_do_not_count(x, mask):
     other = np.where(valid, x, 8 - x)
     for name, measure in small_target._LOSSES.items():
         np.testing.assert_array_equal(measure(x, target, valid), measure(other, target, valid), err_msg=name)
+
+
+def test_small_targets_are_worth_more_than_predicting_nothing():
+    """Descent along the loss itself, from the prior: a target of 4 pixels among 128 x 128 stays and the rest goes."""
+    target = np.zeros((1, 128, 128), np.float32)
+    target[0, 60:62, 60:62] = 1
+    valid, bright = np.ones_like(target, bool), target
+    weights = jnp.array([0.0, -4.6])  # logits = contrast * bright + bias
+    measure = small_target._LOSSES["soft_iou_bce"]
+    slope = jax.jit(jax.grad(lambda w: measure(w[0] * bright + w[1], target, valid).sum()))
+    for _ in range(300):
+        weights -= 0.05 * jnp.sign(slope(weights))
+    contrast, bias = weights
+    assert contrast + bias > 3 and bias < -8
 
 
 def test_sls_is_least_on_the_target_and_grows_with_the_distance():
