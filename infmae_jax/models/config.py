@@ -289,8 +289,7 @@ class DetectionHeadConfig:
 
     def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
         """ValueError if the encoder lacks the maps of strides 4 and 8."""
-        if encoder.kind == "vit":
-            raise ValueError("detection reads the maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
+        _check_fine_maps("detection", encoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +315,15 @@ class SmallTargetHeadConfig:
             raise ValueError(
                 f"model.head.norm={self.norm} must be one of {', '.join(HEAD_NORMS)}, prior={self.prior} in (0, 1)"
             )
+
+    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+        """ValueError if the encoder lacks the maps of strides 4 and 8."""
+        _check_fine_maps("small targets", encoder)
+
+
+def _check_fine_maps(task: str, encoder: EncoderConfig) -> None:
+    if encoder.kind == "vit":
+        raise ValueError(f"{task} reads maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

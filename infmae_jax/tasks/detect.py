@@ -23,9 +23,10 @@ from infmae_jax.models.heads.anchors import propose_sizes
 from infmae_jax.models.heads.detection import Targets
 from infmae_jax.models.patches import normalize
 from infmae_jax.tasks.detect_model import DetectionModel
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneTask, LabelledData, manifests_of
+from infmae_jax.tasks.finetune import FineTuneConfig, LabelledData, manifests_of
+from infmae_jax.tasks.finetune_task import FineTuneTask
 from infmae_jax.training.config import Count, OptimizerConfig
-from infmae_jax.training.task import Evaluator, Loss
+from infmae_jax.training.task import Loss
 
 OUTLINE_SIDE = 56  # cells along a box, from which the mask head's targets are taken
 _PUBLISHED_ANCHORS, _OBJECTS_WITHOUT_DATA = (32, 64, 128, 256, 512), 100
@@ -167,6 +168,7 @@ class DetectTask(FineTuneTask):
     (B,M,56,56) uint8 where masks are trained on them."""
 
     name = "detect"
+    measures = {"val_ap": "AP", "val_ap50": "AP50", "val_ap75": "AP75"}
 
     def __init__(self, config: DetectConfig, trained: TrainedModel):
         """Both from `resolved`."""
@@ -198,13 +200,3 @@ class DetectTask(FineTuneTask):
             masks = jnp.ones((*batch["classes"].shape, OUTLINE_SIDE, OUTLINE_SIDE), jnp.float32)
         names = ("size", "boxes", "classes", "box_valid", "crowd")
         return Targets(*(jnp.asarray(batch[name]) for name in names), masks)
-
-    def evaluators(self) -> dict[str, Evaluator]:
-        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
-
-    def _evaluate(self, params: Any) -> dict[str, Any]:
-        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
-        scores = found["scores"]
-        names = {"val_ap": "AP", "val_ap50": "AP50", "val_ap75": "AP75"}
-        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
-        return {**numbers, "val_scores": scores, "val_worst": found["worst"], "val_best": found["best"]}

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, write_csv
 from data_pipelines.outlines import encode_rle
 from infmae_jax import pictures
@@ -25,7 +24,7 @@ from infmae_jax.evaluation.tiles import detections
 from infmae_jax.evaluation.windows import host_programs
 from infmae_jax.models.heads.detection import Detections, Detector
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneModel, Image
+from infmae_jax.tasks.finetune_task import FineTuneModel, Image
 
 if TYPE_CHECKING:
     from infmae_jax.tasks.detect import DetectConfig
@@ -40,10 +39,6 @@ class DetectionModel(FineTuneModel):
 
     def __init__(self, config: DetectConfig):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
-        try:
-            config.head.check_encoder(config.encoder, config.encoder.fuse_stages)
-        except ValueError as error:
-            raise InputError(f"{config.checkpoint}: {error}") from error
         super().__init__(config)
         self.category_ids = [json.loads(text) for text in config.category_ids] or list(range(1, len(self.classes) + 1))
         self.module = Detector(

@@ -28,8 +28,9 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
 from infmae_jax.models.heads.segmentation import Segmenter, resize
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask
-from infmae_jax.training.task import Evaluator, Loss
+from infmae_jax.tasks.finetune import FineTuneConfig
+from infmae_jax.tasks.finetune_task import FineTuneModel, FineTuneTask
+from infmae_jax.training.task import Loss
 
 _MOST_WEIGHT = 10.0  # of a class before weights are scaled: a class of a few pixels must not be all that counts
 
@@ -108,6 +109,7 @@ class SegmentTask(FineTuneTask):
     """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and mask (B,H,W) uint8, 255 = ignore."""
 
     name = "segment"
+    measures = {"val_miou": "mIoU", "val_macc": "mAcc", "val_aacc": "aAcc"}
 
     def __init__(self, config: SegmentConfig, trained: TrainedModel):
         self.view = config.data.view(mask=True)
@@ -141,26 +143,12 @@ class SegmentTask(FineTuneTask):
         given, count = self.config.loss.class_weights, len(self.config.classes)
         return np.array([float(weight) for weight in given] or [1.0] * count, np.float32)
 
-    def evaluators(self) -> dict[str, Evaluator]:
-        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
-
-    def _evaluate(self, params: Any) -> dict[str, Any]:
-        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
-        scores = found["scores"]
-        names = {"val_miou": "mIoU", "val_macc": "mAcc", "val_aacc": "aAcc"}
-        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
-        return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
-
 
 class SegmentationModel(FineTuneModel):
     """What a segmentation run computes, apart from its weights."""
 
     def __init__(self, config: SegmentConfig):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
-        try:
-            config.head.check_encoder(config.encoder, config.encoder.fuse_stages)
-        except ValueError as error:
-            raise InputError(f"{config.checkpoint}: {error}") from error
         super().__init__(config)
         self.module = Segmenter(config.encoder, config.head, len(config.classes), config.encoder.fuse_stages)
 

@@ -30,8 +30,9 @@ from infmae_jax.models.config import SmallTargetHeadConfig
 from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.heads.small_targets import TargetDetector
 from infmae_jax.models.patches import normalize
-from infmae_jax.tasks.finetune import FineTuneConfig, FineTuneModel, FineTuneTask, LabelledData
-from infmae_jax.training.task import Evaluator, Loss
+from infmae_jax.tasks.finetune import FineTuneConfig, LabelledData
+from infmae_jax.tasks.finetune_task import FineTuneModel, FineTuneTask
+from infmae_jax.training.task import Loss
 
 CLASSES = 2
 LOSSES = ("soft_iou_bce", "sls", "focal")
@@ -70,6 +71,7 @@ class SmallTargetTask(FineTuneTask):
     """See `training.task.Task`. A batch is image (B,H,W,1) uint8 and mask (B,H,W) uint8: 1 target, 255 = ignore."""
 
     name = "small_target"
+    measures = {"val_iou": "IoU", "val_niou": "nIoU", "val_pd": "Pd", "val_fa": "Fa", "val_auc": "AUC"}
 
     def __init__(self, config: SmallTargetConfig, trained: TrainedModel):
         """Both from `resolved`; InputError where the masks are not of background and target."""
@@ -93,16 +95,6 @@ class SmallTargetTask(FineTuneTask):
             total += weight * measure(whole, target, valid)
             weights += weight
         return Loss((total / weights).sum(), len(images), {"soft_iou": soft_iou(logits[0], target, valid).sum()})
-
-    def evaluators(self) -> dict[str, Evaluator]:
-        return {"val": Evaluator(self.config.evaluate_every, self._evaluate)}
-
-    def _evaluate(self, params: Any) -> dict[str, Any]:
-        found = self.model.evaluate(params, self.config.data.shards, self.config.data.val_split)
-        scores = found["scores"]
-        names = {"val_iou": "IoU", "val_niou": "nIoU", "val_pd": "Pd", "val_fa": "Fa", "val_auc": "AUC"}
-        numbers = {ours: scores[theirs] for ours, theirs in names.items() if scores[theirs] is not None}
-        return {**numbers, "val_scores": scores, "val_worst": found["worst"]}
 
 
 def turned(key: jax.Array, images: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array]:

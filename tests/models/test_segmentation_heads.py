@@ -12,7 +12,8 @@ import pytest
 from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig, variant
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.heads import segmentation
-from infmae_jax.models.heads.segmentation import FCN, Classifier, Segmenter, Stride32, UperNet
+from infmae_jax.models.heads.layers import Output
+from infmae_jax.models.heads.segmentation import FCN, Segmenter, Stride32, UperNet
 from tests.models.parameters import randomised
 
 ENCODER = EncoderConfig(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv")
@@ -245,7 +246,7 @@ def test_gradients_reach_all_parameters():
 
 def test_dropout_takes_whole_channels_and_only_with_its_stream():
     x = np.random.default_rng(0).uniform(1, 2, (8, 3, 4, 64)).astype(np.float32)
-    module = Classifier(64, 0.25)
+    module = Output(64, 0.01, 0.25)
     params = {"params": {"kernel": np.eye(64, dtype=np.float32), "bias": np.zeros(64, np.float32)}}
     np.testing.assert_allclose(module.apply(params, x), x, rtol=1e-6)
     ratio = np.asarray(module.apply(params, x, rngs={"dropout": jax.random.key(0)})) / x

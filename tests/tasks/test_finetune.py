@@ -21,7 +21,8 @@ from data_pipelines.synthetic import write_shards
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.batches import PipelineBatches
-from infmae_jax.tasks.finetune import layer_of, resolved
+from infmae_jax.tasks.finetune import resolved
+from infmae_jax.tasks.finetune_task import layer_of
 from infmae_jax.tasks.finetuned import KINDS, load_finetuned
 from infmae_jax.tasks.segment import SegmentLossConfig
 from infmae_jax.training import loop, sharding

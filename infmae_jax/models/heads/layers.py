@@ -1,4 +1,4 @@
-"""Layers that the heads share: convolution, norm and ReLU; layers that end in float32."""
+"""Layers that the heads share: convolution, norm and ReLU; linear layers that end in float32."""
 
 from collections.abc import Callable
 
@@ -52,15 +52,19 @@ class ConvModule(nn.Module):
 
 
 class Output(nn.Module):
-    """A last linear layer: (...,C) -> (...,features) float32, normal initialisation of the given spread."""
+    """A last linear layer with bias: (...,C) -> (...,features), at least float32; normal initialisation of the given
+    spread. Before it, spatial dropout of (B,H,W,C)."""
 
     features: int
     spread: float
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = blocks.float_dtype(x.dtype)
+        if self.dropout:
+            x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not self.has_rng("dropout"))(x)
         kernel = self.param("kernel", nn.initializers.normal(self.spread), (x.shape[-1], self.features), wide)
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), wide)
         found = jnp.einsum("...c,ck->...k", x, kernel.astype(x.dtype), preferred_element_type=wide)
-        return (found + bias.reshape((1,) * (x.ndim - 1) + (-1,))).astype(jnp.float32)
+        return found + bias.reshape((1,) * (x.ndim - 1) + (-1,))

@@ -15,7 +15,7 @@ import numpy as np
 
 from infmae_jax.models import blocks
 from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig
-from infmae_jax.models.heads.layers import ConvModule, conv, norm
+from infmae_jax.models.heads.layers import ConvModule, Output, conv, norm
 from infmae_jax.models.infmae import ENCODER_MODULES
 
 
@@ -67,22 +67,6 @@ class Stride32(nn.Module):
         return blocks.gelu(norm(self.norm, x.shape[-1], self.dtype)(x))
 
 
-class Classifier(nn.Module):
-    """Spatial dropout and a 1 x 1 convolution with bias: (B,H,W,C) -> logits (B,H,W,K), at least float32."""
-
-    num_classes: int
-    dropout: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = blocks.float_dtype(x.dtype)
-        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not self.has_rng("dropout"))(x)
-        kernel = self.param("kernel", nn.initializers.normal(0.01), (x.shape[-1], self.num_classes), wide)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.num_classes,), wide)
-        logits = jnp.einsum("bhwc,ck->bhwk", x, kernel.astype(x.dtype), preferred_element_type=wide)
-        return logits + bias.reshape(1, 1, 1, -1)
-
-
 class UperNet(nn.Module):
     """Pyramid pooling on the coarsest map, then a top-down feature pyramid, all levels joined on the finest one."""
 
@@ -106,7 +90,7 @@ class UperNet(nn.Module):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[1:3])
         levels[:-1] = [conv(kernel=3, name=f"pyramid{i}")(x) for i, x in enumerate(levels[:-1], 1)]
         whole = jnp.concatenate([resize(x, maps[0].shape[1:3]) for x in levels], axis=-1)
-        return Classifier(self.num_classes, c.dropout, name="classifier")(conv(kernel=3, name="fuse")(whole))
+        return Output(self.num_classes, 0.01, c.dropout, name="classifier")(conv(kernel=3, name="fuse")(whole))
 
 
 class FCN(nn.Module):
@@ -129,7 +113,7 @@ class FCN(nn.Module):
             out = conv(name=f"conv{i + 1}")(out)
         if self.join_input:
             out = conv(name="join")(jnp.concatenate([x, out], axis=-1))
-        return Classifier(self.num_classes, self.config.dropout, name="classifier")(out)
+        return Output(self.num_classes, 0.01, self.config.dropout, name="classifier")(out)
 
 
 class Segmenter(nn.Module):

@@ -78,10 +78,7 @@ class TargetDetector(nn.Module):
         Raises:
           ValueError: a ViT encoder, which has no finer maps; impossible images.
         """
-        if self.encoder.kind != "hybrid":
-            raise ValueError(
-                "small targets need the maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one"
-            )
+        self.head.check_encoder(self.encoder)
         encoder = ENCODER_MODULES[self.encoder.kind](self.encoder, name="encoder")
         maps = encoder.features(images, fuse_stages=self.encoder.fuse_stages)
         stages = [maps[name] for name in ("stage1", "stage2", "stage3")]
