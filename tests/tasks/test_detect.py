@@ -194,7 +194,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(trained_run, encoder, scenes, tmp_pat
         config, trained = resolved(same)
         return DetectTask(config, trained), config
 
-    monkeypatch.setattr("infmae_jax.tasks.finetune.PipelineBatches", Stopping)
+    monkeypatch.setattr("infmae_jax.tasks.finetune_task.PipelineBatches", Stopping)
     stopped = loop.train(*task(), tmp_path)
     assert stopped.interrupted and 2 < stopped.step < 6
     monkeypatch.undo()

@@ -182,7 +182,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(runs, encoder, labelled, tmp_path, mo
             self.count += 1
             return super().__next__()
 
-    monkeypatch.setattr("infmae_jax.tasks.finetune.PipelineBatches", Stopping)
+    monkeypatch.setattr("infmae_jax.tasks.finetune_task.PipelineBatches", Stopping)
     stopped = loop.train(*task_of("segment", encoder, labelled), tmp_path)
     assert stopped.interrupted and 2 < stopped.step < 6
     monkeypatch.undo()
