@@ -51,7 +51,8 @@ class SmallTargetConfig(FineTuneConfig):
         location sensitive (MSHNet, CVPR 2024); "focal".
       threshold: probability above which a pixel is target in measures and predictions.
       windows: how images are looked at in evaluation and prediction: whole, by default.
-      data: crops contain a target with probability `focus` at least, and are mirrored and transposed at random.
+      data: crops contain a target with probability `focus` at least; with `flip` they are mirrored both ways and
+        transposed at random.
     """
 
     task: str = "small_target"
@@ -84,7 +85,9 @@ class SmallTargetTask(FineTuneTask):
 
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         turn, noise = jax.random.split(key)
-        images, masks = turned(turn, batch["image"][..., 0], batch["mask"])
+        images, masks = batch["image"][..., 0], batch["mask"]
+        if self.config.data.flip:
+            images, masks = turned(turn, images, masks)
         logits = self.model.module.apply({"params": params}, normalize(images)[..., None], rngs=self.noise(noise))
         valid, target = masks != IGNORE, (masks == 1).astype(jnp.float32)
         measure = _LOSSES[self.config.loss]
