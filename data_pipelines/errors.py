@@ -12,8 +12,8 @@ _LONGEST = 1500  # characters of a message
 class InputError(ValueError):
     """A mistake in what the user gave: a path, a flag, a config key, a file.
 
-    The message is one line that names the thing and the remedy; of a very long one, what a file may say, the middle is
-    left out. Commands print it without a traceback and exit with `exit_code` (see `data_pipelines.commands.run_command`).
+    The message is one line that names the thing and the remedy; the middle of a very long one is left out. Commands
+    print it without a traceback and exit with `exit_code` (see `data_pipelines.commands.run_command`).
     """
 
     exit_code = 2
