@@ -32,7 +32,7 @@ from infmae_jax.evaluation.windows import Windows, canvas_of, host_programs, in_
 from infmae_jax.interop.load import ARCHITECTURE, RANDOM, graft, load_encoder
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import EncoderConfig, variant
-from infmae_jax.models.patches import token_grid
+from infmae_jax.models.patches import normalize, token_grid
 from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
@@ -294,10 +294,17 @@ class FineTuneModel:
     Attributes:
       config: with architecture and classes filled in, see `resolved`.
       classes: their names.
+      module: the Flax module.
     """
+
+    module: Any
 
     def __init__(self, config: FineTuneConfig):
         self.config, self.classes = config, config.classes
+
+    def init(self, key: jax.Array, images: Any) -> Any:
+        """First parameters; `images` (N,H,W,1) uint8 say which layers there are, their sides do not matter."""
+        return self.module.init(key, normalize(images))["params"]
 
     def predictions(
         self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
@@ -353,6 +360,9 @@ class FineTuneTask(Task):
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         return {"fingerprints": [manifest.fingerprint for manifest in manifests_of(self.config)]}
+
+    def init(self, key: jax.Array) -> Any:
+        return self.model.init(key, self.batch_of_zeros()["image"])
 
     def initial(self, shapes: Any) -> Any:
         """The encoder of the checkpoint under a new head; what was taken is printed."""
