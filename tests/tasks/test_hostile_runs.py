@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -16,6 +18,7 @@ from infmae_jax.tasks.detect import DetectConfig
 from infmae_jax.tasks.detect_model import DetectionModel
 from infmae_jax.tasks.finetune import without_data
 from infmae_jax.tasks.finetuned import load_finetuned
+from infmae_jax.training import storage
 from infmae_jax.training.config import from_config
 from tests.commands import run
 
@@ -47,6 +50,31 @@ def test_configs_that_do_not_fit_their_weights(runs, tmp_path, section, change, 
     with pytest.raises(InputError) as refused:
         load_finetuned(folder)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("arrays", [
+    {"params/a": "float32[100000000000]"}, {"params/a": "float32[1000000,1000000,1000000]"},
+    {"params/a": "float32[-1000000,1000000,1000000]"}, {"params/" + "a/" * 20_000: "float32[3]"},
+    {f"params/a/{number}": "float32[3]" for number in range(100_000)}, {"params/a": "int8[3]", "params/a/b": "int8[]"},
+])  # fmt: skip
+def test_records_of_more_than_there_is(runs, tmp_path, arrays):
+    folder = tmp_path / "run"
+    shutil.copytree(runs("segment")[0], folder)
+    for path in (folder / "checkpoints").iterdir():
+        record = json.loads((path / "record.json").read_text())
+        (path / "record.json").write_text(json.dumps({**record, "arrays": {**record["arrays"], **arrays}}))
+        (path / "checksums.json").unlink()
+        storage.seal(path)
+    start = time.process_time()
+    with pytest.raises(InputError, match="only damaged checkpoints") as refused:
+        load_finetuned(folder)
+    assert "\n" not in str(refused.value) and time.process_time() - start < 5
+
+
+def test_what_orbax_repeats_of_a_file_does_not_reach_the_terminal():
+    record = logging.LogRecord("absl", logging.ERROR, "orbax/x.py", 1, "content: %s", ("\x1b[31m" * 1000,), None)
+    assert storage._is_told(record)
+    assert record.getMessage().isprintable() and len(record.getMessage()) < 1000
 
 
 @pytest.mark.parametrize("ids", ["1", "a,b", "[1],2", "NaN,2", f"{'9' * 5000},2", "[" * 100_000])
