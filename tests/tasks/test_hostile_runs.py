@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs.detect import boxes_tiny_cpu
 from data_pipelines.errors import InputError
+from infmae_jax.evaluate import evaluate
 from infmae_jax.tasks.detect import DetectConfig
 from infmae_jax.tasks.detect_model import DetectionModel
 from infmae_jax.tasks.finetune import without_data
@@ -50,6 +51,16 @@ def test_configs_that_do_not_fit_their_weights(runs, tmp_path, section, change, 
     with pytest.raises(InputError) as refused:
         load_finetuned(folder)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_scores_of_no_images_are_none(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs("segment")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "data": {**config["data"], "shards": ""}}))
+    with pytest.raises(InputError, match="names no labelled shard set: give --shards"):
+        evaluate(folder, tmp_path / "scores")
+    assert not (tmp_path / "scores").exists()
 
 
 @pytest.mark.parametrize("arrays", [
