@@ -25,6 +25,7 @@ from typing import Any, SupportsIndex
 from array_record.python import array_record_module
 from etils import epath
 
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample
 from data_pipelines.files import atomic_write
@@ -42,7 +43,7 @@ _READER_BUFFER = 1 << 15
 _MOST_OPEN = 512
 # TensorFlow Datasets writes NAME-SPLIT.array_record-00000-of-00001.
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,200}\.array_record(-\d+-of-\d+)?")
-_SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+SPLIT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMEDY = "prepare the shards again"
 
@@ -148,8 +149,11 @@ def write_split(
     """Writes encoded examples into the shards of a split; a shard is closed when it holds `shard_bytes` or more.
 
     Raises:
+      InputError: the name of the split is no plain name of a file, and could lead out of the folder.
       OSError: the disk is full or failing.
     """
+    if not SPLIT_NAME.fullmatch(name):
+        raise InputError(f"the split {name!r} cannot be a file name: use letters, digits, dots and dashes")
     left = iter(examples)
 
     def filled(first: bytes) -> Iterator[bytes]:
@@ -210,7 +214,7 @@ def _checked_manifest(content: dict[str, Any]) -> Manifest:
     """The manifest of JSON that may hold anything; what is wrong is a KeyError, TypeError or ValueError."""
     splits = {}
     for name, split in content.pop("splits").items():
-        _require(bool(_SPLIT_NAME.fullmatch(name)), "name of a split", name)
+        _require(bool(SPLIT_NAME.fullmatch(name)), "name of a split", name)
         splits[name] = Split(split["count"], tuple(_checked_shard(shard) for shard in split["shards"]))
         _require(splits[name].count == make_split(splits[name].shards).count, f"count of split {name}", split["count"])
     manifest = Manifest(
@@ -228,7 +232,8 @@ def _checked_manifest(content: dict[str, Any]) -> Manifest:
         counts = getattr(manifest, name)
         _require(all(type(count) is int and count >= 0 for count in counts.values()), name, counts)
     for name, listed in manifest.classes.items():
-        _require(all(isinstance(text, str) for text in listed), f"classes of {name}", listed)
+        plain = all(isinstance(text, str) and printable(text) == text for text in listed)
+        _require(plain, f"classes of {name}", listed)
     _require(isinstance(manifest.settings, dict), "settings", manifest.settings)
     return manifest
 

@@ -44,6 +44,8 @@ def evaluate(
     model, params, step = load_finetuned(run, **options)
     config = model.config
     shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
+    if not shards:
+        raise InputError(f"{run} names no labelled shard set: give --shards")
     for name, folder in zip(shards, local_folders(shards), strict=True):
         classes = tuple(read_manifest(folder).classes.get(config.LABELS, ()))
         if classes != model.classes:

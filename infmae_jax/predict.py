@@ -13,8 +13,10 @@ Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some im
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +28,15 @@ from absl import flags
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, images_in, local_path, output_file, writing
+from data_pipelines.files import atomic_write, images_in, local_path, output_file, read_text, writing
 from infmae_jax.evaluation import windows
 from infmae_jax.left_out import ended, require_some
 from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
-from infmae_jax.training.config import use_compilation_cache
+from infmae_jax.training.config import RunConfig, use_compilation_cache
 
 RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
+_LARGEST_RESULTS, _LARGEST_SETTINGS = 4 << 30, 1 << 24  # bytes
 
 
 class _Image(NamedTuple):
@@ -92,7 +95,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
             results.flush()
             bar.update(1)
     require_some(left_out, len(files))
-    with writing(output), (output / RESULTS_NAME).open() as results:
+    with writing(output), _of_before(output), (output / RESULTS_NAME).open() as results:
         tuned.model.finish(output, sorted(map(json.loads, results), key=lambda row: row["image"]))
     return left_out
 
@@ -126,9 +129,9 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
         digest.update(np.ascontiguousarray(leaf).tobytes())
     settings = {"model": digest.hexdigest(), "classes": list(tuned.model.classes), "step": tuned.step}
     path = output / SETTINGS_NAME
-    try:
+    with _of_before(output):
         if path.is_file():
-            if json.loads(path.read_text()).get("model") != settings["model"]:
+            if json.loads(read_text(path, _LARGEST_SETTINGS)).get("model") != settings["model"]:
                 raise InputError(f"{output} holds predictions of another model or settings: name another --output")
         elif output.is_dir() and any(output.iterdir()):
             raise InputError(f"{output} is not empty and holds no predictions: name another --output")
@@ -136,6 +139,13 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
             with atomic_write(path) as partial:
                 partial.write_text(json.dumps(settings, indent=1) + "\n")
         return _finished(output / RESULTS_NAME)
+
+
+@contextlib.contextmanager
+def _of_before(output: Path) -> Iterator[None]:
+    """InputError where reading what a folder holds fails because nobody predicted it."""
+    try:
+        yield
     except InputError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -145,10 +155,10 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
 
 def _finished(path: Path) -> set[str]:
     """Names in the results; lines that a kill cut off, or whose files are gone, are removed."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return set()
     kept = {}
-    for line in path.read_text().splitlines(keepends=True):
+    for line in read_text(path, _LARGEST_RESULTS).splitlines(keepends=True):
         if line.endswith("\n"):
             row = json.loads(line)
             names = {key: str(value) for key, value in row.items() if key not in ("image", "file")}
@@ -168,7 +178,7 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
     tuned = load_finetuned(values.checkpoint, **finetuned_flags.options())
-    use_compilation_cache(tuned.model.config)
+    use_compilation_cache(RunConfig())  # the run may be a stranger's, and programs from its folder would be run
     left_out = predict(tuned, argv[1:], output)
     return ended(f"{output}: {RESULTS_NAME} and pictures", left_out)
 

@@ -110,6 +110,11 @@ def tries(request):
     return run
 
 
+def test_what_a_file_says_makes_no_endless_message():
+    message = str(InputError(f"duration {'x' * 10**6} is not understood: give a number"))
+    assert len(message) < 2000 and message.startswith("duration x") and message.endswith("give a number")
+
+
 def test_manifests(tmp_path, tries):
     folder = make_set(tmp_path / "set", 4)
     path = tmp_path / "set" / "manifest.json"

@@ -53,7 +53,9 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     """
     if (root / "annotations").is_dir() and any((root / "annotations").glob("*.json")):
         folders, files = split_folders(root, "images"), root / "annotations"
-        return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, ""
+        others = sorted({path.name for path in files.glob("*.json")} - {f"{name}.json" for name in folders})
+        note = f"left out, as there is no folder images/SPLIT for them: {', '.join(others)}" if others else ""
+        return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, note
     voc = next((root / name for name in _VOC_LABELS if any((root / name).rglob("*.xml"))), None)
     if voc is not None:
         images = next((root / name for name in _VOC_IMAGES if (root / name).is_dir()), None)

@@ -88,7 +88,7 @@ def build(
         raise InputError(f"data set {name!r} is unknown: {str(error).splitlines()[0]}") from error
     folder = builder.data_path
     if folder.exists():
-        made = read_manifest(folder).settings["source"] if (folder / MANIFEST_NAME).exists() else "elsewhere"
+        made = read_manifest(folder).settings.get("source") if (folder / MANIFEST_NAME).exists() else "elsewhere"
         if made != source_name(source):
             raise InputError(f"{folder} was made from {made}: choose another --data_dir")
     else:
@@ -110,17 +110,17 @@ def _generate(builder: InfraredBuilder, source: Path, beam_options: Sequence[str
         with tempfile.TemporaryDirectory() as downloads:
             builder.download_and_prepare(download_dir=downloads, download_config=config)
     except Exception as error:
-        mistake = _input_error(error)
+        mistake = _input_error(error, builder.data_path)
         raise error if mistake is None else mistake from error
 
 
-def _input_error(error: BaseException | None) -> InputError | None:
+def _input_error(error: BaseException | None, folder: epath.Path) -> InputError | None:
     """The user's mistake or a full disk in a chain of exceptions: TFDS and Beam raise their own around it."""
     while error is not None:
         if isinstance(error, InputError):
             return error
         if (isinstance(error, OSError) and error.errno in _DISK_ERRORS) or WRITE_FAILED in str(error):
             reason = " ".join(str(error).split(";")[0].split())
-            return InputError(f"the data set cannot be written ({reason}): choose another --data_dir or free space")
+            return InputError(f"{folder} cannot be written ({reason}): choose another --data_dir or free space")
         error = error.__cause__ or error.__context__
     return None

@@ -56,6 +56,9 @@ class CocoBoxes(InfraredBuilder):
         ids = {name: n for split in reversed(splits.values()) for name, n in split.boxes.categories.items()}
         self.settings["category_ids"] = {name: ids[name] for name in names}
         self.info.features["objects"]["label"].names = names
+        self._count_unlisted(
+            (split.folder, (image.file_name for image in split.boxes.images)) for split in splits.values()
+        )
         return {name: self._generate_examples(split, names) for name, split in splits.items()}
 
     def _generate_examples(self, split: BoxSplit, names: list[str]):

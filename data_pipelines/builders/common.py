@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import itertools
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from array_record.python import array_record_data_source
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
+from data_pipelines.files import images_in
 from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import describe_image, read_images
 from data_pipelines.prepare.curate import Filters
@@ -38,6 +39,11 @@ class DepthConfig(tfds.core.BuilderConfig):
     def __init__(self, bit_depth: int):
         super().__init__(name=f"gray{bit_depth}", description=f"one channel, {bit_depth} bit per pixel")
         self.bit_depth = bit_depth
+
+
+class _Info(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Nothing: TFDS would ask its public bucket for the user's set, and leave a folder in /tmp each time."""
 
 
 class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -62,6 +68,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         # Names in the order of their numbers, of "mask" and "objects": known when the annotations were read.
         self.class_names: dict[str, list[str]] = {}
         self.settings: dict[str, Any] = {}  # what a builder notes in the manifest, likewise
+        self.notes: Counter[str] = Counter()  # what the command counts of the whole source
         super().__init__(file_format="array_record", **options)
 
     def _download_and_prepare(
@@ -75,7 +82,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _write_manifest(self, root: Path) -> None:
         """Describes the splits in a pass over their images."""
         splits, images = {}, []
-        notes: Counter[str] = Counter()
+        notes = self.notes.copy()
         first: dict[str, str] = {}  # digest of pixels -> split
         for name, info in self.info.splits.items():
             shards = zip(info.filenames, info.shard_lengths, strict=True)
@@ -95,6 +102,15 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         source = array_record_data_source.ArrayRecordDataSource(files)
         return (decode_example(source[index]) for index in range(len(source)))
 
+    def _count_unlisted(self, parts: Iterable[tuple[Path, Iterable[str]]]) -> None:
+        """Notes how many images of the folders none of `parts` (folder, names below it) lists: they are left out."""
+        listed: dict[Path, set[PurePosixPath]] = defaultdict(set)
+        for folder, names in parts:
+            listed[folder].update(map(PurePosixPath, names))
+        for folder, names in listed.items():
+            count = sum(PurePosixPath(path.relative_to(folder)) not in names for path in images_in([folder]))
+            self.notes += Counter({f"images of {folder.name} left out, as the annotations do not list them": count})
+
     def _account_for_files(self, root: Path) -> dict[str, int]:
         """Lists the files of the source that were left out; reason -> count."""
         return {}
@@ -110,7 +126,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         text = tfds.features.Text()
         features = {IMAGE: image, KEY: text, SOURCE: text, **self.label_features()}
         description = inspect.cleandoc(type(self).__doc__)
-        return tfds.core.DatasetInfo(
+        return _Info(
             builder=self, description=description, features=tfds.features.FeaturesDict(features)
         )
 

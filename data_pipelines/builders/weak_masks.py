@@ -37,7 +37,9 @@ class WeakSmallTargets(InfraredBuilder):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         root = Path(dl_manager.manual_dir)
         self.class_names[MASK] = TARGET_CLASSES
-        return {split: self._generate_examples(*part) for split, part in _parts(root).items()}
+        parts = _parts(root)
+        self._count_unlisted((folder, (image.file_name for image in images)) for folder, images in parts.values())
+        return {split: self._generate_examples(*part) for split, part in parts.items()}
 
     def _generate_examples(self, folder: Path, images: list[CocoImage]):
         return self._generate(

@@ -73,7 +73,8 @@ def _expand(given: str) -> tuple[str, list[str]]:
     if os.path.exists(path):
         return path, [path]
     if not glob.has_magic(given):
-        raise InputError(f"input {given} does not exist: check the path")
+        remedy = "repeat --input for each of several" if "," in given else "check the path"
+        raise InputError(f"input {given} does not exist: {remedy}")
     # The folders that exist are meant literally, whatever brackets their names hold.
     root = path
     while not os.path.isdir(root):

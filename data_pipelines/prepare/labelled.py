@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,14 +15,15 @@ from typing import Any
 from data_pipelines.commands import printable, progress_bar
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
-from data_pipelines.files import local_path, new_folder
+from data_pipelines.files import local_path, new_folder, read_text
 from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import Manifest, write_manifest, write_split
+from data_pipelines.shards import SPLIT_NAME, Manifest, write_manifest, write_split
 
 FILE_COLUMN, SPLIT_COLUMN = "file", "split"
+_LARGEST_TABLE = 1 << 30  # bytes
 # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
 KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 
@@ -154,10 +156,9 @@ def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path,
     if not columns:
         raise InputError(f"{table}: name at least one label column")
     try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream)
-            lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.reader(io.StringIO(read_text(table, _LARGEST_TABLE), newline=""))
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
+    except (OSError, csv.Error) as error:
         raise InputError(
             f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
         ) from error
@@ -178,6 +179,10 @@ def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path,
         for name, cell in zip(needed, (file, split, *labels), strict=True):
             if not cell:
                 raise InputError(f"{where}: column {name!r} is empty; fill it or remove the row")
+            if name != FILE_COLUMN and printable(cell) != cell:
+                raise InputError(f"{where}: {printable(cell)} in column {name!r} has control characters; remove them")
+        if not SPLIT_NAME.fullmatch(split):
+            raise InputError(f"{where}: the split {split!r} cannot be a file name; use letters, digits, dots, dashes")
         path = table.parent / file
         if not path.is_file() or PurePosixPath(file).is_absolute():
             raise InputError(f"{where}: no image {path}; give paths from the table's folder")

@@ -48,10 +48,11 @@ class Windows:
         if any(side < 0 or side % MULTIPLE for side in self.size) or (0 in self.size) != (self.size == (0, 0)):
             raise InputError(f"windows.size={self.size} must be rows, columns, multiples of {MULTIPLE}; 0,0 is whole")
         if self.batch_size < 1 or (
-            self.size != (0, 0) and not all(0 < s <= w for s, w in zip(self.stride, self.size, strict=True))
+            self.size != (0, 0) and not all(w <= 16 * s <= 16 * w for s, w in zip(self.stride, self.size, strict=True))
         ):
             raise InputError(
-                f"windows.stride={self.stride} must be from 1 to the size {self.size}, windows.batch_size at least 1"
+                f"windows.stride={self.stride} must be from a 16th of the size {self.size} to all of it, "
+                "windows.batch_size at least 1"
             )
 
     def tiled(self, size: tuple[int, int], overlap: int | None = None) -> Windows:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,20 +175,30 @@ def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:
     if "model" not in restored.config:  # a fine-tuning run, whose heads are not InfMAE's
         params = {"encoder": params["encoder"]}
     blocks = sum(described.config.encoder.depths) + ("decoder" in params and described.config.decoder.depth)
-    if blocks > len(jax.tree.leaves(params)):  # not worth tracing
-        raise InputError(f"checkpoint of {path} does not fit its config: it has fewer than {blocks} blocks")
-    expected = abstract_params(described.config)
-    for name, tree in params.items():
-        have, want = _leaves(tree), _leaves(expected.get(name, {}))
-        shapes = ({path: leaf.shape for path, leaf in leaves.items()}.items() for leaves in (have, want))
-        wrong = sorted({path for path, _ in set.symmetric_difference(*map(set, shapes))})
-        if wrong:
-            raise InputError(
-                f"checkpoint of {path} does not fit its config: {name}{wrong[0]} and {len(wrong) - 1} more arrays "
-                "differ; use the checkpoint of the same variant"
-            )
+    require_fit(path, params, blocks, lambda: {k: abstract_params(described.config).get(k, {}) for k in params})
     filters = _read_score_filters(Path(path), described.mask)
     return dataclasses.replace(described, params=params, step=restored.step, score_filters=filters)
+
+
+def require_fit(run: str | os.PathLike, params: Any, blocks: int, expected: Callable[[], Any]) -> None:
+    """InputError where parameters are not those of the config beside them, which may be a stranger's.
+
+    Args:
+      blocks: how many the config speaks of.
+      expected: makes the tree of shapes that the config stands for; not called where there are more blocks than arrays.
+    """
+    have = {path: leaf.shape for path, leaf in _leaves(params).items()}
+    if blocks > len(have):
+        raise InputError(f"checkpoint of {run} does not fit its config: it has fewer than {blocks} blocks")
+    try:
+        want = {path: leaf.shape for path, leaf in _leaves(expected()).items()}
+    except ValueError as error:
+        raise InputError(f"config of {run} is of no model: {str(error).splitlines()[0]}") from error
+    if wrong := sorted({path for path, _ in have.items() ^ want.items()}):
+        raise InputError(
+            f"checkpoint of {run} does not fit its config: {wrong[0]} and {len(wrong) - 1} more arrays differ; use the "
+            "checkpoint of the same variant"
+        )
 
 
 def _described(run: str) -> TrainedModel:

@@ -193,8 +193,8 @@ class SegmentationHeadConfig:
             ("auxiliary_weight", 0 <= self.auxiliary_weight < float("inf"), "a number of at least 0"),
             ("auxiliary_channels", self.auxiliary_channels >= 8, "at least 8"),
             ("fcn_stage", self.fcn_stage in (1, 2, 3, 4), "one of 1, 2, 3, 4"),
-            ("fcn_convs", self.fcn_convs >= 1, "at least 1"),
-            ("pool_scales", all(n >= 1 for n in scales) and len({*scales}) == len(scales), "different numbers >= 1"),
+            ("fcn_convs", 1 <= self.fcn_convs <= 64, "from 1 to 64"),
+            ("pool_scales", all(1 <= n <= 64 for n in scales) and len({*scales}) == len(scales), "different, 1 to 64"),
         ):
             if not valid:
                 raise ValueError(f"model.head.{field}={getattr(self, field)!r} must be {allowed}")
@@ -264,7 +264,7 @@ class DetectionHeadConfig:
 
     def __post_init__(self):
         counts = (
-            "box_convs", "mask_convs", "rpn_samples", "pre_nms_train", "pre_nms_test", "proposals_train",
+            "rpn_samples", "pre_nms_train", "pre_nms_test", "proposals_train",
             "proposals_test", "rois", "max_candidates", "max_detections",
         )  # fmt: skip
         shares = ("rpn_positive", "roi_positive")
@@ -276,7 +276,8 @@ class DetectionHeadConfig:
             ("norm", self.norm in HEAD_NORMS, f"one of {', '.join(HEAD_NORMS)}"),
             ("roi_align", self.roi_align in ROI_ALIGNS, f"one of {', '.join(ROI_ALIGNS)}"),
             ("anchor_sizes", len(sizes) in (0, 5) and positive, "five positive numbers, or none"),
-            ("ratios", self.ratios and all(0 < r < float("inf") for r in self.ratios), "positive numbers"),
+            ("ratios", 0 < len(self.ratios) <= 64 and all(0 < r < 1e6 for r in self.ratios), "1 to 64 numbers above 0"),
+            *((name, 1 <= getattr(self, name) <= 64, "from 1 to 64") for name in ("box_convs", "mask_convs")),
             ("rpn_iou", len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < 1, "two numbers in (0, 1), in order"),
             ("roi_iou", 0 < self.roi_iou <= (0.7 if self.cascade else 0.9), "in (0, 0.9], with a cascade (0, 0.7]"),
             ("score_threshold", 0 <= self.score_threshold < 1, "in [0, 1)"),

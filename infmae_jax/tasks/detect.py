@@ -179,9 +179,6 @@ class DetectTask(FineTuneTask):
         super().__init__(config, trained)
         self.model = DetectionModel(config)
 
-    def init(self, key: jax.Array) -> Any:
-        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
-
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         noise, draws = jax.random.split(key)
         arguments = normalize(batch["image"]), self._targets(batch), draws

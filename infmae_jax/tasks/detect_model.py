@@ -40,7 +40,7 @@ class DetectionModel(FineTuneModel):
     def __init__(self, config: DetectConfig):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
         super().__init__(config)
-        self.category_ids = [json.loads(text) for text in config.category_ids] or list(range(1, len(self.classes) + 1))
+        self.category_ids = _category_ids(config)
         self.module = Detector(
             config.encoder, config.head, len(config.classes), config.masks != "none", config.encoder.fuse_stages
         )
@@ -165,6 +165,18 @@ class DetectionModel(FineTuneModel):
             for entry in row["objects"]
         )
         write_csv(folder / TABLE_NAME, header, table)
+
+
+def _category_ids(config: DetectConfig) -> list[int | str]:
+    """The source's id of every class; InputError where the config, which may be a stranger's, has something else."""
+    numbers = list(range(1, len(config.classes) + 1))
+    try:
+        found = json.loads(f"[{','.join(config.category_ids)}]") or numbers
+    except (ValueError, RecursionError):
+        found = []
+    if len(found) != len(numbers) or not {type(each) for each in found} <= {int, str}:
+        raise InputError(f"config key category_ids must be a number or text for each of the {len(numbers)} classes")
+    return found
 
 
 def _coco_result(number: int | str, file: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -82,16 +82,8 @@ class LabelledData:
     def pipeline(self) -> PipelineConfig:
         """What reads the training split."""
         names = (
-            "shards",
-            "weights",
-            "image_size",
-            "batch_size",
-            "seed",
-            "max_corrupt",
-            "workers",
-            "threads",
-            "prefetch",
-        )
+            "shards", "weights", "image_size", "batch_size", "seed", "max_corrupt", "workers", "threads", "prefetch",
+        )  # fmt: skip
         return PipelineConfig(split=self.train_split, **{name: getattr(self, name) for name in names})
 
     def view(self, **labels: Any) -> LabelledView:

@@ -19,6 +19,7 @@ from infmae_jax.evaluation.windows import canvas_of, host_programs, in_groups, o
 from infmae_jax.interop.load import graft
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
+from infmae_jax.models.patches import normalize
 from infmae_jax.tasks.batches import PipelineBatches
 from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of
 from infmae_jax.training.task import Evaluator, Group, Position, Task
@@ -34,7 +35,10 @@ class FineTuneModel:
     Attributes:
       config: with architecture and classes filled in, see `resolved`.
       classes: their names.
+      module: the Flax module.
     """
+
+    module: Any
 
     def __init__(self, config: FineTuneConfig):
         """`config`: with classes and architecture filled in, see `resolved`; InputError for an encoder without the
@@ -44,6 +48,10 @@ class FineTuneModel:
         except ValueError as error:
             raise InputError(f"{config.checkpoint}: {error}") from error
         self.config, self.classes = config, config.classes
+
+    def init(self, key: jax.Array, images: Any) -> Any:
+        """First parameters; `images` (N,H,W,1) uint8 say which layers there are, their sides do not matter."""
+        return self.module.init(key, normalize(images))["params"]
 
     def predictions(
         self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
@@ -81,7 +89,7 @@ class FineTuneModel:
 class FineTuneTask(Task):
     """See `training.task.Task`. The parameters are those of a Flax module, the encoder below "encoder".
 
-    A subclass sets `name` and `view`, and defines `init` and `loss`.
+    A subclass sets the attributes and defines `loss`.
 
     Attributes:
       model: what is trained.
@@ -106,6 +114,9 @@ class FineTuneTask(Task):
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         return {"fingerprints": [manifest.fingerprint for manifest in manifests_of(self.config)]}
+
+    def init(self, key: jax.Array) -> Any:
+        return self.model.init(key, self.batch_of_zeros()["image"])
 
     def initial(self, shapes: Any) -> Any:
         """The encoder of the checkpoint under a new head; what was taken is printed."""

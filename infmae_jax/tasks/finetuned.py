@@ -7,8 +7,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation.windows import MULTIPLE
+from infmae_jax.interop.load import require_fit
 from infmae_jax.tasks.detect import DetectConfig, DetectTask
 from infmae_jax.tasks.detect_model import DetectionModel
 from infmae_jax.tasks.finetune import FineTuneConfig
@@ -86,8 +90,11 @@ def load_finetuned(
     config = _looked_at(config, tile, overlap, threshold)
     if step is None:
         step = best_checkpoint(run, config.best_metric, config.best_mode)
-    restored = restore_params(run, step=step)
-    return FineTuned(kind.model(config), restored.params, restored.step)
+    model, restored = kind.model(config), restore_params(run, step=step)
+    images = jax.ShapeDtypeStruct((1, 64, 64, 1), np.uint8)
+    blocks = sum(config.encoder.depths)
+    require_fit(run, restored.params, blocks, lambda: jax.eval_shape(model.init, jax.random.key(0), images))
+    return FineTuned(model, restored.params, restored.step)
 
 
 def _looked_at(

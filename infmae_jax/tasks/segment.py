@@ -116,9 +116,6 @@ class SegmentTask(FineTuneTask):
         super().__init__(config, trained)
         self.model = SegmentationModel(config)
 
-    def init(self, key: jax.Array) -> Any:
-        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
-
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         out = self.model.module.apply({"params": params}, normalize(batch["image"]), rngs=self.noise(key))
         labels = batch["mask"].astype(jnp.int32)

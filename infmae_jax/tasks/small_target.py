@@ -80,9 +80,6 @@ class SmallTargetTask(FineTuneTask):
         super().__init__(config, trained)
         self.model = SmallTargetModel(config)
 
-    def init(self, key: jax.Array) -> Any:
-        return self.model.module.init(key, normalize(self.batch_of_zeros()["image"]))["params"]
-
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         turn, noise = jax.random.split(key)
         images, masks = batch["image"][..., 0], batch["mask"]

@@ -330,7 +330,7 @@ def restore_params(run: str | Path, subtree: str | None = None, step: int | None
             item = _AVERAGE if (path / _AVERAGE).is_dir() else "params"
             storage.verify(path, item)  # that nothing of the other items is missing, too
             record = storage.read_record(path)
-            wanted = {k: tree for k, tree in storage.empty_arrays(record, item).items() if subtree in (None, k)}
+            wanted = {k: tree for k, tree in storage.empty_arrays(path, record, item).items() if subtree in (None, k)}
             return Restored(storage.load(path, record, {item: wanted})[item], config, number)
         except storage.Damaged as error:
             logging.warning("checkpoint %s is damaged: %s", path, error)

@@ -228,14 +228,14 @@ def _require_key(known: Mapping[str, Any], key: str) -> None:
 
 
 def to_config(value: Any) -> ConfigDict:
-    """A dataclass as ConfigDict. Tuples of strings become comma-separated text, and what is None a placeholder of its
-    type, so that flags can set them."""
+    """A dataclass as ConfigDict. Tuples of strings become comma-separated text where it would be read as the same, and
+    what is None a placeholder of its type, so that flags can set them."""
     out = ConfigDict()
     for field, hint in _fields(type(value)).items():
         item = getattr(value, field)
         if dataclasses.is_dataclass(item):
             item = to_config(item)
-        elif hint == tuple[str, ...]:
+        elif hint == tuple[str, ...] and all(text and "," not in text and text == text.strip() for text in item):
             item = ",".join(item)
         elif item is None:
             kind = _without_none(hint)
@@ -329,7 +329,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
     """A sequence, or a text such as 96x96, as a tuple of the length and kinds that `hint` says."""
     kinds = typing.get_args(hint)
-    if isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], str):
+    if kinds != (str, ...) and isinstance(value, (tuple, list)) and len(value) == 1 and isinstance(value[0], str):
         (value,) = value  # what a flag makes of 96x96
     if isinstance(value, str) and re.fullmatch(r"\d+(x\d+)+", value):
         value = [int(part) for part in value.split("x")]

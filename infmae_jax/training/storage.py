@@ -32,6 +32,7 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from infmae_jax.training.sharding import path_text
@@ -44,12 +45,21 @@ _LEFTOVERS = (_UNSEALED, _LEAVING, ".orbax-checkpoint-tmp")  # in names of what 
 _LONGEST_SAVE_SECONDS = 600  # after which a process gives up waiting for another whose part failed
 _LONGEST_REASON = 240
 _LARGEST_JSON = 1 << 26  # bytes
+_MOST_ARRAYS, _DEEPEST = 5000, 32  # of a model
+_MOST_UNPACKED, _ALWAYS_UNPACKED = 20, 1 << 26  # times the size of the files, and bytes: many zeros take little room
 _HASHING_THREADS = 8  # they read and hash outside of Python's lock
 _NOT_DAMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM)
 
-# Orbax logs what its threads meet with a traceback, and raises it: it is told once, in one line.
-logging.get_absl_logger().addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
+def _is_told(record: Any) -> bool:
+    """Orbax logs what its threads meet with a traceback, and raises it: it is told once, in one line. It also repeats
+    whole files, which may be a stranger's."""
+    if "orbax" in record.pathname:
+        record.msg, record.args = printable(record.getMessage())[:_LONGEST_REASON], ()
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+logging.get_absl_logger().addFilter(_is_told)
 _TROUBLE = {
     errno.ENOSPC: ("the disk is full", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
     errno.EDQUOT: ("the disk quota is used up", "make room, or keep fewer checkpoints (keep_checkpoints, keep_every)"),
@@ -206,13 +216,14 @@ def layout(array: Any) -> str:
     return f"{np.dtype(array.dtype)}[{','.join(map(str, array.shape))}]"
 
 
-def empty_arrays(record: Mapping[str, Any], item: str) -> dict[str, Any]:
+def empty_arrays(path: Path, record: Mapping[str, Any], item: str) -> dict[str, Any]:
     """NumPy arrays in nested dicts, of the layouts of a stored item, to be given to `load`.
 
     Raises:
-      Damaged: the record describes no such arrays.
+      Damaged: the record of the checkpoint `path` describes no such arrays, or more than its files can hold.
     """
     tree: dict[str, Any] = {}
+    left, spare = _MOST_ARRAYS, _MOST_UNPACKED * sum(_sizes(path).values()) + _ALWAYS_UNPACKED
     with _damage_if_unreadable():
         for path, text in record["arrays"].items():
             name, *parents, last = path.split("/")
@@ -221,7 +232,11 @@ def empty_arrays(record: Mapping[str, Any], item: str) -> dict[str, Any]:
                 for key in parents:
                     node = node.setdefault(key, {})
                 dtype, shape = text.rstrip("]").split("[")
-                node[last] = np.empty([int(size) for size in shape.split(",") if size], jnp.dtype(dtype))
+                shape, dtype = [int(size) for size in shape.split(",") if size], jnp.dtype(dtype)
+                left, spare = left - 1, spare - math.prod(shape) * dtype.itemsize
+                if left < 0 or spare < 0 or len(parents) > _DEEPEST:
+                    raise ValueError("its record describes more than its files hold")
+                node[last] = np.empty(shape, dtype)
     return tree
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 import numpy as np
@@ -20,6 +21,7 @@ from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, fixed_batch, num_examples, record_keys, train_batches
 from data_pipelines.shards import ShardReader, read_manifest, verify_shards
 from data_pipelines.synthetic import CATEGORIES, SURFACES, write_dataset
+from tests.commands import run
 
 SIZE = (64, 80)
 COUNT = 24
@@ -310,19 +312,25 @@ def test_wrong_requests(scenes, tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_command(scenes, tmp_path):
-    def run(*arguments):
-        command = [sys.executable, "-m", "data_pipelines.builders", f"--data_dir={tmp_path}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+def test_a_build_leaves_nothing_behind_and_asks_nobody(scenes, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tfds.core.utils.gcs_utils, "gcs_dataset_info_files", lambda _: pytest.fail("the network"))
+    build("small_targets", tmp_path / "data", scenes)
+    assert not list((tmp_path / "temporary").iterdir())
 
-    done = run("--dataset=small_targets", f"--input={scenes}")
+
+def test_command(scenes, tmp_path):
+    command = "data_pipelines.builders.__main__", f"--data_dir={tmp_path}", "--dataset=small_targets"
+    done = run(*command, f"--input={scenes}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/small_targets/gray8/1.0.0: train 18, val 6"
-    wrong = run("--dataset=small_targets", f"--input={tmp_path / 'gone'}")
+    wrong = run(*command, f"--input={tmp_path / 'gone'}")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_apache_beam_builds_the_same(scenes, boxes, tmp_path):
+def test_apache_beam_builds_the_same(scenes, boxes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Beam leaves folders there
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
     built = build("coco_boxes", tmp_path / "beam", scenes, beam_options=["runner=DirectRunner"])
     assert built.counts == {"train": 18, "val": 6}

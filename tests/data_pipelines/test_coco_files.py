@@ -222,6 +222,20 @@ def test_copies_of_entries_count_once(tmp_path, caplog):
     assert [len(image.annotations) for image in found.images] == [1, 2] and found.categories == {"person": 2, "car": 9}
 
 
+def test_what_no_annotations_list_is_counted(tmp_path, caplog):
+    root = write(tmp_path, GOOD)
+    (root / "images/train/more").mkdir()
+    for name in ("c.png", "more/a.png", "more/._a.png"):
+        shutil.copy(root / "images/train/a.png", root / "images/train" / name)
+    shutil.copy(root / "annotations/train.json", root / "annotations/val.json")
+    for number, name in enumerate(("coco_boxes", "weak_small_targets")):
+        built = build(name, tmp_path / f"data{number}", root)
+        assert built.notes["images of train left out, as the annotations do not list them"] == 2
+        assert sum(built.counts.values()) == 2
+    assert "images/SPLIT for them: val.json" in caplog.text
+    assert "val.json" in read_manifest(tmp_path / "data0/coco_boxes/gray8/1.0.0").settings["split"]
+
+
 def test_images_in_two_splits_are_counted(tmp_path):
     root = write(tmp_path, GOOD)
     shutil.copytree(root / "images/train", root / "images/val")

@@ -83,6 +83,8 @@ def test_patterns(tmp_path):
     for given in (f"{tmp_path}/set/*.bmp", f"{tmp_path}/none"):
         with pytest.raises(InputError, match="none|bmp"):
             list_sources([given])
+    with pytest.raises(InputError, match="repeat --input"):
+        list_sources([f"{tmp_path}/set/a,{tmp_path}/set/b.png"])
 
 
 @pytest.mark.parametrize("name", ["set.zip", "set.tar", "set.tar.gz", "set.tgz", "set.tar.bz2", "set.tar.xz"])

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_mask, decode_pixels
 from data_pipelines.prepare import prepare_table
-from data_pipelines.shards import ShardReader, read_manifest, verify_shards
+from data_pipelines.shards import ShardReader, read_manifest, verify_shards, write_split
 from data_pipelines.synthetic import (
     CATEGORIES,
     SCENE_CLASSES,
@@ -83,6 +83,10 @@ def test_several_label_columns_have_their_own_names(images):
         (["img/0.png,train,a", "copy.png,val,a"], "line 3: image copy.png of split val has the pixels of img/0.png"),
         (["img/0.png,train,a", "img/0.png,train,b"], r"line 3: img/0.png is in line 2 \(the same split\) too"),
         (["broken.png,train,a"], "broken.png is not usable"),
+        (["img/0.png,../x,a"], r"line 2: the split '\.\./x' cannot be a file name"),
+        (["img/0.png,a/b,a"], "line 2: the split 'a/b' cannot be a file name"),
+        (["img/0.png,train,\x1b[31ma"], r"line 2: \\x1b\[31ma in column 'label' has control characters"),
+        (["img/0.png,train," + "x" * 200_000], "not a readable CSV"),
         ([], "has a header but no rows"),
     ],
 )
@@ -109,8 +113,18 @@ def test_unusable_requests(images):
         with pytest.raises(InputError, match=message):
             prepare_table(table, columns, images / output, progress=False)
     table.write_bytes("file,split,label\nä.png,train,a\n".encode("utf-16"))
-    with pytest.raises(InputError, match="not a readable CSV in UTF-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         prepare_table(table, ["label"], images / "out", progress=False)
+    table.unlink()
+    table.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="no regular file"):
+        prepare_table(table, ["label"], images / "out", progress=False)
+
+
+def test_a_split_does_not_lead_out_of_its_folder(tmp_path):
+    with pytest.raises(InputError, match="cannot be a file name"):
+        write_split(tmp_path / "set", "../x", [b"a"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mask", ["surfaces", "targets"])

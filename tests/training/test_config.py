@@ -13,7 +13,14 @@ from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.segment import SegmentConfig
 from infmae_jax.training.config import MeshConfig, define_config, differences, from_config, to_config
+
+
+@pytest.mark.parametrize("names", [(), ("car",), ("car", "person"), ("person, sitting", "car"), (" a",), ("",)])
+def test_names_with_commas_and_spaces_stay_what_they_are(names):
+    config = SegmentConfig(classes=names)
+    assert from_config(SegmentConfig, json.loads(to_config(config).to_json_best_effort())) == config
 
 
 def test_round_trip_through_json():
