@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, write_csv
 from data_pipelines.outlines import encode_rle
 from infmae_jax import pictures
