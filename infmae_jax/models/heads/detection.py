@@ -7,6 +7,7 @@ head or a cascade of three, and a mask head where masks are given (`regions`). W
 - A loss is that of each image, averaged over images; detectron2 divides the box and mask losses of a batch by its
   regions. The same wherever images have as many regions, which is the rule for boxes; it makes accumulation exact.
 - Anchors whose centre lies on padding do not exist.
+- Logits begin at the odds of a rare object, as in RetinaNet (arXiv 1708.02002), and not at even odds.
 - Which anchors and regions are learnt from is drawn with the same noise in every image of a batch, so that a loss is a
   function of the images and not of their places, and of the objects and not of their order.
 """

@@ -53,11 +53,12 @@ class ConvModule(nn.Module):
 
 class Output(nn.Module):
     """A last linear layer with bias: (...,C) -> (...,features), at least float32; normal initialisation of the given
-    spread. Before it, spatial dropout of (B,H,W,C)."""
+    spread. Before it, spatial dropout of (B,H,W,C). `bias`: its first values, one for all or one for each feature."""
 
     features: int
     spread: float
     dropout: float = 0.0
+    bias: float | tuple[float, ...] = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,6 +66,6 @@ class Output(nn.Module):
         if self.dropout:
             x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not self.has_rng("dropout"))(x)
         kernel = self.param("kernel", nn.initializers.normal(self.spread), (x.shape[-1], self.features), wide)
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), wide)
+        bias = self.param("bias", lambda _: jnp.broadcast_to(jnp.asarray(self.bias, wide), (self.features,)))
         found = jnp.einsum("...c,ck->...k", x, kernel.astype(x.dtype), preferred_element_type=wide)
         return found + bias.reshape((1,) * (x.ndim - 1) + (-1,))

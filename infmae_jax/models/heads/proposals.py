@@ -1,5 +1,6 @@
 """Region proposal network (arXiv 1506.01497): where on the canvas something may lie, whatever its class."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from infmae_jax.models.heads.assign import POSITIVE, Targets, match, or_dummy, s
 from infmae_jax.models.heads.layers import Output, conv
 
 _WEIGHTS = (1.0, 1.0, 1.0, 1.0)  # of the regression code
+# Share of objects that anchors and regions begin with: from even odds, the first steps teach nothing but "no object".
+PRIOR = 0.05
 _NOWHERE = -1e30  # score of what is no proposal; finite, so that no arithmetic on it gives NaN
 
 
@@ -35,7 +38,7 @@ class RegionLayers(nn.Module):
     def setup(self):
         options = dict(use_bias=True, kernel_init=nn.initializers.normal(0.01), name=None)
         self.convs = [conv(self.config.channels, 3, self.dtype, **options) for _ in range(2)]
-        self.logits = Output(len(self.config.ratios), 0.01)
+        self.logits = Output(len(self.config.ratios), 0.01, bias=math.log(PRIOR / (1 - PRIOR)))
         self.deltas = Output(4 * len(self.config.ratios), 0.01)
 
     def __call__(self, maps: Sequence[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:

@@ -1,5 +1,6 @@
 """What is said of a region: its class, a better box, a mask. Layers, and the losses of each image."""
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ from infmae_jax.models.config import DetectionHeadConfig
 from infmae_jax.models.heads import boxes as box
 from infmae_jax.models.heads.assign import IGNORED, POSITIVE, Targets, match, or_dummy, sample
 from infmae_jax.models.heads.layers import ConvModule, Output, kaiming_normal, uniform_fan_in
-from infmae_jax.models.heads.proposals import Proposals
+from infmae_jax.models.heads.proposals import PRIOR, Proposals
 from infmae_jax.models.heads.roi_align import bin_matrix
 
 BOX_BINS, MASK_BINS, MASK_SIZE = 7, 14, 28
@@ -57,7 +58,8 @@ class BoxHead(nn.Module):
             c.box_channels, dtype=jnp.dtype(self.dtype), param_dtype=blocks.float_dtype(self.dtype),
             kernel_init=uniform_fan_in, name="full",
         )(x.reshape(x.shape[0], -1)))  # fmt: skip
-        logits = Output(self.num_classes + 1, 0.01, name="logits")(x)
+        background = math.log(self.num_classes * (1 - PRIOR) / PRIOR)
+        logits = Output(self.num_classes + 1, 0.01, bias=(0.0,) * self.num_classes + (background,), name="logits")(x)
         codes = Output(4 * self.codes, 0.001, name="codes")(x)
         first = pooled.shape[:2]
         return logits.reshape(*first, -1), codes.reshape(*first, self.codes, 4)
