@@ -55,7 +55,7 @@ def test_segmentation_of_eight_images_is_learned_by_heart(encoder, tmp_path):
 
 def test_small_targets_of_sixteen_images_are_learned_by_heart(encoder, tmp_path):
     write_shards(tmp_path / "targets", 22, size=(SIDE, SIDE), mask="targets")  # a quarter of them is val
-    scores = learned("small_target", encoder, tmp_path, steps=800, rate=0.19)
+    scores = learned("small_target", encoder, tmp_path, steps=700, rate=0.1)
     assert scores["images"] == 16 and scores["IoU"] > 0.9
 
 
@@ -69,7 +69,7 @@ def learned(kind, encoder, folder, steps, rate):
         evaluate_every="0 steps", checkpoint_every="0 steps", log_every="20 steps",
     )  # fmt: skip
     optimizer = dataclasses.replace(
-        config.optimizer, base_learning_rate=rate, warmup="20 steps", weight_decay=0.0, clip_norm=0.1
+        config.optimizer, base_learning_rate=rate, warmup="20 steps", weight_decay=0.0
     )
     config = dataclasses.replace(
         config, encoder=dataclasses.replace(config.encoder, drop_path=0.0), optimizer=optimizer
