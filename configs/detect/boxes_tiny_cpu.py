@@ -26,7 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
             proposals_train=300, proposals_test=300, rois=96, max_candidates=500,
         ),
         optimizer=OptimizerConfig(
-            base_learning_rate=1.6e-2, warmup="5 percent", schedule="half_cosine", weight_decay=0.1, b2=0.999
+            base_learning_rate=9.6e-3, warmup="5 percent", schedule="half_cosine", weight_decay=0.1, b2=0.999
         ),
         data=LabelledData(
             image_size=(256, 256), batch_size=8, zoom=(0.75, 1.5), augment=InfraredAugment(gain=0.3, offset=20.0)
