@@ -42,7 +42,12 @@ _BLOCK = 1 << 20
 _IMAGING_LIBRARY_MODES = {"uint8": "L", "uint16": "I;16", "int32": "I", "float32": "F"}
 _SMALLEST_STEP = 2.0**-1000
 # The library looks for the dialects of many microscopes, which read further parts of a file.
-_NO_DIALECTS = {f"is_{name}": False for name in tifffile.TIFF.FILE_FLAGS}
+# What newer versions cannot be told is a property without setter there, which looks at the first page's tags alone.
+_NO_DIALECTS = {
+    name: False
+    for name in (f"is_{flag}" for flag in tifffile.TIFF.FILE_FLAGS)
+    if getattr(getattr(tifffile.TiffFile, name, None), "fset", True) is not None
+}
 # It also logs what it finds odd; here a file is read or refused, and the refusal says why.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
