@@ -4,7 +4,7 @@ Command:   python -m infmae_jax.finetune --config=configs/detect/boxes_tiny_cpu.
            --config.data.shards=SHARDS (without it: synthetic scenes, made on the spot)
 Hardware:  2 CPU cores
 Hours:     not measured
-Result:    not measured
+Result:    none on real images yet, see configs/README.md
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
 Command:   python -m infmae_jax.finetune --config=configs/small_target/targets_tiny_cpu.py --checkpoint=ENCODER
            --workdir=RUN --config.data.shards=SHARDS (without it: synthetic scenes, made on the spot)
 Hardware:  2 CPU cores
-Hours:     not measured
-Result:    not measured
+Hours:     0.2 for 400 steps of 8 crops
+Result:    configs/README.md
 """
 
 from ml_collections import ConfigDict

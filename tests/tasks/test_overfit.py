@@ -1,4 +1,4 @@
-"""With --long: the segmentation head learns eight images by heart, through the loop that trains."""
+"""With --long: heads learn a handful of images by heart, through the loop that trains."""
 
 import dataclasses
 
@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 
 from data_pipelines.decode import encode_png
+from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
-from infmae_jax.models.config import SegmentationHeadConfig
+from infmae_jax.models.config import SegmentationHeadConfig, SmallTargetHeadConfig
 from infmae_jax.training import loop
 from tests.data_pipelines.shard_sets import make_example, write_splits
 from tests.tasks.cases import task_of
 
 SIDE = 96
+
+
+@pytest.fixture(autouse=True)
+def only_with_long(request):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes: --long")
 
 
 def provinces(seed, classes=6):
@@ -30,9 +37,7 @@ def provinces(seed, classes=6):
     return np.clip(40 + 30 * mask + stripes + rng.normal(0, 6, mask.shape), 0, 255).astype(np.uint8), mask
 
 
-def test_segmentation_of_eight_images_is_learned_by_heart(encoder, tmp_path, request):
-    if not request.config.getoption("--long"):
-        pytest.skip("takes minutes: --long")
+def test_segmentation_of_eight_images(encoder, tmp_path):
     drawn = [provinces(seed) for seed in range(8)]
     examples = [
         dataclasses.replace(make_example(f"image{i}", image, "png"), mask=encode_png(mask))
@@ -40,13 +45,26 @@ def test_segmentation_of_eight_images_is_learned_by_heart(encoder, tmp_path, req
     ]
     classes = {"mask": [f"province {i}" for i in range(6)]}
     write_splits(tmp_path / "surfaces", {"train": examples, "val": examples}, classes=classes)
+    head = SegmentationHeadConfig(channels=48, auxiliary_channels=16, dropout=0.0)
+    scores = learned("segment", encoder, tmp_path, head, steps=300)
+    assert scores["images"] == 8 and scores["mIoU"] > 0.95
+
+
+def test_small_targets_of_sixteen_images(encoder, tmp_path):
+    write_shards(tmp_path / "targets", 22, size=(SIDE, SIDE), mask="targets")  # some of them are val
+    head = SmallTargetHeadConfig(widths=(32, 24, 16, 16, 16))
+    scores = learned("small_target", encoder, tmp_path, head, steps=900)
+    assert scores["images"] == 16 and scores["IoU"] > 0.9
+
+
+def learned(kind, encoder, folder, head, steps):
+    """Scores on the training images themselves."""
     exact = dict(
         image_size=(SIDE, SIDE), batch_size=8, zoom=(1.0, 1.0), focus=0.0, flip=False, augment=InfraredAugment()
     )
     task, config = task_of(
-        "segment", encoder, tmp_path, data=exact, duration="300 steps", layer_decay=1.0, log_every="20 steps",
-        head=SegmentationHeadConfig(channels=48, auxiliary_channels=16, dropout=0.0),
-        evaluate_every="0 steps", checkpoint_every="0 steps",
+        kind, encoder, folder, data=exact, duration=f"{steps} steps", head=head, layer_decay=1.0,
+        log_every="20 steps", evaluate_every="0 steps", checkpoint_every="0 steps",
     )  # fmt: skip
     optimizer = dataclasses.replace(
         config.optimizer, base_learning_rate=0.1, warmup="20 steps", weight_decay=0.0, clip_norm=0.1
@@ -55,6 +73,5 @@ def test_segmentation_of_eight_images_is_learned_by_heart(encoder, tmp_path, req
         config, encoder=dataclasses.replace(config.encoder, drop_path=0.0), optimizer=optimizer
     )
     task = type(task)(config, task.trained)
-    params = jax.device_get(loop.train(task, config, tmp_path / "run").state.params)
-    scores = task.model.evaluate(params, config.data.shards, "train")["scores"]
-    assert scores["images"] == 8 and scores["mIoU"] > 0.95
+    params = jax.device_get(loop.train(task, config, folder / "run").state.params)
+    return task.model.evaluate(params, config.data.shards, "train")["scores"]
