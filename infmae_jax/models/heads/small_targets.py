@@ -47,15 +47,18 @@ class Decoder(nn.Module):
         stem1 = conv(c.widths[4], 3, name="stem1")(pixels)
         stem2 = conv(c.widths[3], 3, name="stem2")(nn.max_pool(stem1, (2, 2), (2, 2)))
         x = conv(c.widths[0], 1, name="coarsest")(stages[2])
-        found = []
+        found: list[jax.Array] = []
         finer = (stages[1], stages[0], stem2, stem1)
         for level, (skip, width) in enumerate(zip(finer, c.widths[1:], strict=True)):
             x = jnp.concatenate([resize(x, skip.shape[1:3]), conv(width, 1, name=f"skip{level}")(skip)], axis=-1)
             x = conv(width, 3, name=f"up{level}")(x)
             x = conv(width, 3, name=f"refine{level}")(x)
-            if level == 3 or (deep and level in (1, 2)):
-                found.insert(0, Logit(c.prior, name=f"logit{level}")(x))
-        return found
+            if level == 3 or (c.deep_supervision and level in (1, 2)):
+                logits = Logit(0.5 if found else c.prior, name=f"logit{level}")(x)
+                if found:  # what a finer level says is added, so that it cannot lose what a coarser one has found
+                    logits += resize(found[0][..., None], logits.shape[1:])[..., 0]
+                found.insert(0, logits)
+        return found if deep else found[:1]
 
 
 class TargetDetector(nn.Module):
@@ -82,4 +85,4 @@ class TargetDetector(nn.Module):
         encoder = ENCODER_MODULES[self.encoder.kind](self.encoder, name="encoder")
         maps = encoder.features(images, fuse_stages=self.encoder.fuse_stages)
         stages = [maps[name] for name in ("stage1", "stage2", "stage3")]
-        return Decoder(self.head, self.encoder.dtype, name="head")(images, stages, deep and self.head.deep_supervision)
+        return Decoder(self.head, self.encoder.dtype, name="head")(images, stages, deep)
