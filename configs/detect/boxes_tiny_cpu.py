@@ -26,10 +26,12 @@ def get_config(arg: str = "") -> ConfigDict:
             proposals_train=300, proposals_test=300, rois=96, max_candidates=500,
         ),
         optimizer=OptimizerConfig(
-            base_learning_rate=9.6e-3, warmup="5 percent", schedule="half_cosine", weight_decay=0.1, b2=0.999
+            base_learning_rate=0.032, warmup="5 percent", schedule="half_cosine", weight_decay=0.1, b2=0.999
         ),
+        layer_decay=0.5,  # at a rate at which the heads learn from nothing, an encoder forgets what it knew
         data=LabelledData(
-            image_size=(256, 256), batch_size=8, zoom=(0.75, 1.5), augment=InfraredAugment(gain=0.3, offset=20.0)
+            image_size=(256, 256), batch_size=8, zoom=(0.75, 1.5), focus=0.8,
+            augment=InfraredAugment(gain=0.3, offset=20.0),
         ),
         windows=Windows((0, 0), batch_size=4),
         duration="2000 steps",

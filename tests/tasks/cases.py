@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from configs.detect import boxes_tiny_cpu
 from configs.segment import masks_tiny_cpu
 from configs.small_target import targets_tiny_cpu
 from infmae_jax.tasks.finetune import resolved
@@ -9,13 +10,14 @@ from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.training.config import from_config
 
 CASES = {"segment": (masks_tiny_cpu, "surfaces"), "small_target": (targets_tiny_cpu, "targets")}
+_ALL = {**CASES, "detect": (boxes_tiny_cpu, "boxes")}
 
 
 def task_of(kind, checkpoint, labelled, **changes):
     """The task of a smoke config, and its resolved config."""
-    module, mask = CASES[kind]
+    module, name = _ALL[kind]
     config = from_config(KINDS[kind].config, module.get_config("smoke"))
-    data = dataclasses.replace(config.data, shards=(str(labelled / mask),), **changes.pop("data", {}))
+    data = dataclasses.replace(config.data, shards=(str(labelled / name),), **changes.pop("data", {}))
     config = dataclasses.replace(config, checkpoint=str(checkpoint), data=data, **changes)
     config, trained = resolved(config)
     return KINDS[kind].task(config, trained), config

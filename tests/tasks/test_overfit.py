@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.decode import encode_png
+from data_pipelines.examples import Objects
 from data_pipelines.synthetic import write_shards
 from data_pipelines.transforms import InfraredAugment
-from infmae_jax.models.config import SegmentationHeadConfig, SmallTargetHeadConfig
+from infmae_jax.models.config import DetectionHeadConfig, SegmentationHeadConfig, SmallTargetHeadConfig
 from infmae_jax.training import loop
 from tests.data_pipelines.shard_sets import make_example, write_splits
 from tests.tasks.cases import task_of
@@ -55,6 +56,37 @@ def test_small_targets_of_sixteen_images(encoder, tmp_path):
     head = SmallTargetHeadConfig(widths=(32, 24, 16, 16, 16))
     scores = learned("small_target", encoder, tmp_path, head, steps=900)
     assert scores["images"] == 16 and scores["IoU"] > 0.9
+
+
+def warm_things(seed, classes=2):
+    """An image, boxes and classes of four things in its quarters: plain discs (0) and striped rectangles (1)."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    image, boxes, kinds = rng.normal(60, 6, (SIDE, SIDE)), [], rng.integers(0, classes, 4)
+    for quarter, kind in enumerate(kinds):
+        height, width = rng.uniform(12, 36, 2) if kind else rng.uniform(12, 36, (1,)).repeat(2)
+        y, x = rng.uniform(0, 48 - np.array([height, width])) + 48 * np.array(divmod(quarter, 2))
+        down, along = (rows + 0.5 - y) / height, (columns + 0.5 - x) / width
+        inside = (abs(down - 0.5) < 0.5) & (abs(along - 0.5) < 0.5) if kind else np.hypot(down - 0.5, along - 0.5) < 0.5
+        image[inside] = 170 + (60 * np.sin(columns[inside]) if kind else 0)
+        boxes.append((x, y, x + width, y + height))
+    return image.clip(0, 255).astype(np.uint8), np.array(boxes, np.float32), kinds.astype(np.int32)
+
+
+def test_detection_of_eight_images(encoder, tmp_path):
+    examples = []
+    for seed in range(8):
+        image, boxes, classes = warm_things(seed)
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        objects = Objects(boxes, classes, np.zeros(len(boxes), bool), areas)
+        examples.append(dataclasses.replace(make_example(f"image{seed}", image, "png"), objects=objects))
+    write_splits(tmp_path / "boxes", {"train": examples, "val": examples}, classes={"objects": ["disc", "rectangle"]})
+    head = DetectionHeadConfig(
+        channels=32, box_channels=64, box_convs=1, pre_nms_train=200, pre_nms_test=200, proposals_train=100,
+        proposals_test=100, rois=64,
+    )  # fmt: skip
+    scores = learned("detect", encoder, tmp_path, head, steps=300)
+    assert scores["images"] == 8 and scores["AP50"] > 0.95
 
 
 def learned(kind, encoder, folder, head, steps):

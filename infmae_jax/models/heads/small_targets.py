@@ -11,25 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from infmae_jax.models import blocks
 from infmae_jax.models.config import EncoderConfig, SmallTargetHeadConfig
-from infmae_jax.models.heads.layers import ConvModule
+from infmae_jax.models.heads.layers import ConvModule, Output
 from infmae_jax.models.heads.segmentation import resize
 from infmae_jax.models.infmae import ENCODER_MODULES
-
-
-class Logit(nn.Module):
-    """(B,H,W,C) -> (B,H,W) logits, at least float32, that begin at the log odds of a rare target."""
-
-    prior: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = blocks.float_dtype(x.dtype)
-        kernel = self.param("kernel", nn.initializers.normal(0.01), (x.shape[-1],), wide)
-        odds = math.log(self.prior / (1 - self.prior))
-        bias = self.param("bias", nn.initializers.constant(odds), (), wide)
-        return jnp.einsum("bhwc,c->bhw", x, kernel.astype(x.dtype), preferred_element_type=wide) + bias
 
 
 class Decoder(nn.Module):
@@ -54,11 +39,12 @@ class Decoder(nn.Module):
             x = conv(width, 3, name=f"up{level}")(x)
             x = conv(width, 3, name=f"refine{level}")(x)
             if level == 3 or (c.deep_supervision and level in (1, 2)):
-                logits = Logit(0.5 if found else c.prior, name=f"logit{level}")(x)
+                odds = 0.0 if found else math.log(c.prior / (1 - c.prior))
+                logits = Output(1, 0.01, bias=odds, name=f"logit{level}")(x)
                 if found:  # what a finer level says is added, so that it cannot lose what a coarser one has found
-                    logits += resize(found[0][..., None], logits.shape[1:])[..., 0]
+                    logits += resize(found[0], logits.shape[1:3])
                 found.insert(0, logits)
-        return found if deep else found[:1]
+        return [logits[..., 0] for logits in (found if deep else found[:1])]
 
 
 class TargetDetector(nn.Module):
