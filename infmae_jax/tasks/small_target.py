@@ -39,6 +39,7 @@ LOSSES = ("soft_iou_bce", "sls", "focal")
 _COLUMNS = ("row", "column", "area", "peak")  # of targets.csv
 _FOCAL_ALPHA, _FOCAL_GAMMA = 0.75, 2.0
 _DEEP_WEIGHT = 0.5  # of each coarser prediction in the loss
+_LEAST_IOU = 1e-6  # so that no logarithm meets 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,8 @@ class SmallTargetConfig(FineTuneConfig):
 
     Attributes:
       head: the decoder.
-      loss: "soft_iou_bce": 1 - soft IoU of each image, plus the mean cross-entropy of its pixels; "sls": scale and
-        location sensitive (MSHNet, CVPR 2024); "focal".
+      loss: "soft_iou_bce": -log of the soft IoU of each image, plus the mean cross-entropy of its pixels; "sls": scale
+        and location sensitive (MSHNet, CVPR 2024); "focal".
       threshold: probability above which a pixel is target in measures and predictions.
       windows: how images are looked at in evaluation and prediction: whole, by default.
       data: crops contain a target with probability `focus` at least; with `flip` they are mirrored both ways and
@@ -122,8 +123,11 @@ def soft_iou(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Arra
 
 
 def _soft_iou_bce(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+    """The logarithm (Yu et al. 2016) pulls at a target however little is found of it. 1 - IoU no longer does once all
+    probabilities are small, and images without target make them so."""
     entropy = optax.sigmoid_binary_cross_entropy(logits, target) * valid
-    return 1 - soft_iou(logits, target, valid) + entropy.sum(axis=(1, 2)) / jnp.maximum(valid.sum(axis=(1, 2)), 1)
+    mean = entropy.sum(axis=(1, 2)) / jnp.maximum(valid.sum(axis=(1, 2)), 1)
+    return mean - jnp.log(soft_iou(logits, target, valid) + _LEAST_IOU)
 
 
 def _focal(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:

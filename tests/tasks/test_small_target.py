@@ -32,7 +32,7 @@ def test_losses_equal_numpy_and_ignored_pixels_do_not_count(x, mask):
         share = np.where(t == 1, p, 1 - p)
         focal = np.where(t == 1, 0.75, 0.25) * (1 - share) ** 2 * entropy
         truths = {
-            "soft_iou_bce": 1 - iou + (entropy.mean() if t.size else 0),
+            "soft_iou_bce": -np.log(iou + 1e-6) + (entropy.mean() if t.size else 0),
             "focal": focal.sum() / max(t.sum(), 1),
         }
         for name, truth in truths.items():
@@ -51,6 +51,17 @@ def test_a_small_target_pulls_as_hard_as_all_that_is_none():
     pull = jax.grad(lambda x: small_target.soft_iou(x, target, np.ones_like(target, bool)).sum())(logits)
     up, down = (pull * target).sum(), -(pull * (1 - target)).sum()
     assert up > 0.9 * down > 0
+
+
+def test_a_target_pulls_where_nothing_is_found_any_more():
+    """As beside many images without target, which teach "nothing" at once."""
+    target = np.zeros((1, 128, 128), np.float32)
+    target[0, 60:62, 60:62] = 1
+    loss = small_target._LOSSES["soft_iou_bce"]
+    x = jnp.full(target.shape, -9.0)  # fewer than 3 pixels in all
+    pull = jax.grad(lambda x: -loss(x, target, np.ones_like(target, bool)).sum())(x)
+    up, down = (pull * target).sum(), -(pull * (1 - target)).sum()
+    assert up > 0.5 > down > 0
 
 
 def test_sls_is_least_on_the_target_and_grows_with_the_distance():
