@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from data_pipelines.prepare import prepare
 from data_pipelines.synthetic import write_dataset
-from infmae_jax.interop.load import load_encoder
-from infmae_jax.linear_probe import linear_probe
 from infmae_jax.tasks.pretrain import PretrainConfig
-from infmae_jax.tasks.probe import ProbeConfig
 
 _PRETRAIN_SEED, _PROBE_SEED = 0, 1  # different scenes
 
@@ -23,6 +19,8 @@ def with_shards(config: PretrainConfig, workdir: str | Path) -> PretrainConfig:
     embedded = config.embedded
     if config.data.shards or not embedded.images:
         return config
+    from data_pipelines.prepare import prepare  # here, as in `probe`: most runs start without these imports
+
     folder = Path(workdir) / "data"
     images, shards = folder / "scenes", folder / "shards"
     if not images.is_dir():
@@ -34,6 +32,10 @@ def with_shards(config: PretrainConfig, workdir: str | Path) -> PretrainConfig:
 
 def probe(config: PretrainConfig, workdir: str | Path) -> dict[str, float]:
     """Linear-probe accuracy (0 to 1) of the run's encoder and of the same one untrained, on synthetic scene classes."""
+    from infmae_jax.interop.load import load_encoder
+    from infmae_jax.linear_probe import linear_probe
+    from infmae_jax.tasks.probe import ProbeConfig
+
     embedded = config.embedded
     scenes = Path(workdir) / "data" / "labelled"
     if not scenes.is_dir():

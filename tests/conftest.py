@@ -25,9 +25,10 @@ from absl import flags  # noqa: E402
 
 # Begun first, so that no process is left with one of them when the others have nothing more to do.
 _LONGEST_FILES = (
-    "training/test_hosts.py", "test_configs.py", "training/test_loop.py", "training/test_chaos.py",
-    "training/test_resume.py", "bench/test_step.py", "models/test_exactness.py", "training/test_collectives.py",
-    "bench/test_flops.py", "models/test_bfloat16.py", "training/test_task.py",
+    "test_configs.py", "training/test_chaos.py", "training/test_hosts.py", "training/test_loop.py",
+    "tasks/test_finetune.py", "tasks/test_detect.py", "training/test_collectives.py", "models/test_exactness.py",
+    "data_pipelines/test_pipeline.py", "test_outputs.py", "data_pipelines/test_prepare.py", "training/test_resume.py",
+    "tasks/test_hostile_runs.py", "bench/test_flops.py", "models/test_bfloat16.py", "bench/test_step.py",
 )  # fmt: skip
 
 jax.config.update("jax_num_cpu_devices", 4)
@@ -76,12 +77,16 @@ def shards(scenes, tmp_path_factory) -> Path:
 
 
 # Settings that do not change the compiled step.
-_NOT_COMPILED = ("checkpoint_every", "log_every", "picture_every", "on_save_failure", "observe", "init_from")
+_NOT_COMPILED = (
+    "checkpoint_every", "log_every", "picture_every", "evaluate_every", "on_save_failure", "observe", "init_from",
+    "compilation_cache",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def steps_compiled_once():
-    """Pretraining runs of a module share what is the same: the compiled step, the first state, traced shapes."""
+    """Runs of a module share what is the same: the compiled step; of pretraining also first state and traced shapes."""
+    from infmae_jax.tasks.finetune_task import FineTuneTask
     from infmae_jax.tasks.pretrain import PretrainTask
     from infmae_jax.training.program import Program
 
@@ -91,7 +96,7 @@ def steps_compiled_once():
     def compiled(program):
         settings = {name: value for name, value in vars(program.config).items() if name not in _NOT_COMPILED}
         key = type(program.task).loss, getattr(program.task, "what", ""), repr(settings), program.mesh
-        if not isinstance(program.task, PretrainTask):
+        if not isinstance(program.task, (PretrainTask, FineTuneTask)):
             key = program
         if key not in steps:
             steps[key] = build(program)

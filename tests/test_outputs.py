@@ -27,6 +27,7 @@ from tests.commands import run
 
 READ_ONLY = Path("/sys")  # for root too
 TINY = dict(widths=(16, 16, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+SMALLEST = "--config.model.encoder.kind=vit", "--config.model.encoder.depths=(1,1,1)"
 SECRETS = ("secretive", "node-17.cluster")  # the user, the host
 
 
@@ -47,7 +48,7 @@ def made(tmp_path_factory):
         for command in (
             ("data_pipelines.prepare.__main__", f"--input={place}/scenes/images", f"--output={place}/shards"),
             ("infmae_jax.pretrain", f"--config={demo.__file__}:smoke", f"--workdir={place}/pretrained",
-             f"--config.data.shards={place}/shards", "--config.embedded.probe_images=0"),
+             f"--config.data.shards={place}/shards", "--config.embedded.probe_images=0", *SMALLEST),
             ("infmae_jax.finetune", f"--config={masks_tiny_cpu.__file__}:smoke", f"--checkpoint={place}/encoder",
              f"--workdir={place}/tuned", f"--config.data.shards={place}/labelled"),
         ):  # fmt: skip
@@ -72,7 +73,7 @@ def commands(place, out):
                              "--height=64", "--width=64", "--shards=targets"),
         "inspect": ("data_pipelines.inspect", f"{place}/shards", f"--output={out}/samples.png", "--image_size=64"),
         "pretrain": ("infmae_jax.pretrain", f"--config={demo.__file__}:smoke", f"--workdir={out}/run",
-                     f"--config.data.shards={place}/shards", "--config.embedded.probe_images=0"),
+                     f"--config.data.shards={place}/shards", "--config.embedded.probe_images=0", *SMALLEST),
         "finetune": ("infmae_jax.finetune", f"--config={smoke}", f"--checkpoint={place}/encoder",
                      f"--workdir={out}/tuned", f"--config.data.shards={place}/labelled"),
         "linear_probe": ("infmae_jax.linear_probe", "--checkpoint", run_folder, f"--workdir={out}/probe", *probe),

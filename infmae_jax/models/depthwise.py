@@ -159,6 +159,7 @@ def _pad(cells: jax.Array) -> jax.Array:
     return jnp.pad(cells, ((0, 0), (RADIUS, RADIUS), (RADIUS, RADIUS), (0, 0)))
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """(B,K,r,r,C) -> (B,K,r+4,r+4,C): each visible patch with its surroundings, zero where nothing is visible."""
     batch, _, r, _, channels = cells.shape
@@ -173,6 +174,7 @@ def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Arr
     return jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(whole, rows, columns)
 
 
+@jax.jit
 def _multiply_add(windows: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., R+4, S+4, C), (5,5,C) -> (..., R, S, C), accumulated at least in float32."""
     accumulate = jnp.promote_types(windows.dtype, jnp.float32)
@@ -186,6 +188,7 @@ def _multiply_add(windows: jax.Array, kernel: jax.Array) -> jax.Array:
     return functools.reduce(jnp.add, taps).astype(windows.dtype)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _kernel_gradient(windows: jax.Array, grad: jax.Array, step: int) -> jax.Array:
     """(..., R+4, S+4, C), (..., R, S, C) -> (5,5,C), accumulated at least in float32."""
     accumulate = jnp.promote_types(grad.dtype, jnp.float32)

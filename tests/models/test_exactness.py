@@ -1,4 +1,7 @@
-"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work."""
+"""The visible-only path computes what the published, dense computation does, at a quarter of the convolution work.
+
+With --long also every single way to compute that the short form has combined with others.
+"""
 
 import functools
 
@@ -40,20 +43,45 @@ def default_way(norm_pix):
     return config, (params, images, ids_keep), evaluate(config, params, images, ids_keep)
 
 
-def evaluate(config, params, images, ids_keep):
-    def loss(params):
+def program(config):
+    """Jitted: params, images, ids_keep -> (loss, all outputs), gradients."""
+
+    def loss(params, images, ids_keep):
         out = InfMAE(config).apply({"params": params}, images, ids_keep)
         return out.loss, out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+compiled_once = functools.cache(program)
+
+
+def evaluate(config, params, images, ids_keep):
+    (_, out), grads = compiled_once(config)(params, images, ids_keep)
     return out, grads
 
 
-@pytest.mark.parametrize("change, norm_pix", [
-    ({"visible_only": False}, False), ({"visible_only": False}, True), ({"depthwise": "conv"}, False),
-    ({"visible_only": False, "depthwise": "conv"}, False), ({"remat": True}, False),
-    ({"predict_masked_only": False}, False), ({"predict_masked_only": False, "remat": True}, True),
-])  # fmt: skip
+@functools.cache
+def forward(config):
+    return jax.jit(InfMAE(config).apply)
+
+
+def pytest_generate_tests(metafunc):
+    if "norm_pix" in metafunc.fixturenames:
+        metafunc.parametrize("change, norm_pix", WAYS + (ALONE if metafunc.config.getoption("--long") else []))
+
+
+PUBLISHED = {"predict_masked_only": False, "visible_only": False}
+WAYS = [
+    (PUBLISHED, False), ({"visible_only": False, "depthwise": "conv"}, True), ({"depthwise": "conv"}, False),
+    ({"predict_masked_only": False, "remat": True}, True),
+]  # fmt: skip
+ALONE = [
+    ({"visible_only": False}, False), ({"visible_only": False}, True), ({"remat": True}, False),
+    ({"visible_only": False, "depthwise": "conv"}, False), ({"predict_masked_only": False}, False),
+]  # fmt: skip
+
+
 def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, change, norm_pix):
     config, inputs, ours = default_way(norm_pix)
     assert_same(ours, evaluate(config.replace(**change), *inputs))
@@ -63,7 +91,8 @@ def test_the_way_of_tpus_gives_the_same_latent_loss_and_gradients(float64, monke
     config, inputs, ours = default_way(False)
     monkeypatch.setitem(depthwise._FORWARD, "default", depthwise._FORWARD["tpu"])
     monkeypatch.setitem(depthwise._BACKWARD, "default", depthwise._BACKWARD["tpu"])
-    assert_same(ours, evaluate(config, *inputs))
+    (_, out), grads = program(config)(*inputs)
+    assert_same(ours, (out, grads))
 
 
 def assert_same(ours, theirs):
@@ -77,9 +106,7 @@ def assert_same(ours, theirs):
         assert np.abs(grad).max() > 0, f"{jax.tree_util.keystr(path)} has no gradient: the comparison shows nothing"
 
 
-@pytest.mark.parametrize("change", [
-    {"norm_pix_loss": True}, {"predict_masked_only": False, "visible_only": False}, {"kind": "vit"},
-])  # fmt: skip
+@pytest.mark.parametrize("change", [{"norm_pix_loss": True}, PUBLISHED, {"kind": "vit"}])
 def test_one_channel_computes_what_three_equal_ones_do(float64, change):
     images, ids_keep = random_batch()
     config = SMALL.replace(**change)
@@ -104,7 +131,10 @@ def test_masked_pixels_do_not_reach_the_latent(visible_only):
             row, column = divmod(token, 6)
             noise = 100 * rng.standard_normal((16, 16, 3))
             noisy[sample, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = noise
-    encode = jax.jit(lambda x: InfMAE(config).apply({"params": params}, x, ids_keep).latent)
+
+    def encode(pixels):
+        return forward(config)({"params": params}, pixels, ids_keep).latent
+
     clean, changed = encode(images), encode(noisy)
     assert np.abs(clean - changed).max() == 0
     visible = noisy.copy()
@@ -138,8 +168,7 @@ def test_latent_follows_the_order_of_the_kept_tokens():
     config = SMALL.replace(dtype="float32")
     images = images.astype(np.float32)
     params = random_params(InfMAE(config), images, ids_keep)
-    apply = jax.jit(InfMAE(config).apply)
-    out, turned = (apply({"params": params}, images, ids) for ids in (ids_keep, ids_keep[:, ::-1]))
+    out, turned = (forward(config)({"params": params}, images, ids) for ids in (ids_keep, ids_keep[:, ::-1]))
     np.testing.assert_allclose(out.latent[:, ::-1], turned.latent, atol=2e-5)
     np.testing.assert_allclose(out.loss, turned.loss, rtol=1e-5)
     np.testing.assert_array_equal(out.mask, turned.mask)

@@ -1,8 +1,8 @@
 """One process of a job that trains several small runs, one after the other: python -m tests.training.host_process JSON.
 
-JSON: {"shards": …, "distributed": {…}, "runs": [{"run": folder, "mesh": {…}, "steps": n, "until": n or null,
-"devices": n or null, "copy": folder or null}, …]}. `until` ends a run early, as a signal would; `devices` uses the
-first n only; `copy` goes on with a copy of another run.
+JSON: {"shards": …, "distributed": {…}, "runs": [{"run": folder, "mesh": {…}, "steps": n, "kind": of encoder,
+"until": n or null, "devices": n or null, "copy": folder or null}, …]}. `until` ends a run early, as a signal would;
+`devices` uses the first n only; `copy` goes on with a copy of another run.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from unittest import mock
 
 import jax
 
@@ -47,9 +48,9 @@ class EndingEarly(PretrainTask):
         return Batches()
 
 
-def make_config(shards, mesh, steps):
+def make_config(shards, mesh, steps, kind):
     smoke = common.pretrain(PretrainConfig(model=variant("tiny"), data=PipelineConfig(shards=(shards,))), "smoke")
-    smoke.model.encoder.depths = (1, 1, 1)
+    smoke.model.encoder.update(kind=kind, depths=(1, 1, 1))
     return dataclasses.replace(
         from_config(PretrainConfig, smoke),
         duration=f"{steps} steps", checkpoint_every="0 steps", picture_every="0 steps", mesh=MeshConfig(**mesh),
@@ -57,7 +58,7 @@ def make_config(shards, mesh, steps):
 
 
 def main(shards, runs, distributed_config):
-    configs = [make_config(shards, run["mesh"], run["steps"]) for run in runs]
+    configs = [make_config(shards, run["mesh"], run["steps"], run["kind"]) for run in runs]
     config = dataclasses.replace(configs[0], distributed=DistributedConfig(**distributed_config))
     with distributed.joined(config.distributed, to_config(config), {"fingerprint": "same"}) as peers:
         whole = sharding.make_mesh
@@ -65,9 +66,9 @@ def main(shards, runs, distributed_config):
             if run.get("copy"):
                 shutil.copytree(run["copy"], run["run"])
             chosen = jax.devices()[: run["devices"]] if run.get("devices") else None
-            sharding.make_mesh = lambda mesh, chosen=chosen: whole(mesh, chosen)
             task = PretrainTask(config) if run.get("until") is None else EndingEarly(config, run["until"])
-            result = loop.train(task, config, run["run"], peers)
+            with mock.patch.object(sharding, "make_mesh", lambda mesh, chosen=chosen: whole(mesh, chosen)):
+                result = loop.train(task, config, run["run"], peers)
             assert result.interrupted == (run.get("until") is not None)
 
 

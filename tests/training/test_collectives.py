@@ -46,10 +46,10 @@ def exchanged(mesh: MeshConfig, images: int, config: PretrainConfig = CONFIG):
 
 
 @functools.cache
-def parameter_bytes(cut_only=False):
+def parameter_bytes(cut_only=False, config: PretrainConfig = CONFIG):
     """Bytes of all parameters, or of those that four devices along fsdp cut."""
     images, ids_keep = jax.ShapeDtypeStruct((1, 64, 64, 1), "float32"), jax.ShapeDtypeStruct((1, 4), "int32")
-    shapes = jax.eval_shape(InfMAE(CONFIG.model).init, jax.random.key(0), images, ids_keep)["params"]
+    shapes = jax.eval_shape(InfMAE(config.model).init, jax.random.key(0), images, ids_keep)["params"]
     specs = sharding.state_shardings(shapes, sharding.make_mesh(MeshConfig(1, 4)))
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(specs), strict=True)
     return sum(4 * leaf.size for leaf, s in pairs if not cut_only or s.shard_shape(leaf.shape) != leaf.shape)
@@ -108,7 +108,11 @@ def test_tensor_devices_sum_what_mlps_add_to_the_residual_stream_and_its_gradien
         assert by_kind(many)["all-reduce"][1] - by_kind(few)["all-reduce"][1] == 1024 * sum(sizes)
 
 
-def test_micro_batches_gather_the_weights_once():
-    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2))
+def test_micro_batches_gather_the_weights_once(long):
+    """Of the encoder that compiles fastest; with --long of the hybrid one."""
+    config = dataclasses.replace(
+        CONFIG, model=CONFIG.model.replace(kind="hybrid" if long else "vit"),
+        optimizer=dataclasses.replace(CONFIG.optimizer, accumulate=2),
+    )  # fmt: skip
     found = exchanged(MeshConfig(1, 4), 16, config)
-    assert by_kind(found)["all-gather"][1] == parameter_bytes(cut_only=True)
+    assert by_kind(found)["all-gather"][1] == parameter_bytes(cut_only=True, config=config)

@@ -1,6 +1,6 @@
 """The same losses on one process and on several, on any mesh, and after moving from one topology to another.
 
-With --long also on four processes, on data-parallel and fsdp meshes, and with more moves:
+With --long of the hybrid encoder, also on four processes, on data-parallel and fsdp meshes, and with more moves:
 
     launch/test.sh tests/training/test_hosts.py --long
 """
@@ -16,10 +16,12 @@ import subprocess
 import sys
 import threading
 
+import jax
 import numpy as np
 import pytest
 
 from infmae_jax.training.writers import read_events
+from tests.training import host_process
 from tests.training.jobs import ROOT, SMALLEST, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
 
 STEPS = 20
@@ -27,7 +29,9 @@ MESHES = {"data": {"data": -1}, "fsdp": {"data": 1, "fsdp": -1}, "mixed": {"data
 
 
 def train(shards, runs, processes, devices, port=None):
-    """Trains `runs` in a job of real processes with so many virtual devices each."""
+    """Trains `runs` in a job of real processes with so many virtual devices each; one process may be this one."""
+    if processes == 1 and devices == jax.device_count():
+        return host_process.main(str(shards), runs, {})
     port = port or free_port()
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     started = []
@@ -73,7 +77,7 @@ def strangers(job):
                 connection.sendall(said)
                 connection.settimeout(0.5)
                 heard[port, said].append(connection.recv(1 << 16))
-            over.wait(0.05)
+            over.wait(0.2)
 
     threads = [threading.Thread(target=visit, args=(port, said)) for port in (job, job - 1) for said in STRANGERS]
     for thread in threads:
@@ -91,24 +95,25 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def runs(shards, tmp_path_factory, pytestconfig):
+def runs(shards, tmp_path_factory, pytestconfig, steps_compiled_once):
     """Folder of runs by name, all of the same losses: of a job of one process, then of one of several.
 
-    "one", on one device; "whole", with sharded parameters; "first", its half; "on N", which goes on from there with
-    fewer devices; "P MESH", of P processes with two devices each; "apart", from "first" on two processes.
+    "one", on one device; "first", half of one with sharded parameters; "on N", which goes on from there with fewer
+    devices; "P MESH", of P processes with two devices each; "apart", from "first" on two processes.
     """
     long = pytestconfig.getoption("--long")
     folder, sharded = tmp_path_factory.mktemp("hosts"), {"data": 1, "fsdp": -1}
     devices, fewer = (8, (4, 2, 1)) if long else (4, (1,))
 
     def run(name, mesh, **more):
-        return {"run": str(folder / name), "mesh": mesh, "steps": STEPS, **more}
+        kind = "hybrid" if long else "vit"
+        return {"run": str(folder / name), "mesh": mesh, "steps": STEPS, "kind": kind, **more}
 
     def goes_on(name, mesh, **more):
         return run(name, mesh, copy=str(folder / "first"), **more)
 
     train(shards, [
-        run("one", MESHES["data"], devices=1), run("whole", sharded), run("first", sharded, until=STEPS // 2),
+        run("one", MESHES["data"], devices=1), run("first", sharded, until=STEPS // 2),
         *(goes_on(f"on {count}", {"data": -1, "fsdp": min(2, count)}, devices=count) for count in fewer),
     ], 1, devices)  # fmt: skip
     shutil.copytree(folder / "first", folder / "apart")
@@ -136,7 +141,7 @@ def test_a_run_moves_between_topologies(runs):
     assert 0 < checkpoints(runs / "first")[-1] < STEPS
     for place in (*runs.glob("on *"), runs / "apart"):
         assert beginnings(place) == [0, checkpoints(runs / "first")[-1]]
-        np.testing.assert_allclose(losses(place), losses(runs / "whole"), rtol=1e-6)
+        np.testing.assert_allclose(losses(place), losses(runs / "one"), rtol=1e-6)
 
 
 def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
@@ -151,7 +156,7 @@ def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
     with Job(tmp_path, shards, *flags, processes=2) as job:
         assert job.wait_until(lambda: len(beginnings(tmp_path)) == 2)
         job.processes[0].send_signal(signal.SIGTERM)  # the platform takes one host: both save and end
-        for code, _, errors in job.ended(60):
+        for code, _, errors in job.ended():
             assert code == 75, errors
         job.assert_no_orphans()
     names = [event["event"] for event in read_events(tmp_path)]

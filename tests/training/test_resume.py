@@ -3,13 +3,16 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax import pretrain
 from infmae_jax.interop.load import load
 from infmae_jax.training.checkpoint import restore_params
 from tests import commands
+from tests.training.host_process import EndingEarly
 from tests.training.jobs import SMALLEST, SMOKE, Job, assert_same_run, rows_of
 
 STEPS = 40
@@ -22,7 +25,7 @@ RECIPE = (
 
 
 def start(run, shards):
-    return Job(run, shards, *RECIPE)
+    return Job(run, shards, *RECIPE, devices=jax.device_count())
 
 
 def command(run, shards, *flags):
@@ -32,10 +35,10 @@ def command(run, shards, *flags):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shards, tmp_path_factory):
+def undisturbed(shards, tmp_path_factory, steps_compiled_once):
     run = tmp_path_factory.mktemp("undisturbed")
-    with start(run, shards) as job:
-        job.succeeded()
+    result = command(run, shards)
+    assert result.returncode == 0, result.stderr
     return run
 
 
@@ -44,9 +47,20 @@ def test_losses_fall_and_are_all_there(undisturbed):
     assert len(losses) == STEPS and np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
-def test_a_run_that_is_interrupted_again_and_again_continues_bit_for_bit(undisturbed, shards, tmp_path):
-    """By Ctrl-C, by SIGTERM, by SIGKILL; and while it runs, nobody else gets its folder."""
-    for row, number, code in ((4, signal.SIGINT, 130), (14, signal.SIGTERM, 75), (24, signal.SIGKILL, -9)):
+class Terminated(EndingEarly):
+    """Gets SIGTERM with the batch of step 4."""
+
+    def __init__(self, config):
+        super().__init__(config, 4)
+
+
+def test_a_run_that_is_interrupted_again_and_again_continues_bit_for_bit(undisturbed, shards, tmp_path, monkeypatch):
+    """By SIGTERM in this process, by Ctrl-C and SIGKILL in others; while one runs, nobody else gets its folder."""
+    monkeypatch.setattr(pretrain, "PretrainTask", Terminated)
+    result = command(tmp_path, shards)
+    assert result.returncode == 75 and "run the same command to go on" in result.stdout, result.stderr
+    monkeypatch.undo()
+    for row, number, code in ((14, signal.SIGINT, 130), (24, signal.SIGKILL, -9)):
         with start(tmp_path, shards) as job:
             assert job.wait_for_row(row)
             if code == 130:
@@ -59,8 +73,8 @@ def test_a_run_that_is_interrupted_again_and_again_continues_bit_for_bit(undistu
         assert "Traceback" not in errors
         if code != -9:
             assert "run the same command to go on" in output
-    with start(tmp_path, shards) as job:
-        job.succeeded()
+    result = command(tmp_path, shards)
+    assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path, undisturbed)
 
 

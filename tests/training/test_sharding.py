@@ -19,6 +19,7 @@ from infmae_jax.training.optimizer import make_optimizer
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.step import make_gradients, make_train_step, stop_flag
 from infmae_jax.training.task import Loss
+from tests.models.random_params import random_params
 
 SMALL = InfMAEConfig().replace(
     widths=(8, 12, 16), depths=(1, 1, 1), heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2
@@ -155,7 +156,8 @@ def test_a_tensor_group_must_lie_within_a_process():
         sharding.arrange(MeshConfig(-1, 1, 4), devices(2, 2))
 
 
-def test_sharded_and_accumulated_steps_equal_the_plain_one():
+def test_sharded_and_accumulated_steps_equal_the_plain_one(pytestconfig):
+    """Sharded and accumulated at once; with --long also each with less of the other."""
     model, schedule = InfMAE(SMALL), lambda step: 1e-2
     optimizer = make_optimizer(OptimizerConfig(clip_norm=1.0))
     rng = np.random.default_rng(0)
@@ -169,9 +171,9 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
 
     def run(mesh_config, devices, accumulate):
         mesh = sharding.make_mesh(mesh_config, devices)
-        create, shapes = state_shapes(SMALL, keep=2, size=32)
+        _, shapes = state_shapes(SMALL, keep=2, size=32)
         specs = sharding.state_shardings(shapes, mesh)
-        state = jax.jit(create, out_shardings=specs)(jax.random.key(0))
+        state = jax.jit(lambda params: TrainState.create(params, optimizer), out_shardings=specs)(params)
         gradients = make_gradients(loss, specs.params, 0, accumulate)
         step = make_train_step(gradients, optimizer, schedule, mesh, specs)
         losses = []
@@ -180,9 +182,11 @@ def test_sharded_and_accumulated_steps_equal_the_plain_one():
             losses.append(float(metrics["loss"]))
         return losses, jax.device_get(state.params), float(metrics["grad_norm"])
 
+    params = random_params(model, batch["image"], batch["ids_keep"], noise=0.0)
     plain = run(MeshConfig(1), jax.devices()[:1], 1)
     assert plain[0][2] < plain[0][0]
-    for setup in ((MeshConfig(-1, 2, 2), None, 2), (MeshConfig(1), jax.devices()[:1], 4)):
+    apart = ((MeshConfig(-1, 2, 2), None, 2), (MeshConfig(1), jax.devices()[:1], 4))
+    for setup in ((MeshConfig(-1, 2, 2), None, 4), *(apart if pytestconfig.getoption("--long") else ())):
         other = run(*setup)
         np.testing.assert_allclose(other[0], plain[0], rtol=1e-5)
         np.testing.assert_allclose(other[2], plain[2], rtol=1e-4)
