@@ -78,15 +78,13 @@ def shards(scenes, tmp_path_factory) -> Path:
 
 # Settings that do not change the compiled step.
 _NOT_COMPILED = (
-    "checkpoint_every", "log_every", "picture_every", "evaluate_every", "on_save_failure", "observe", "init_from",
-    "compilation_cache",
+    "checkpoint_every", "log_every", "picture_every", "on_save_failure", "observe", "init_from", "compilation_cache",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def steps_compiled_once():
-    """Runs of a module share what is the same: the compiled step; of pretraining also first state and traced shapes."""
-    from infmae_jax.tasks.finetune_task import FineTuneTask
+    """Pretraining runs of a module share what is the same: the compiled step, the first state, traced shapes."""
     from infmae_jax.tasks.pretrain import PretrainTask
     from infmae_jax.training.program import Program
 
@@ -96,7 +94,7 @@ def steps_compiled_once():
     def compiled(program):
         settings = {name: value for name, value in vars(program.config).items() if name not in _NOT_COMPILED}
         key = type(program.task).loss, getattr(program.task, "what", ""), repr(settings), program.mesh
-        if not isinstance(program.task, (PretrainTask, FineTuneTask)):
+        if not isinstance(program.task, PretrainTask):
             key = program
         if key not in steps:
             steps[key] = build(program)

@@ -156,7 +156,7 @@ def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
     with Job(tmp_path, shards, *flags, processes=2) as job:
         assert job.wait_until(lambda: len(beginnings(tmp_path)) == 2)
         job.processes[0].send_signal(signal.SIGTERM)  # the platform takes one host: both save and end
-        for code, _, errors in job.ended():
+        for code, _, errors in job.ended(60):
             assert code == 75, errors
         job.assert_no_orphans()
     names = [event["event"] for event in read_events(tmp_path)]
