@@ -124,14 +124,11 @@ class Layout:
     ids_keep: jax.Array | None = None
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
-    def spread(self, cells: jax.Array) -> jax.Array:
-        """To the whole map (B,h*r,w*r,C), zero at masked patches: what the depthwise convolution reads."""
+    def shown(self, cells: jax.Array) -> jax.Array:
+        """A whole map (B,h*r,w*r,C), made zero at masked patches: what the depthwise convolution reads."""
         if self.ids_keep is None:
             return cells
         batch, n = cells.shape[0], self.grid[0] * self.grid[1]
-        if self.packed:
-            tokens = patches.place_tokens(cells, self.ids_keep, jnp.zeros((batch, n, *cells.shape[2:]), cells.dtype))
-            return patches.tokens_to_grid(tokens, self.grid)
         r = cells.shape[1] // self.grid[0]
         visible = (1.0 - patches.token_mask(self.ids_keep, n)).astype(cells.dtype)
         visible = jnp.broadcast_to(visible[:, :, None, None, None], (batch, n, r, r, 1))
@@ -234,13 +231,10 @@ class PatchEmbed(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """5 x 5 depthwise convolution with zero padding over the map of a `Layout`.
-
-    `method`: "shift", shifted multiply-adds (see `depthwise`), or "conv", XLA's grouped convolution. Same result.
-    """
+    """5 x 5 depthwise convolution with zero padding over the map of a `Layout`; `method`: how, see `depthwise`."""
 
     dtype: str
-    method: str = "shift"
+    method: str = "auto"
 
     @nn.compact
     def __call__(self, cells: jax.Array, layout: Layout) -> jax.Array:
@@ -248,24 +242,11 @@ class DepthwiseConv(nn.Module):
         init, param_dtype = fan_in_uniform(size * size), float_dtype(self.dtype)
         kernel = self.param("kernel", init, (size, size, channels), param_dtype).astype(cells.dtype)
         bias = self.param("bias", init, (channels,), param_dtype)
-        if self.method == "conv":
-            out = layout.gather(_grouped_convolution(layout.spread(cells), kernel))
-        elif layout.packed:
-            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid)
+        if layout.packed:
+            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid, self.method)
         else:
-            out = depthwise.on_map(layout.spread(cells), kernel, cells.shape[1] // layout.grid[0])
+            out = depthwise.on_map(layout.shown(cells), kernel, cells.shape[1] // layout.grid[0], self.method)
         return _add_bias(out, bias)
-
-
-def _grouped_convolution(grid_cells: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        grid_cells,
-        kernel[:, :, None, :],
-        window_strides=(1, 1),
-        padding="SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=kernel.shape[-1],
-    )
 
 
 def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -323,16 +304,24 @@ class ConvBlock(nn.Module):
         return x + drop_path(self, y, self.drop_path)
 
 
+def _has_fused_attention(dtype: str, head_width: int) -> bool:
+    """Whether this machine's GPUs, of Ampere or later, have cuDNN's attention for such heads."""
+    if dtype != "bfloat16" or head_width % 8 or head_width > 128 or jax.default_backend() != "gpu":
+        return False
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD's is no number
+    return capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with qkv bias; logits and softmax at least in float32.
 
-    `method`: "xla", or "cudnn", the fused kernel of NVIDIA GPUs. That one trains on even numbers of tokens only; odd
-    ones (the 49 visible of 196) go to XLA.
+    `method`: "xla", "cudnn", the fused kernel of NVIDIA GPUs, or "auto", that kernel where there is one and it is in
+    bfloat16. It trains on even numbers of tokens only; odd ones (the 49 visible of 196) go to XLA.
     """
 
     heads: int
     dtype: str
-    method: str = "xla"
+    method: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
@@ -340,10 +329,19 @@ class Attention(nn.Module):
         batch, n, width = x.shape
         qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
         q, k, v = (part.reshape(batch, n, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1))
+
+        def fused(q, k, v):
+            return dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
+
+        def written_out(q, k, v):
+            return self._attend(q[:, first:], k, v)
+
         if self.method == "cudnn" and n % 2 == 0:
-            out = dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
+            out = fused(q, k, v)
+        elif self.method == "auto" and n % 2 == 0 and _has_fused_attention(self.dtype, q.shape[-1]):
+            out = jax.lax.platform_dependent(q, k, v, cuda=fused, default=written_out)
         else:
-            out = self._attend(q[:, first:], k, v)
+            out = written_out(q, k, v)
         return linear(width, width, self.dtype, name="proj")(out.reshape(batch, n - first, width))
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -360,7 +358,7 @@ class TransformerBlock(nn.Module):
     heads: int
     mlp_ratio: int
     dtype: str
-    attention: str = "xla"
+    attention: str = "auto"
     drop_path: float = 0.0
 
     @nn.compact

@@ -5,8 +5,8 @@ from typing import Any, Self
 
 ENCODERS = ("hybrid", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
-DEPTHWISE_METHODS = ("shift", "conv")
-ATTENTION_METHODS = ("xla", "cudnn")
+DEPTHWISE_METHODS = ("auto", "shift", "conv", "products", "kernel")
+ATTENTION_METHODS = ("auto", "xla", "cudnn")
 POSITIONS = ("recompute", "interpolate")
 SEGMENTATION_HEADS = ("upernet", "fcn")
 HEAD_NORMS = ("group", "layer")
@@ -16,7 +16,7 @@ _MOST_WIDTH, _MOST_BLOCKS, _MOST_RATIO, _LONGEST_SIDE = 1 << 16, 1000, 64, 1 << 
 _DECODER_KEYS = ("decoder_width", "decoder_depth", "decoder_heads", "predict_masked_only")
 
 
-def _check_heads(width: int, heads: int, attention: str = "xla") -> None:
+def _check_heads(width: int, heads: int, attention: str = "auto") -> None:
     if heads < 1 or width < 4 or width % heads or width % 4:
         raise ValueError(f"model width {width} must be divisible by 4 and by its {heads} attention heads")
     if attention == "cudnn" and (width // heads % 8 or width // heads > 128):
@@ -41,8 +41,8 @@ class EncoderConfig:
       remat: recompute block activations in the backward pass to save memory.
       visible_only: compute the convolution stages on visible patches alone; False computes masked patches too, as
         published. Same values and gradients.
-      depthwise: how the 5 x 5 depthwise convolutions are computed, see `blocks.DepthwiseConv`.
-      attention: "xla", or "cudnn" in bfloat16 on NVIDIA GPUs, see `blocks.Attention`.
+      depthwise: how the 5 x 5 depthwise convolutions are computed, see `depthwise`; "auto": by backend.
+      attention: "xla", "cudnn" in bfloat16 on NVIDIA GPUs, or "auto", see `blocks.Attention`.
       drop_path: stochastic depth: how often the last block is left out in training, [0, 1). The share grows linearly
         from 0 in the first block. Active only where a random stream "drop_path" is given.
       position: position embeddings of other grids than `position_grid`: "recompute" the sines and cosines, or
@@ -60,8 +60,8 @@ class EncoderConfig:
     dtype: str = "float32"
     remat: bool = False
     visible_only: bool = True
-    depthwise: str = "shift"
-    attention: str = "xla"
+    depthwise: str = "auto"
+    attention: str = "auto"
     drop_path: float = 0.0
     position: str = "recompute"
     position_grid: tuple[int, int] = (14, 14)

@@ -1,15 +1,19 @@
 """5 x 5 depthwise convolution over visible patches or whole maps, with a hand-written backward pass.
 
-Written as 25 shifted multiply-adds that XLA fuses: its grouped convolution is slow, most of all backward. Two facts
-make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are transposes of each
-other, so the gradient with respect to the cells is the same operation with the kernel turned by 180 degrees: it gathers
-and never scatters. And the kernel's gradient is summed over the r x r cells of a patch before the (slow) reduction over
-patches.
+The values do not depend on how it is computed; the time does (`METHODS`, and `_BEST` for each backend):
 
-How visible patches find their neighbours depends on the backend (`_FORWARD`, `_BACKWARD`); the values do not. CPUs and
-GPUs scatter them to a whole map, cut windows out and add shifted products. TPUs hold the last two dimensions of arrays
-in tiles of 8 x 128: zero maps, pads and windows of r x r cells cost several times their bytes there. Products with
-matrices of zeros and ones, which are exact, place and take patches for less, and whole maps suit XLA's convolution.
+shift     25 shifted multiply-adds that XLA fuses; visible patches are put on a map of zeros, out of which windows are
+          cut. For CPUs, whose grouped convolution is slow, most of all backward.
+conv      XLA's grouped convolution of the whole map. For NVIDIA GPUs.
+products  the same, but products with matrices of zeros and ones, which are exact, put patches on the map and take them.
+          For TPUs, which hold the last two dimensions of arrays in tiles of 8 x 128: scattering patches there, and
+          windows of r x r cells, cost several times their bytes.
+kernel    visible patches without a map, by a kernel of our own for NVIDIA GPUs (`depthwise_gpu`).
+
+Two facts make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are
+transposes of each other, so the gradient with respect to the cells is the same operation with the kernel turned by 180
+degrees: it gathers and never scatters. And "shift" sums the kernel's gradient over the r x r cells of a patch before
+the (slow) reduction over patches.
 """
 
 import functools
@@ -25,38 +29,37 @@ RADIUS = SIZE // 2
 _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int, method: str = "auto") -> jax.Array:
     """Zero-padded depthwise convolution of whole maps.
 
     Args:
       cells: (B,R,S,C).
       kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
-      patch_cells: r, a divisor of R and S; how the kernel's gradient is summed.
+      patch_cells: r, a divisor of R and S; how "shift" sums the kernel's gradient.
+      method: of `METHODS`; those for visible patches alone are "conv" here.
 
     Returns:
       (B,R,S,C).
     """
-    return _multiply_add(_pad(cells), kernel)
+    return _computed(_MAP_FORMS, method, 0, patch_cells, cells, kernel)
 
 
-def _on_map_forward(cells, kernel, patch_cells):
-    return on_map(cells, kernel, patch_cells), (cells, kernel)
+def _on_map_forward(cells, kernel, patch_cells, method):
+    return on_map(cells, kernel, patch_cells, method), (cells, kernel)
 
 
-def _on_map_backward(patch_cells, saved, grad):
-    cells, kernel = saved
-    return (
-        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_pad(cells), grad, patch_cells).astype(kernel.dtype),
-    )
+def _on_map_backward(patch_cells, method, saved, grad):
+    return _computed(_MAP_FORMS, method, 1, patch_cells, *saved, grad)
 
 
 on_map.defvjp(_on_map_forward, _on_map_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def on_visible(
+    cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int], method: str = "auto"
+) -> jax.Array:
     """The same at visible patches alone, masked ones reading as zero.
 
     Args:
@@ -64,63 +67,89 @@ def on_visible(cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[
       kernel: (5,5,C).
       ids: (B,K) int32, which patches they are; no repeats.
       grid: token rows and columns.
+      method: of `METHODS`.
 
     Returns:
       (B,K,r,r,C).
     """
-    return _on_backend(_FORWARD, grid, cells, kernel, ids)
+    return _computed(_FORMS, method, 0, grid, cells, kernel, ids)
 
 
-def _on_visible_forward(cells, kernel, ids, grid):
-    return on_visible(cells, kernel, ids, grid), (cells, kernel, ids)
+def _on_visible_forward(cells, kernel, ids, grid, method):
+    return on_visible(cells, kernel, ids, grid, method), (cells, kernel, ids)
 
 
-def _on_visible_backward(grid, saved, grad):
-    return *_on_backend(_BACKWARD, grid, *saved, grad), None
+def _on_visible_backward(grid, method, saved, grad):
+    return *_computed(_FORMS, method, 1, grid, *saved, grad), None
 
 
 on_visible.defvjp(_on_visible_forward, _on_visible_backward)
 
 
-def forward_by_scatter(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
-    """`on_visible`: patches are put on a whole map, of which windows are cut out."""
+def _computed(forms: dict[str, tuple[Callable, Callable]], method: str, direction: int, static, *arrays: jax.Array):
+    """A form's result, forward (direction 0) or backward (1): "auto" is chosen when the program is lowered for a
+    backend, so that another machine can compile for it too."""
+    if method != "auto":
+        return forms[method][direction](static, *arrays)
+    best = {backend: functools.partial(forms[name][direction], static) for backend, name in _BEST.items()}
+    return jax.lax.platform_dependent(*arrays, **best)
+
+
+def _shift_forward(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
+    """`on_visible` as shifted multiply-adds of windows."""
     return _multiply_add(_windows(cells, ids, grid), kernel)
 
 
-def backward_by_scatter(
+def _shift_backward(
     grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of `on_visible` with respect to cells and kernel, computed as `forward_by_scatter`."""
+    """Gradients of `on_visible` with respect to cells and kernel."""
     return (
         _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
         _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
     )
 
 
-def forward_by_products(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
-    """`on_visible`: matrix products put patches on a whole map, and take them from what XLA's convolution makes of it.
+def _convolution_forward(
+    place: Callable, take: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array
+) -> jax.Array:
+    """`on_visible` by XLA's convolution of whole maps.
 
-    A cell that is not finite makes its whole sample so, not only what is near it.
+    With products a cell that is not finite makes its whole sample so, not only what is near it.
     """
-    return _take(_convolve(_place(cells, ids, grid), kernel), ids, grid)
+    return take(_convolve(place(cells, ids, grid), kernel), ids, grid)
 
 
-def backward_by_products(
-    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """As `backward_by_scatter`, computed as `forward_by_products`."""
-    whole, whole_grad = _place(cells, ids, grid), _place(grad, ids, grid)
+def _convolution_backward(
+    place: Callable, take: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array,
+    grad: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    turned, kernel_gradient = _convolve_backward(place(cells, ids, grid), kernel, place(grad, ids, grid))
+    return take(turned, ids, grid), kernel_gradient
+
+
+def _convolve_backward(whole: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     _, kernel_gradient = jax.vjp(lambda weights: _convolve(whole, weights), kernel)
-    return _take(_convolve(whole_grad, kernel[::-1, ::-1]), ids, grid), kernel_gradient(whole_grad)[0]
+    return _convolve(grad, kernel[::-1, ::-1]), kernel_gradient(grad)[0]
 
 
-# The form on each backend, chosen when a program is lowered for it, so that another machine can compile for it too.
-_FORWARD = {"tpu": forward_by_products, "default": forward_by_scatter}
-_BACKWARD = {"tpu": backward_by_products, "default": backward_by_scatter}
+def _shift_map_backward(r: int, cells: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return (
+        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
+        _kernel_gradient(_pad(cells), grad, r).astype(kernel.dtype),
+    )
 
 
-def _on_backend(forms: dict[str, Callable], grid: tuple[int, int], *arrays: jax.Array):
-    return jax.lax.platform_dependent(*arrays, **{name: functools.partial(form, grid) for name, form in forms.items()})
+def _kernel_forward(*arguments):
+    from infmae_jax.models import depthwise_gpu  # which few need, and which takes a second to import and trace
+
+    return depthwise_gpu.forward(*arguments)
+
+
+def _kernel_backward(*arguments):
+    from infmae_jax.models import depthwise_gpu
+
+    return depthwise_gpu.backward(*arguments)
 
 
 def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -134,12 +163,24 @@ def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
 def _place(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """(B,K,r,r,C) -> (B,h*r,w*r,C), zero where no patch is visible."""
     batch, _, r, _, channels = cells.shape
-    whole = jnp.einsum("bkhw,bkyxc->bhywxc", _positions(ids, grid, cells.dtype), cells, precision=_exact(cells))
-    return whole.reshape(batch, grid[0] * r, grid[1] * r, channels)
+    empty = jnp.zeros((batch, grid[0] * grid[1], r, r, channels), cells.dtype)
+    return patches.tokens_to_grid(patches.place_tokens(cells, ids, empty), grid)
 
 
 def _take(whole: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """(B,h*r,w*r,C) -> (B,K,r,r,C): the visible patches."""
+    return patches.take_tokens(patches.grid_to_tokens(whole, grid), ids)
+
+
+def _place_by_products(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """As `_place`."""
+    batch, _, r, _, channels = cells.shape
+    whole = jnp.einsum("bkhw,bkyxc->bhywxc", _positions(ids, grid, cells.dtype), cells, precision=_exact(cells))
+    return whole.reshape(batch, grid[0] * r, grid[1] * r, channels)
+
+
+def _take_by_products(whole: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """As `_take`."""
     batch, rows, columns, channels = whole.shape
     whole = whole.reshape(batch, grid[0], rows // grid[0], grid[1], columns // grid[1], channels)
     return jnp.einsum("bkhw,bhywxc->bkyxc", _positions(ids, grid, whole.dtype), whole, precision=_exact(whole))
@@ -162,9 +203,8 @@ def _pad(cells: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=2)
 def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """(B,K,r,r,C) -> (B,K,r+4,r+4,C): each visible patch with its surroundings, zero where nothing is visible."""
-    batch, _, r, _, channels = cells.shape
-    empty = jnp.zeros((batch, grid[0] * grid[1], r, r, channels), cells.dtype)
-    whole = _pad(patches.tokens_to_grid(patches.place_tokens(cells, ids, empty), grid))
+    r, channels = cells.shape[2], cells.shape[-1]
+    whole = _pad(_place(cells, ids, grid))
     rows, columns = ids // grid[1] * r, ids % grid[1] * r
     side = r + 2 * RADIUS
 
@@ -213,3 +253,21 @@ def _patch_sum(cells: jax.Array, grad: jax.Array, step: int) -> jax.Array:
         for x in range(step)
     )
     return functools.reduce(jnp.add, products).reshape(cells.shape[0], -1, cells.shape[-1])
+
+
+_FORMS = {  # method -> forward and backward at visible patches
+    "shift": (_shift_forward, _shift_backward),
+    "conv": tuple(functools.partial(form, _place, _take) for form in (_convolution_forward, _convolution_backward)),
+    "products": tuple(
+        functools.partial(form, _place_by_products, _take_by_products)
+        for form in (_convolution_forward, _convolution_backward)
+    ),
+    "kernel": (_kernel_forward, _kernel_backward),
+}
+_whole = (lambda _, *arrays: _convolve(*arrays), lambda _, *arrays: _convolve_backward(*arrays))
+_MAP_FORMS = {  # the same for whole maps
+    "shift": (lambda _, cells, kernel: _multiply_add(_pad(cells), kernel), _shift_map_backward),
+    **dict.fromkeys(("conv", "products", "kernel"), _whole),
+}
+METHODS = ("auto", *_FORMS)
+_BEST = {"tpu": "products", "cuda": "conv", "default": "shift"}

@@ -146,7 +146,7 @@ class FineTuneConfig(RunConfig):
     # What `resolved` finds in checkpoint and shards is compared all the same, under `encoder` and `data_set`.
     FREE_KEYS: ClassVar[tuple[str, ...]] = (
         *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch", "data.max_corrupt",
-        "evaluate_every",
+        "evaluate_every", "encoder.attention", "encoder.depthwise", "encoder.remat",
     )  # fmt: skip
     LABELS: ClassVar[str] = ""  # of the shards: which class names the task learns
     SYNTHETIC_MASK: ClassVar[str] = "surfaces"

@@ -58,7 +58,8 @@ class PretrainConfig(RunConfig):
     # Shard sets may move: their fingerprints are compared.
     FREE_KEYS: ClassVar[tuple[str, ...]] = (
         *RunConfig.FREE_KEYS, "data.shards", "data.workers", "data.threads", "data.prefetch",
-        "data.max_corrupt", "picture_every", "colormap",
+        "data.max_corrupt", "picture_every", "colormap", "model.encoder.attention", "model.encoder.depthwise",
+        "model.encoder.remat",
     )  # fmt: skip
 
     def __post_init__(self):

@@ -30,25 +30,19 @@ def float64():
         yield
 
 
-FORMS = {
-    "scatter": (depthwise.forward_by_scatter, depthwise.backward_by_scatter),
-    "products": (depthwise.forward_by_products, depthwise.backward_by_products),
-}
-
-
 def patches_of(whole, ids, grid, r):
     """(h*r,w*r,C) -> (K,r,r,C): the listed patches."""
     corners = [(int(token) // grid[1] * r, int(token) % grid[1] * r) for token in ids]
     return np.stack([whole[row : row + r, column : column + r] for row, column in corners])
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["shift", "conv", "products"])
 @settings(max_examples=5, deadline=None)
 @given(h=st.integers(1, 3), w=st.integers(1, 4), r=st.sampled_from([2, 4]), seed=st.integers(0, 1000), data=st.data())
-def test_both_forms_and_their_gradients_against_nested_loops(form, h, w, r, seed, data):
+def test_every_form_and_its_gradients_against_nested_loops(method, h, w, r, seed, data):
     """Convolution is linear: its gradients follow from those of single kernel positions and from the turned kernel."""
     with jax.enable_x64(True):
-        forward, backward = FORMS[form]
+        forward, backward = depthwise._FORMS[method]
         rng, grid, keep = np.random.default_rng(seed), (h, w), data.draw(st.integers(1, h * w))
         ids = np.stack([rng.permutation(h * w)[:keep] for _ in range(2)]).astype(np.int32)
         cells, grad = rng.standard_normal((2, 2, keep, r, r, 3))
@@ -72,17 +66,18 @@ def test_both_forms_and_their_gradients_against_nested_loops(form, h, w, r, seed
         np.testing.assert_allclose(kernel_grad, expected, atol=1e-11)
 
 
-@pytest.mark.parametrize("r", [2, 4])
-def test_gradients_of_both_forms_against_finite_differences(r):
+@pytest.mark.parametrize("r, method", [(2, "auto"), (4, "auto"), (2, "conv")])
+def test_gradients_against_finite_differences(r, method):
     rng = np.random.default_rng(0)
     ids = jnp.asarray(np.stack([rng.permutation(6)[:3] for _ in range(2)]), jnp.int32)
     kernel = jnp.asarray(rng.standard_normal((5, 5, 2)))
     cells = jnp.asarray(rng.standard_normal((2, 3, r, r, 2)))
     jax.test_util.check_grads(
-        jax.jit(lambda c, k: depthwise.on_visible(c, k, ids, (2, 3))), (cells, kernel), order=1, modes=["rev"]
+        jax.jit(lambda c, k: depthwise.on_visible(c, k, ids, (2, 3), method)), (cells, kernel), order=1, modes=["rev"]
     )
     whole = jnp.asarray(rng.standard_normal((2, 2 * r, 3 * r, 2)))
-    jax.test_util.check_grads(jax.jit(lambda c, k: depthwise.on_map(c, k, r)), (whole, kernel), order=1, modes=["rev"])
+    on_map = jax.jit(lambda c, k: depthwise.on_map(c, k, r, method))
+    jax.test_util.check_grads(on_map, (whole, kernel), order=1, modes=["rev"])
 
 
 def test_whole_map_against_nested_loops():
@@ -98,11 +93,11 @@ def test_products_place_and_take_patches_exactly_in_bfloat16():
     rng, grid = np.random.default_rng(0), (3, 4)
     ids = jnp.asarray(np.stack([rng.permutation(12)[:7] for _ in range(2)]), jnp.int32)
     cells = jnp.asarray(rng.standard_normal((2, 7, 4, 4, 3)), jnp.bfloat16)
-    whole = depthwise._place(cells, ids, grid)
+    whole = depthwise._place_by_products(cells, ids, grid)
     assert whole.dtype == jnp.bfloat16 and whole.shape == (2, 12, 16, 3)
     scattered = patches.place_tokens(cells, ids, jnp.zeros((2, 12, 4, 4, 3), jnp.bfloat16))
     np.testing.assert_array_equal(whole, patches.tokens_to_grid(scattered, grid))
-    np.testing.assert_array_equal(depthwise._take(whole, ids, grid), cells)
+    np.testing.assert_array_equal(depthwise._take_by_products(whole, ids, grid), cells)
 
 
 def test_bfloat16_is_rounded_once():
