@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,15 +82,19 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
             else:
                 yield found
 
+    def write(prediction: tuple[_Image, Any]) -> dict[str, Any]:
+        image, found = prediction
+        height, width = image.pixels.shape
+        noted = tuned.model.write(output, image.name, image.pixels, found)
+        return {"image": image.name, "file": image.file, "height": height, "width": width, **noted}
+
     with (
         writing(output),
         (output / RESULTS_NAME).open("a") as results,
         progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
     ):
-        for image, found in tuned.model.predictions(tuned.params, readable(), lambda image: image.pixels):
-            height, width = image.pixels.shape
-            noted = tuned.model.write(output, image.name, image.pixels, found)
-            row = {"image": image.name, "file": image.file, "height": height, "width": width, **noted}
+        predictions = tuned.model.predictions(tuned.params, readable(), lambda image: image.pixels)
+        for row in windows.ahead(write, predictions, threads=2, most=2):  # while the devices compute the next ones
             results.write(json.dumps(row) + "\n")
             results.flush()
             bar.update(1)

@@ -57,15 +57,16 @@ def components(mask: np.ndarray, scores: np.ndarray | None = None) -> list[Compo
     `scores`: (H,W) float, of which each component's peak is taken; 1 without them.
     """
     labels, count = ndimage.label(mask, _EIGHT)
-    if not count:
-        return []
-    numbers = np.arange(1, count + 1)
-    areas = np.bincount(labels.reshape(-1), minlength=count + 1)[1:]
-    centres = np.array(ndimage.center_of_mass(mask, labels, numbers))
-    peaks = np.ones(count) if scores is None else ndimage.maximum(scores, labels, numbers)
+    rows, columns = np.nonzero(labels)  # few pixels are target: what follows looks at no others
+    numbers = labels[rows, columns] - 1
+    areas = np.bincount(numbers, minlength=count)
+    centres = [np.bincount(numbers, places, minlength=count) / areas for places in (rows, columns)]
+    peaks = np.full(count, 1.0 if scores is None else -np.inf)
+    if scores is not None:
+        np.maximum.at(peaks, numbers, scores[rows, columns])
     return [
         Component(float(row), float(column), int(area), float(peak))
-        for (row, column), area, peak in zip(centres, areas, peaks, strict=True)
+        for row, column, area, peak in zip(*centres, areas, peaks, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
 from data_pipelines.views import LabelledView
-from infmae_jax.evaluation.windows import canvas_of, host_programs, in_groups, on_canvas
+from infmae_jax.evaluation.windows import canvas_of, host_programs, in_groups, on_canvas, one_behind
 from infmae_jax.interop.load import graft
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
@@ -65,13 +65,17 @@ class FineTuneModel:
         """
         programs = host_programs()
         placed, size = programs.params(params), programs.images_of(self.config.windows)
-        for group in in_groups(images, lambda image: canvas_of(*pixels(image).shape), size):
+
+        def begun(group: list[Image]) -> tuple[list[Image], Any]:
             canvas = canvas_of(*pixels(group[0]).shape)
             batch = np.zeros((size(canvas), *canvas), np.uint8)
             for place, image in enumerate(group):
                 batch[place] = on_canvas(pixels(image), canvas)
-            computed = np.asarray(self.compute(placed, programs.put(batch)))
-            for image, found in zip(group, computed, strict=False):
+            return group, self.compute(placed, programs.put(batch))
+
+        groups = in_groups(images, lambda image: canvas_of(*pixels(image).shape), size)
+        for group, computed in one_behind(map(begun, groups)):
+            for image, found in zip(group, np.asarray(computed), strict=False):
                 height, width = pixels(image).shape
                 yield image, found[:height, :width]
 
