@@ -19,6 +19,7 @@ from infmae_jax.tasks.finetuned import Kind
 from infmae_jax.training.duration import in_steps
 
 _EVALUATED = 24  # scenes, a quarter of them in the split that is measured
+_SLICE = 2.0  # seconds of a turn: the first call after another's finds no memory and no caches of its own
 _SET = 1333  # images of a data set of the usual size, a quarter of them in the validation split
 _SHARE_NOTE = (
     "predict: on images of the training size. evaluate: scenes of the validation split with their measures, read from "
@@ -52,7 +53,7 @@ def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dic
                 model.evaluate(params, [str(shards)], config.data.val_split)
 
         work = {"train": (program, batch), "predict": (predict, at_once), "evaluate": (evaluate, _EVALUATED // 4)}
-        seconds = timing.take_turns({name: call for name, (call, _) in work.items()}, rounds)
+        seconds = timing.take_turns({name: call for name, (call, _) in work.items()}, rounds, _SLICE)
     rows: list[Row] = [{"name": name, **timing.rate_row(seconds[name], count)} for name, (_, count) in work.items()]
     rows[0] |= {"memory_gib": program.memory_gib, "compile_s": program.compile_seconds}
     train, val = _set_of(config)

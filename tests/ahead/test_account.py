@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,7 +96,9 @@ def test_memory_is_what_the_step_keeps_once(monkeypatch):
     analysis = SimpleNamespace(argument_size_in_bytes=110, temp_size_in_bytes=50, output_size_in_bytes=102,
                                alias_size_in_bytes=100, generated_code_size_in_bytes=5)  # fmt: skip
     compiled = SimpleNamespace(memory_analysis=lambda: analysis, cost_analysis=lambda: None, as_text=lambda: "")
-    program = SimpleNamespace(lowered=lambda: SimpleNamespace(compile=lambda: compiled), batch_shapes={})
+    lowered = SimpleNamespace(compile=lambda compiler_options: compiled)
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    program = SimpleNamespace(lowered=lambda: lowered, mesh=mesh, batch_shapes={})
     found = account.compile_step(program)
     assert found.memory == {"state": 110, "batch": 0, "temporaries": 50, "program": 5, "needed": 167}
     assert found.gflop is None and found.gigabytes is None
