@@ -93,7 +93,7 @@ def compile_step(program: Program) -> Compiled:
     """
     lowered, options = program.lowered(), None
     if program.mesh.devices.flat[0].platform == "gpu":
-        # Which tiles suit a matrix product is measured on the GPU itself. Without one, jaxlib 0.10 may find none at all.
+        # Which tiles suit a matrix product is measured on a GPU. Without one, jaxlib 0.10 may find none at all.
         options = {"xla_gpu_enable_triton_gemm": False}
     since = time.perf_counter()
     cached = jax.config.jax_enable_compilation_cache
