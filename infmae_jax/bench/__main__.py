@@ -2,8 +2,10 @@
 
 flops       operations of a training step by stage, on visible patches and as published: XLA's count and one by hand
 step        the training step: images/s, MFU, memory, compile time over --batch_sizes; what else varies is a key of the
-            config (--config.data.image_size=320x320, --config.model.encoder.depthwise=conv, .attention=cudnn,
-            .remat=true); with --torch in turns with PyTorch
+            config (--config.data.image_size=320x320, --config.model.encoder.remat=true); with --torch in turns with
+            PyTorch
+forms       the step with every way to compute depthwise convolutions and attention, in turns, with --torch PyTorch too
+profile     the operations of a step that take most time, by part of the model
 features    dense features of whole images; with --torch in turns with PyTorch
 segment, detect, small_target
             a fine-tuning task (--config of that task, --variant): images/s of training and prediction, and what
@@ -41,6 +43,7 @@ from infmae_jax.bench.every import run_all
 from infmae_jax.bench.features import features
 from infmae_jax.bench.finetune import finetune
 from infmae_jax.bench.flops import flops
+from infmae_jax.bench.forms import forms, profile
 from infmae_jax.bench.results import on_accelerator, text
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
 from infmae_jax.models.config import VARIANTS, variant
@@ -70,8 +73,8 @@ def _define_flags() -> None:
     flags.DEFINE_list("batch_sizes", [], "Images per batch; most subjects take the first. Empty: by subject, device.")
     flags.DEFINE_string("dtype", "", "Of the computation. Empty: float32 on a CPU, else the config's.")
     flags.DEFINE_enum("variant", None, list(VARIANTS), "Model to measure in place of the config's.")
-    flags.DEFINE_boolean("torch", False, "step, features: measure PyTorch in turns with this project.")
-    flags.DEFINE_multi_enum("torch_forms", list(TORCH_FORMS), TORCH_FORMS, "step --torch: forms of the PyTorch model.")
+    flags.DEFINE_boolean("torch", False, "step, forms, features: measure PyTorch in turns with this project.")
+    flags.DEFINE_multi_enum("torch_forms", list(TORCH_FORMS), TORCH_FORMS, "--torch: forms of the PyTorch model.")
     flags.DEFINE_list("shards", [], "data: shard sets to read; without any, synthetic scenes are made.")
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
     flags.DEFINE_float("minutes", 0.0, "all: no subject begins later; 0: no limit.", lower_bound=0.0)
@@ -129,6 +132,10 @@ def _step(s: _Settings) -> dict[str, Any]:
     return step(s.config, batches, s.rounds)
 
 
+def _forms(s: _Settings) -> dict[str, Any]:
+    return forms(s.config, s.batches(8, 256)[0], s.rounds, flags.FLAGS.torch_forms if flags.FLAGS.torch else ())
+
+
 def _finetune(task: str, s: _Settings) -> dict[str, Any]:
     config = s.finetuning(task)
     return finetune(KINDS[task], config, s.batches(config.data.batch_size, config.data.batch_size)[0], s.rounds)
@@ -137,6 +144,8 @@ def _finetune(task: str, s: _Settings) -> dict[str, Any]:
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
     "step": _step,
+    "forms": _forms,
+    "profile": lambda s: profile(s.config, s.batches(8, 256)[0]),
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
     **{task: functools.partial(_finetune, task) for task in _FINETUNING},
     "data": lambda s: data(s.config, flags.FLAGS.workers, 3.0 if s.quick else flags.FLAGS.seconds, s.quick),

@@ -14,7 +14,7 @@ from data_pipelines.files import atomic_write, writing
 from infmae_jax.bench.results import report, text
 
 # What a machine that is lent for minutes should answer first.
-WORTH = ("step", "kernels", "profile", "features", "data", "flops")
+WORTH = ("forms", "profile", "step", "features", "data", "flops")
 JSON_NAME, TABLES_NAME = "bench.json", "bench.txt"
 
 

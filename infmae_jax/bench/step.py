@@ -27,7 +27,7 @@ from infmae_jax.training.task import Task
 Config = TypeVar("Config", bound=RunConfig)
 TORCH_FORMS = ("eager", "compiled")
 _GIB = 2**30
-_SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
+SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
 _MFU_NOTE = (
     "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
     "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
@@ -143,14 +143,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
 
     program = TimedStep(config, batch)
     program.start()
-    params, arrays = jax.device_get(program.state.params), synthetic_batch(program.program.task)
-    calls: dict[str, timing.Call] = {"ours": program}
-    inputs = torch_model.batch(arrays["image"], arrays["ids_keep"], config.model.encoder.in_channels)
-    rate = peak_learning_rate(config.optimizer, batch)
-    for form in forms:
-        model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
-        update = torch_model.make_train_step(model, config.optimizer, lambda _: rate, form == "compiled")
-        calls[f"PyTorch {form}"] = _torch_call(update, inputs)
+    calls: dict[str, timing.Call] = {"ours": program, **torch_steps(config, batch, program.state.params, forms)}
     losses: dict[str, float] = {}
 
     def noting(name: str, call: timing.Call) -> timing.Call:
@@ -159,7 +152,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
 
     seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
     for name, loss in losses.items():
-        if not np.isclose(loss, losses["ours"], rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0):
+        if not np.isclose(loss, losses["ours"], rtol=SAME_LOSS[config.model.encoder.dtype], atol=0):
             raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
     rows: list[Row] = [{"name": "ours", "first_loss": losses["ours"], **measures(program, seconds["ours"])}]
     for name in list(calls)[1:]:
@@ -167,6 +160,23 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
     settings = settings_of(config) | {"batch": batch, "rounds": rounds} | torch_model.settings()
     return report("step --torch", settings, rows, [_MFU_NOTE])
+
+
+def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence[str]) -> dict[str, timing.Call]:
+    """PyTorch's step in each of the forms, from these parameters, on the batch that `TimedStep` has."""
+    if not forms:
+        return {}
+    from infmae_jax.bench import torch_model
+
+    params, arrays = jax.device_get(params), synthetic_batch(PretrainTask(endless_run(config, batch)))
+    inputs = torch_model.batch(arrays["image"], arrays["ids_keep"], config.model.encoder.in_channels)
+    rate = peak_learning_rate(config.optimizer, batch)
+    calls: dict[str, timing.Call] = {}
+    for form in forms:
+        model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
+        update = torch_model.make_train_step(model, config.optimizer, lambda _: rate, form == "compiled")
+        calls[f"PyTorch {form}"] = _torch_call(update, inputs)
+    return calls
 
 
 def measures(program: TimedStep, seconds: np.ndarray) -> Row:

@@ -1,0 +1,136 @@
+"""Ways to compute the training step on this device, in turns and with PyTorch; and the operations it spends time on."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from infmae_jax.ahead.account import part_of
+from infmae_jax.bench import timing
+from infmae_jax.bench.results import Row, report
+from infmae_jax.bench.step import SAME_LOSS, TimedStep, measures, settings_of, torch_steps
+from infmae_jax.tasks.pretrain import PretrainConfig
+
+OURS = "as configured"
+_ANYWHERE = ({"depthwise": "shift"}, {"depthwise": "conv"}, {"depthwise": "products"}, {"attention": "xla"})
+_ON_NVIDIA = ({"depthwise": "kernel"}, {"attention": "cudnn"})
+_STEPS = 3  # that are traced, and that two runs are compared after
+_LISTED = 25
+_NOTE = (
+    "faster: than the step as configured. repeatable: two runs of 3 steps give the same parameters, bit for bit. "
+    "compile_s: while all forms are compiled at once."
+)
+
+
+def forms(config: PretrainConfig, batch: int, rounds: int, torch_forms: Sequence[str]) -> dict[str, Any]:
+    """The step as configured, with other ways for depthwise convolutions and attention, and PyTorch's, in turns.
+
+    Args:
+      torch_forms: of `step.TORCH_FORMS`; none: without PyTorch.
+    """
+    nvidia = "cuda" in jax.devices()[0].client.platform_version
+    changes: dict[str, dict[str, str]] = {OURS: {}}
+    changes |= {"=".join(map(str, *change.items())): change for change in (*_ANYWHERE, *(_ON_NVIDIA if nvidia else ()))}
+    rows: dict[str, Row] = {}
+    programs: dict[str, TimedStep] = {}
+
+    def compiled(change: dict[str, str]) -> TimedStep:
+        return TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
+
+    with concurrent.futures.ThreadPoolExecutor(len(changes)) as pool:  # XLA compiles without Python's lock
+        begun = {name: pool.submit(compiled, change) for name, change in changes.items()}
+        for name, made in begun.items():
+            try:
+                programs[name] = made.result()
+                programs[name].start()
+                rows[name] = {"first_loss": programs[name](), "repeatable": _repeatable(programs[name])}
+            except Exception as error:  # a form that this device lacks is a row
+                if name == OURS:
+                    raise
+                programs.pop(name, None)
+                rows[name] = {"note": f"failed: {' '.join(str(error).split())[:200]}"}
+    calls: dict[str, timing.Call] = dict(programs)
+    for name, call in torch_steps(config, batch, programs[OURS].program.start().params, torch_forms).items():
+        calls[name], rows[name] = call, {"first_loss": call(1)}
+    seconds = timing.take_turns(calls, rounds)
+    for name, times in seconds.items():
+        own = measures(programs[name], times) if name in programs else timing.rate_row(times, batch)
+        rows[name] |= own | {"faster": timing.ratio(seconds[OURS], times)}
+        if not np.isclose(
+            rows[name]["first_loss"], rows[OURS]["first_loss"], rtol=SAME_LOSS[config.model.encoder.dtype], atol=0
+        ):
+            rows[name]["note"] = "another first loss: not the same computation"
+    for program in programs.values():
+        program.stop()
+    settings = settings_of(config) | {"batch": batch, "rounds": rounds}
+    return report("forms", settings, [{"name": name} | row for name, row in rows.items()], [_NOTE])
+
+
+def _repeatable(program: TimedStep) -> bool:
+    def trained() -> list[np.ndarray]:
+        program.start()
+        program(_STEPS)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(program.state.params)]
+
+    return all(map(np.array_equal, trained(), trained()))
+
+
+def profile(config: PretrainConfig, batch: int) -> dict[str, Any]:
+    """Operations of the step that take most time, by JAX's profiler, with the part of the model each belongs to."""
+    program = TimedStep(config, batch)
+    program.start()
+    program(2)
+    with tempfile.TemporaryDirectory(prefix="infmae-bench-trace-") as folder:
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        with jax.profiler.trace(folder, profiler_options=options):
+            program(_STEPS)
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        times = _operation_times(jax.profiler.ProfileData.from_file(str(trace)))
+    sources = _sources(program.program.compiled.as_text())
+    program.stop()
+    parts: collections.Counter[str] = collections.Counter()
+    rows: list[Row] = []
+    for name, (count, nanoseconds) in sorted(times.items(), key=lambda item: -item[1][1]):
+        source, milliseconds = sources.get(_plain(name), ""), nanoseconds / _STEPS / 1e6
+        part = part_of(source) if source else "libraries, not named"
+        parts[part] += milliseconds
+        rows.append({"name": name[:60], "part": part, "ms": milliseconds, "times": count / _STEPS, "of": source[-80:]})
+    total = [{"name": f"all of {part}", "part": part, "ms": spent} for part, spent in parts.most_common()]
+    kernels = sum(count for count, _ in times.values()) / _STEPS
+    settings = settings_of(config) | {"batch": batch, "steps": _STEPS, "operations_a_step": kernels}
+    return report("profile", settings, total + rows[:_LISTED], ["ms: a step, one operation after the other."])
+
+
+def _operation_times(trace: Any) -> dict[str, tuple[int, float]]:
+    """How often operations ran and for how many nanoseconds, on the devices; on the host where that is the device."""
+    planes = [plane for plane in trace.planes if plane.name.startswith("/device:")]
+    found: dict[str, tuple[int, float]] = {}
+    for plane in planes or trace.planes:
+        for line in plane.lines:
+            if planes and "Stream" not in line.name and "XLA Ops" not in line.name:
+                continue
+            for event in line.events:
+                if planes or any(name == "hlo_op" for name, _ in event.stats):
+                    count, total = found.get(event.name, (0, 0.0))
+                    found[event.name] = count + 1, total + event.duration_ns
+    return found
+
+
+def _sources(text: str) -> dict[str, str]:
+    """Where each operation of a compiled program comes from, by its name as kernels bear it."""
+    named = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.MULTILINE)
+    return {_plain(name): source for name, source in named}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[.-]", "_", name)

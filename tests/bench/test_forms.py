@@ -1,0 +1,23 @@
+"""Ways to compute a step are compared only where they compute the same, and operations are told by their part."""
+
+from infmae_jax.bench import forms
+from infmae_jax.bench.results import text
+
+
+def test_other_computations_and_forms_that_fail_are_said(smoke, monkeypatch):
+    monkeypatch.setattr(forms, "_ANYWHERE", ({"norm_pix_loss": True}, {"attention": "cudnn"}))
+    ours, other, cudnn = forms.forms(smoke, 4, rounds=1, torch_forms=())["rows"]
+    assert ours["name"] == "as configured" and ours["repeatable"] and "note" not in ours
+    assert ours["images_per_second"] > 0 and ours["faster"] == "1 (1-1)" != other["faster"]
+    assert other["note"] == "another first loss: not the same computation"
+    assert cudnn["note"].startswith("failed: ") and "cudnn" in cudnn["note"] and "images_per_second" not in cudnn
+
+
+def test_profile_names_parts_and_adds_up(smoke):
+    result = forms.profile(smoke, 4)
+    parts = {row["part"]: row["ms"] for row in result["rows"] if row["name"].startswith("all of ")}
+    listed = [row for row in result["rows"] if "times" in row]
+    assert {"transformer", "convolution stage 1", "decoder or head"} <= set(parts)
+    assert listed and sum(row["ms"] for row in listed) <= 1.0001 * sum(parts.values())
+    assert [row["ms"] for row in listed] == sorted((row["ms"] for row in listed), reverse=True)
+    assert any(row["of"] and row["part"] in parts for row in listed) and "all of transformer" in text(result)
