@@ -97,10 +97,13 @@ def test_groups_hold_one_kind_and_lose_nothing():
     assert [len(group) for group in groups] == [2, 3, 2, 1, 1, 1]
 
 
-def test_large_canvases_come_in_smaller_groups():
+def test_large_canvases_come_in_smaller_groups(monkeypatch):
     size = windows.host_programs().images_of(Windows(batch_size=4))
     devices = jax.local_device_count()
     canvases = (512, 512), (1024, 1024), (1056, 1920), (2048, 2048), (9216, 9216)
+    assert [size(canvas) // devices for canvas in ((256, 256), (512, 256), *canvases)] == [4, 2, 1, 1, 1, 1, 1]
+    monkeypatch.setattr(windows, "_PIXELS_ON_CPU", windows._PIXELS)  # as on accelerators
+    size = windows.host_programs().images_of(Windows(batch_size=4))
     assert [size(canvas) // devices for canvas in canvases] == [4, 4, 2, 1, 1]
 
 
