@@ -49,7 +49,7 @@ def test_pretrain(flags, message, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "bench flops|step|features|segment|detect|small_target|data|all"),
+        ([], "bench flops|step|forms|profile|features|segment|detect|small_target|data|all"),
         (["flops", "step"], "bench flops|step"),
         (["step", "--batch_sizes=many"], "--batch_sizes=many"),
         (["step", "--quick", "--variant=giant"], "giant"),
