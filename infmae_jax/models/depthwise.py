@@ -1,6 +1,6 @@
 """5 x 5 depthwise convolution over visible patches or whole maps, with a hand-written backward pass.
 
-The values do not depend on how it is computed; the time does (`METHODS`, and `_BEST` for each backend):
+The values do not depend on how it is computed; the time does (`_FORMS`; "auto" takes `_BEST` of each backend):
 
 shift     25 shifted multiply-adds that XLA fuses; visible patches are put on a map of zeros, out of which windows are
           cut. For CPUs, whose grouped convolution is slow, most of all backward.
@@ -8,7 +8,7 @@ conv      XLA's grouped convolution of the whole map. For NVIDIA GPUs.
 products  the same, but products with matrices of zeros and ones, which are exact, put patches on the map and take them.
           For TPUs, which hold the last two dimensions of arrays in tiles of 8 x 128: scattering patches there, and
           windows of r x r cells, cost several times their bytes.
-kernel    visible patches without a map, by a kernel of our own for NVIDIA GPUs (`depthwise_gpu`).
+kernel    visible patches without a map, by a kernel of our own for NVIDIA GPUs (`depthwise_gpu`); elsewhere as "auto".
 
 Two facts make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are
 transposes of each other, so the gradient with respect to the cells is the same operation with the kernel turned by 180
@@ -37,7 +37,7 @@ def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int, method: str = 
       cells: (B,R,S,C).
       kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
       patch_cells: r, a divisor of R and S; how "shift" sums the kernel's gradient.
-      method: of `METHODS`; those for visible patches alone are "conv" here.
+      method: of `config.DEPTHWISE_METHODS`; those for visible patches alone are "conv" here.
 
     Returns:
       (B,R,S,C).
@@ -67,7 +67,7 @@ def on_visible(
       kernel: (5,5,C).
       ids: (B,K) int32, which patches they are; no repeats.
       grid: token rows and columns.
-      method: of `METHODS`.
+      method: of `config.DEPTHWISE_METHODS`.
 
     Returns:
       (B,K,r,r,C).
@@ -87,12 +87,19 @@ on_visible.defvjp(_on_visible_forward, _on_visible_backward)
 
 
 def _computed(forms: dict[str, tuple[Callable, Callable]], method: str, direction: int, static, *arrays: jax.Array):
-    """A form's result, forward (direction 0) or backward (1): "auto" is chosen when the program is lowered for a
-    backend, so that another machine can compile for it too."""
-    if method != "auto":
+    """A form's result, forward (direction 0) or backward (1). What depends on the backend is chosen when the program is
+    lowered for it, so that another machine can compile for it too."""
+    if method not in ("auto", "kernel"):
         return forms[method][direction](static, *arrays)
-    best = {backend: functools.partial(forms[name][direction], static) for backend, name in _BEST.items()}
+    names = _BEST | ({"cuda": "kernel"} if method == "kernel" and _has_kernels() else {})
+    best = {backend: functools.partial(forms[name][direction], static) for backend, name in names.items()}
     return jax.lax.platform_dependent(*arrays, **best)
+
+
+def _has_kernels() -> bool:
+    from infmae_jax.models import depthwise_gpu  # which few need, and which takes a second to import and trace
+
+    return depthwise_gpu.AVAILABLE
 
 
 def _shift_forward(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
@@ -141,7 +148,7 @@ def _shift_map_backward(r: int, cells: jax.Array, kernel: jax.Array, grad: jax.A
 
 
 def _kernel_forward(*arguments):
-    from infmae_jax.models import depthwise_gpu  # which few need, and which takes a second to import and trace
+    from infmae_jax.models import depthwise_gpu
 
     return depthwise_gpu.forward(*arguments)
 
@@ -269,5 +276,4 @@ _MAP_FORMS = {  # the same for whole maps
     "shift": (lambda _, cells, kernel: _multiply_add(_pad(cells), kernel), _shift_map_backward),
     **dict.fromkeys(("conv", "products", "kernel"), _whole),
 }
-METHODS = ("auto", *_FORMS)
 _BEST = {"tpu": "products", "cuda": "conv", "default": "shift"}

@@ -23,14 +23,12 @@ def test_values_and_gradients_are_those_of_shifted_products(monkeypatch, r, widt
     monkeypatch.setattr(depthwise_gpu, "_INTERPRET", True)
     cells, kernel, ids, grad = inputs(r, width, grid, kept, jnp.float32)
 
-    def computed(method):
-        def convolve(cells, kernel):
-            return depthwise.on_visible(cells, kernel, ids, grid, method)
+    @jax.jit
+    def by_kernels():
+        return depthwise_gpu.forward(grid, cells, kernel, ids), *depthwise_gpu.backward(grid, cells, kernel, ids, grad)
 
-        out, pullback = jax.vjp(convolve, cells, kernel)
-        return out, *pullback(grad)
-
-    for ours, expected in zip(jax.jit(computed, static_argnums=0)("kernel"), computed("shift"), strict=True):
+    out, pullback = jax.vjp(lambda *a: depthwise.on_visible(*a, ids, grid, "shift"), cells, kernel)
+    for ours, expected in zip(by_kernels(), (out, *pullback(grad)), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -49,6 +47,12 @@ def test_kernels_are_lowered_for_gpus_and_nothing_else_convolves():
         text = export(cells, kernel, neighbours, grad).mlir_module()
     assert text.count(f"@{target}") == 2
     assert "stablehlo.convolution" not in text
+
+
+def test_the_kernel_is_for_nvidia_and_others_compute_as_ever():
+    cells, kernel, ids, _ = inputs(2, 8, (2, 2), 2, jnp.float32)
+    out = jax.jit(depthwise.on_visible, static_argnums=(3, 4))(cells, kernel, ids, (2, 2), "kernel")
+    np.testing.assert_array_equal(out, depthwise.on_visible(cells, kernel, ids, (2, 2), "auto"))
 
 
 def test_each_device_convolves_its_own_samples(monkeypatch):
