@@ -1,6 +1,7 @@
 """Shared fixtures. Every test runs with silent broadcasting turned into an error."""
 
 import atexit
+import fcntl
 import importlib.metadata
 import os
 import shutil
@@ -59,21 +60,40 @@ def shared_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory) -> Path:
-    """A folder of 24 labelled synthetic scenes, 96x128."""
-    from data_pipelines.synthetic import write_dataset
+def made_once(tmp_path_factory):
+    """(name, function that fills a folder) -> the folder, filled by the first of the session's processes that asks."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    return write_dataset(tmp_path_factory.mktemp("scenes") / "scenes", 24, seed=0, size=(96, 128))
+    def made(name, fill):
+        folder, done = shared / f"shared_{name}", shared / f"shared_{name}.done"
+        with (shared / f"shared_{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
-def shards(scenes, tmp_path_factory) -> Path:
+def scenes(made_once) -> Path:
+    """A folder of 24 labelled synthetic scenes, 96x128."""
+    from data_pipelines.synthetic import write_dataset
+
+    return made_once("scenes", lambda at: write_dataset(at / "scenes", 24, seed=0, size=(96, 128))) / "scenes"
+
+
+@pytest.fixture(scope="session")
+def shards(scenes, made_once) -> Path:
     """The same scenes as a shard set."""
     from data_pipelines.prepare import prepare
 
-    output = tmp_path_factory.mktemp("shards") / "shards"
-    prepare([scenes / "images"], output, workers=0, progress=False)
-    return output
+    images = [scenes / "images"]
+    return made_once("shards", lambda at: prepare(images, at / "shards", workers=0, progress=False)) / "shards"
 
 
 # Settings that do not change the compiled step.

@@ -1,5 +1,6 @@
 """InfMAE: encoder, decoder and masked reconstruction loss."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -95,8 +96,9 @@ def patch_errors(pred: jax.Array, target: jax.Array, norm_pix: bool) -> jax.Arra
     return jnp.square(pred - target[..., None]).mean(axis=(-2, -1))
 
 
+@functools.cache  # tracing takes a second
 def abstract_params(config: InfMAEConfig) -> dict[str, Any]:
-    """Shapes and dtypes of a model's parameters, without computing anything."""
+    """Shapes and dtypes of a model's parameters, not to be changed, without computing anything."""
     images = jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32)
     ids_keep = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(InfMAE(config).init, jax.random.key(0), images, ids_keep)["params"]

@@ -102,12 +102,12 @@ def test_shards_do_not_depend_on_the_number_of_workers(tmp_path):
     write_images(tmp_path / "b", 40, first_seed=1000)
     config = PrepareConfig(shard_bytes=200_000)
     results = []
-    for workers in (0, 1, 3):
+    for workers in (0, 2):
         output = tmp_path / f"out{workers}"
         report = prepare([tmp_path / "a", tmp_path / "b"], output, config, workers=workers, progress=False)
         results.append((shard_bytes(output), report.manifest, (output / "rejected.csv").read_bytes()))
     assert len(results[0][0]) > 2
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1]
 
 
 def test_same_request_again_returns_the_finished_set_and_another_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """One loader for runs and published files: features of any image, encoders alone, wrappers, grafting, hostile files."""
 
 import collections
+import functools
 import json
 import pathlib
 import resource
@@ -53,7 +54,8 @@ def test_features_of_any_size_are_those_of_the_padded_image(model, size):
     found = model.features(images)
     rows, columns = (-extent % 16 for extent in size)
     padded = np.pad(images, ((0, 0), (0, rows), (0, columns)), mode="edge")[..., None]
-    expected = InfMAE(SMALL).apply({"params": model.params}, normalize(padded), method="features")
+    features = jax.jit(functools.partial(InfMAE(SMALL).apply, method="features"))
+    expected = features({"params": model.params}, normalize(padded))
     assert set(found) == {"stage1", "stage2", "stage3", "pooled"}
     for name, stride in (("stage1", 4), ("stage2", 8), ("stage3", 16)):
         extents = tuple(-(-extent // stride) for extent in size)

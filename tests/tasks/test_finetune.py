@@ -34,6 +34,7 @@ from tests.commands import run
 from tests.tasks.cases import CASES, task_of
 
 CONFIGS = Path(masks_tiny_cpu.__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("steps_compiled_once")
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -122,10 +123,10 @@ def test_learning_rates_fall_with_depth_as_published(encoder, labelled):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("s*/[!_]*.py")), ids=lambda path: path.stem)
-def test_every_config_fits_its_encoder(path, encoder, labelled):
-    """Traced, not compiled: the smoke form on the small encoder, the full form on the variant that it is for."""
+def test_every_config_fits_its_encoder(path, encoder, labelled, pytestconfig):
+    """Traced, not compiled: the full form on the variant that it is for; with --long the smoke form too."""
     module = runpy.run_path(str(path))
-    for form in ("smoke", ""):
+    for form in ("smoke", "") if pytestconfig.getoption("--long") else ("",):
         values = module["get_config"](form)
         kind = KINDS[values.task]
         config = from_config(kind.config, values)

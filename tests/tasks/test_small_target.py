@@ -1,5 +1,6 @@
 """Losses and turns of small-target training against NumPy."""
 
+import functools
 import math
 
 import hypothesis
@@ -97,10 +98,10 @@ def test_every_pixel_begins_at_the_prior_and_all_parameters_get_gradients():
     module = TargetDetector(encoder, SmallTargetHeadConfig(widths=(16, 8, 8, 8, 8), prior=0.01))
     images = jax.random.normal(jax.random.key(0), (2, 32, 48, 1))
     params = jax.jit(module.init)(jax.random.key(1), images)
-    whole, half, quarter = module.apply(params, images)
+    whole, half, quarter = jax.jit(module.apply)(params, images)
     assert whole.shape == (2, 32, 48) and half.shape == (2, 16, 24) and quarter.shape == (2, 8, 12)
     assert np.allclose(jax.nn.sigmoid(whole), 0.01, atol=0.005)
-    assert len(module.apply(params, images, deep=False)) == 1
+    assert len(jax.eval_shape(functools.partial(module.apply, deep=False), params, images)) == 1
     weights = jax.random.normal(jax.random.key(2), whole.shape)
 
     def measure(p):

@@ -14,13 +14,13 @@ import numpy as np
 from tests.training import chaos
 from tests.training.jobs import SMALLEST, Job, assert_same_run, beginnings, checkpoints
 
-STEPS, SAVE_EVERY = 120, 10
+SAVE_EVERY = 10
 SETUPS = {1: chaos.ONE_PROCESS, 2: chaos.TWO_PROCESSES}
 
 
-def start(run, shards, processes):
+def start(run, shards, processes, steps):
     return Job(
-        run, shards, *SMALLEST, f"--config.duration={STEPS} steps", f"--config.checkpoint_every={SAVE_EVERY} steps",
+        run, shards, *SMALLEST, f"--config.duration={steps} steps", f"--config.checkpoint_every={SAVE_EVERY} steps",
         "--config.data.workers=1", "--config.data.max_corrupt=0.0", "--config.distributed.heartbeat_seconds=6",
         "--config.optimizer.base_learning_rate=0.02", processes=processes, devices=2 // processes,
     )  # fmt: skip
@@ -45,10 +45,11 @@ def pytest_generate_tests(metafunc):
 
 def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
     count, seed = -(-pytestconfig.getoption("--chaos") // processes), pytestconfig.getoption("--chaos-seed")
+    steps = 120 if pytestconfig.getoption("--long") else 60
     rng = np.random.default_rng([seed, processes])
     kinds = kinds_in_random_order(SETUPS[processes], rng)
     copy = shutil.copytree(shards, tmp_path / "shards")
-    with start(tmp_path / "undisturbed", copy, processes) as job:
+    with start(tmp_path / "undisturbed", copy, processes, steps) as job:
         job.succeeded()
     disk = chaos.Disk(tmp_path / "disk")
     done, runs = collections.Counter(), 0
@@ -59,8 +60,8 @@ def test_faults_change_nothing(processes, shards, tmp_path, pytestconfig):
             while not finished:
                 strike = sum(done.values()) < count
                 kind = next(kinds) if strike else None
-                with start(run, copy, processes) as job:
-                    fault = chaos.Fault(job, rng, disk, copy, STEPS)
+                with start(run, copy, processes, steps) as job:
+                    fault = chaos.Fault(job, rng, disk, copy, steps)
                     try:
                         if not strike:
                             job.succeeded()

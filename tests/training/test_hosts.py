@@ -7,6 +7,7 @@ With --long of the hybrid encoder, also on four processes, on data-parallel and 
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ import jax
 import numpy as np
 import pytest
 
+from infmae_jax import pretrain
 from infmae_jax.training.writers import read_events
+from tests import commands
 from tests.training import host_process
-from tests.training.jobs import ROOT, SMALLEST, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
+from tests.training.jobs import PRETRAIN, ROOT, SMALLEST, SMOKE, Job, beginnings, checkpoints, free_port, rows_of
 
 STEPS = 20
 MESHES = {"data": {"data": -1}, "fsdp": {"data": 1, "fsdp": -1}, "mixed": {"data": -1, "fsdp": 2}}
@@ -144,7 +147,8 @@ def test_a_run_moves_between_topologies(runs):
         np.testing.assert_allclose(losses(place), losses(runs / "one"), rtol=1e-6)
 
 
-def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
+def test_a_killed_host_ends_the_other_by_name_and_the_run_goes_on(shards, tmp_path, pytestconfig, monkeypatch):
+    """With one process; with --long, with both hosts, until the platform takes one of them."""
     flags = (*SMALLEST, "--config.duration=3000 steps", "--config.checkpoint_every=5 steps", "--config.data.workers=1")
     with Job(tmp_path, shards, *flags, processes=2) as job:
         assert job.wait_until(lambda: checkpoints(tmp_path))
@@ -153,6 +157,14 @@ def test_a_killed_host_ends_the_other_by_name_and_both_resume(shards, tmp_path):
         assert code == 76, errors
         assert "process 1 (" in errors and "ended without a word" in errors and "Traceback" not in errors
         job.assert_no_orphans()
+    saved = checkpoints(tmp_path)[-1]
+    if not pytestconfig.getoption("--long"):
+        ending = functools.partialmethod(host_process.EndingEarly.__init__, until=saved + 3)
+        monkeypatch.setattr(pretrain, "PretrainTask", type("Ending", (host_process.EndingEarly,), {"__init__": ending}))
+        data = f"--workdir={tmp_path}", f"--config.data.shards={shards}"
+        done = commands.run(*PRETRAIN, *data, *flags)
+        assert done.returncode == 75 and beginnings(tmp_path)[1] == saved < checkpoints(tmp_path)[-1], done.stderr
+        return
     with Job(tmp_path, shards, *flags, processes=2) as job:
         assert job.wait_until(lambda: len(beginnings(tmp_path)) == 2)
         job.processes[0].send_signal(signal.SIGTERM)  # the platform takes one host: both save and end
