@@ -66,15 +66,15 @@ class Batches(contextlib.AbstractContextManager, Iterator):
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(settings.workers, per_worker_buffer_size=settings.prefetch), _start_worker
             )
-        self._open = [iter(dataset)]
+        self._iterator = iter(dataset)
         # A program that ends without closing would otherwise tear workers down after the modules that they need.
-        self._closed = weakref.finalize(self, _close, self._open)
+        self._close = weakref.finalize(self, self._iterator.close)
 
     def _next(self) -> dict[str, np.ndarray]:
+        if not self._close.alive:
+            raise ValueError("these batches are closed")
         try:
-            batch = next(self._open[0])
-        except IndexError:
-            raise ValueError("these batches are closed") from None
+            batch = next(self._iterator)
         except CorruptExample as error:
             raise DamagedShards(f"{error}; prepare the shards again") from error
         except (RuntimeError, OSError) as error:
@@ -107,15 +107,10 @@ class Batches(contextlib.AbstractContextManager, Iterator):
 
     def close(self) -> None:
         """Stops threads and worker processes; again is harmless."""
-        self._closed()
+        self._close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _close(iterators: list[Any]) -> None:
-    while iterators:
-        iterators.pop().close()
 
 
 def _start_worker(number: int, count: int) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 from data_pipelines.errors import InputError
 from data_pipelines.transforms import MEAN, STD
 
-SCORES = ("gray_mean", "kernel", "variance", "entropy", "none")
 SELECTIONS = ("stride", "random", "top_k")
 GRAY_LEVELS = 256
 PATCH = 16  # side of a token in pixels; the model's
@@ -53,7 +52,7 @@ class MaskConfig:
     bias: float = 0.0
 
     def __post_init__(self):
-        for name, known in (("score", SCORES), ("selection", SELECTIONS)):
+        for name, known in (("score", _SCORE_FUNCTIONS), ("selection", SELECTIONS)):
             if getattr(self, name) not in known:
                 raise InputError(f"mask.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.score == "none" and self.selection != "random":

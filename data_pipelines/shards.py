@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import resource
@@ -345,10 +344,7 @@ class ShardReader:
           CorruptExample: the shard is damaged at this record; the message names both.
           InputError: the shard cannot be read now: too many open files, a failing disk, no permission.
         """
-        position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"record {position} of {len(self)}")
-        position %= len(self)
+        position = range(len(self))[index]
         number = bisect.bisect_right(self._starts, position) - 1
         place = position - self._starts[number]
         try:

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, class_names, split_folders
+from data_pipelines.builders.common import SPLITS, class_names, image_folders
 from data_pipelines.builders.layouts import images_of, splits_of
 from data_pipelines.errors import InputError
 from data_pipelines.files import read_regular, read_text
@@ -52,7 +52,7 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
       InputError: no layout that is known, or a file that cannot be used.
     """
     if (root / "annotations").is_dir() and any((root / "annotations").glob("*.json")):
-        folders, files = split_folders(root, "images"), root / "annotations"
+        folders, files = image_folders(root), root / "annotations"
         others = sorted({path.name for path in files.glob("*.json")} - {f"{name}.json" for name in folders})
         note = f"left out, as there is no folder images/SPLIT for them: {', '.join(others)}" if others else ""
         return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, note

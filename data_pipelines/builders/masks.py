@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
-from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names, image_features, with_notes
+from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names
 from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
@@ -45,19 +44,13 @@ class ClassMasks(InfraredBuilder):
         return MASK_FEATURES
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        root = Path(dl_manager.manual_dir)
-        self.class_names[MASK], table = self._table(root)
-        pairs, note = find_pairs(root, targets=isinstance(self, SmallTargets))
+        root, targets = Path(dl_manager.manual_dir), isinstance(self, SmallTargets)
+        table = None if targets else read_classes(root / "classes.json")
+        self.class_names[MASK] = TARGET_CLASSES if table is None else list(table.names)
+        pairs, note = find_pairs(root, targets)
         if note:
             logging.warning("%s", note)
-        return {split: self._generate_examples(part, table) for split, part in pairs.items()}
-
-    def _generate_examples(self, pairs: list[Pair], table: ClassTable | None):
-        return self._generate(pairs, functools.partial(_example, table=table, bit_depth=self.builder_config.bit_depth))
-
-    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
-        table = read_classes(root / "classes.json")
-        return list(table.names), table
+        return {split: self._generate_examples(part, _example, table=table) for split, part in pairs.items()}
 
 
 class SmallTargets(ClassMasks):
@@ -67,9 +60,6 @@ class SmallTargets(ClassMasks):
     mask pixel is target above 127, or at 1 in files of 0 and 1; of files with several channels, the first counts. Masks
     are stored with the classes 0 (background) and 1 (target); an image may be without targets.
     """
-
-    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
-        return TARGET_CLASSES, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +119,7 @@ def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
             notes["masks with values between 0 and 255, cut at 127"] = 1
     else:
         mask = _class_numbers(values, table, pair.mask, notes)
-    example = with_notes(example, notes)
-    yield example.key, {**image_features(example), MASK: encode_png(mask)}
+    yield example, {MASK: encode_png(mask)}, notes
 
 
 def _class_numbers(values: np.ndarray, table: ClassTable, path: Path, notes: dict[str, int]) -> np.ndarray:
