@@ -71,7 +71,7 @@ class Batches(contextlib.AbstractContextManager, Iterator):
         self._close = weakref.finalize(self, self._iterator.close)
 
     def _next(self) -> dict[str, np.ndarray]:
-        if not self._close.alive:
+        if self._iterator is None:
             raise ValueError("these batches are closed")
         try:
             batch = next(self._iterator)
@@ -108,6 +108,7 @@ class Batches(contextlib.AbstractContextManager, Iterator):
     def close(self) -> None:
         """Stops threads and worker processes; again is harmless."""
         self._close()
+        self._iterator = None
 
     def __exit__(self, *_: object) -> None:
         self.close()

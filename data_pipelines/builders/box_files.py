@@ -201,22 +201,23 @@ def _yolo_object(parts: list[str], name: str, categories: list[str], size: tuple
 
 def _yolo_names(root: Path) -> dict[str, int]:
     """The classes of a YOLO set, by name, in order."""
-    for name in _NAME_LISTS:
-        for path in (root / name, root / "labels" / name):
-            if path.is_file():
-                lines = read_text(path, _LARGEST_LIST).splitlines()
-                return _numbered([line.strip() for line in lines if line.strip()], path)
-    for name in _YAML:
-        path = root / name
-        if path.is_file():
-            try:
-                return _numbered(_names_in_yaml(read_text(path, _LARGEST_YAML)), path)
-            except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-                if isinstance(error, InputError):
-                    raise
-                reason = " ".join(str(error).split())
-                raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
-    raise InputError(f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names")
+    lists = [folder / name for name in _NAME_LISTS for folder in (root, root / "labels")]
+    path = next((path for path in (*lists, *(root / name for name in _YAML)) if path.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names"
+        )
+    if path in lists:
+        names = [line.strip() for line in read_text(path, _LARGEST_LIST).splitlines() if line.strip()]
+    else:
+        try:
+            names = _names_in_yaml(read_text(path, _LARGEST_YAML))
+        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = " ".join(str(error).split())
+            raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
+    return {name: number for number, name in enumerate(class_names(names, path))}
 
 
 def _names_in_yaml(text: str) -> list[str]:
@@ -241,7 +242,3 @@ def _names_in_yaml(text: str) -> list[str]:
     if not all(isinstance(entry, yaml.ScalarNode) for entry in entries):
         raise ValueError("it holds something else than names")
     return [entry.value for entry in entries]
-
-
-def _numbered(names: list[str], path: Path) -> dict[str, int]:
-    return {name: number for number, name in enumerate(class_names(names, path))}

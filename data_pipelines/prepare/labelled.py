@@ -24,8 +24,6 @@ from data_pipelines.shards import SPLIT_NAME, Manifest, write_manifest, write_sp
 
 FILE_COLUMN, SPLIT_COLUMN = "file", "split"
 _LARGEST_TABLE = 1 << 30  # bytes
-# Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
-KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 
 
 def write_examples(
@@ -67,7 +65,9 @@ def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", 
     """
     refused: list[Rejection] = []
     source = Source(printable(key), str(path), size=0, modified=0)
-    for example, _ in read_images([source], dataclasses.replace(KEEP_ALL, bit_depth=bit_depth), refused, encoding):
+    # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
+    filters = Filters(min_side=0, min_levels=0, crop_borders=False, bit_depth=bit_depth)
+    for example, _ in read_images([source], filters, refused, encoding):
         return example
     reason = f"{refused[0].reason}: {refused[0].detail}"
     raise InputError(f"labelled image {path} is not usable ({reason}); fix it or remove its entry")
