@@ -181,17 +181,14 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], max_pixels: int) -> DecodedImage:
-    scans = data.count(b"\xff\xda")
-    if scans > _MAX_JPEG_SCANS:
+    if (scans := data.count(b"\xff\xda")) > _MAX_JPEG_SCANS:
         raise ImageRefused("decompression_bomb", f"a JPEG of {scans} scans (over {_MAX_JPEG_SCANS})")
-    raw = read_raw_array(image, max_pixels)
-    if raw is not None:
+    if (raw := read_raw_array(image, max_pixels)) is not None:
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     faultless = True
     if image.mode == "CMYK":
-        image.load()
         pixels = np.asarray(image.convert("L"))
     else:
         pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
@@ -279,17 +276,13 @@ def _refusal_of(data: bytes, error: Exception) -> ImageRefused:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return ImageRefused("decompression_bomb", message)
-    lowered = message.lower()
-    cut = "truncated" in lowered or "premature end" in lowered or "unexpected end" in lowered
-    if data.startswith(b"\x89PNG"):
-        cut = cut or b"IEND" not in data[-16:]
-    if data.startswith(b"\xff\xd8"):
-        cut = cut or b"\xff\xda" not in data
+    cut = any(said in message.lower() for said in ("truncated", "premature end", "unexpected end"))
+    cut |= data.startswith(b"\x89PNG") and b"IEND" not in data[-16:]
+    cut |= data.startswith(b"\xff\xd8") and b"\xff\xda" not in data
     if cut:
         return ImageRefused("truncated", f"the file ends after {len(data)} bytes, inside the image")
-    if isinstance(error, UnidentifiedImageError):
-        return ImageRefused("corrupt_data", "the header cannot be read")
-    return ImageRefused("corrupt_data", message)
+    unknown = isinstance(error, UnidentifiedImageError)
+    return ImageRefused("corrupt_data", "the header cannot be read" if unknown else message)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

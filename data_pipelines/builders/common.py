@@ -23,8 +23,8 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
 from data_pipelines.files import images_in
 from data_pipelines.prepare.collect import describe_image
-from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import describe_shard, make_split, write_manifest
+from data_pipelines.prepare.results import write_set_manifest
+from data_pipelines.shards import describe_shard, make_split
 
 Features = dict[str, Any]
 # Of an item (an annotated image, a pair of files, ...): an example, its labels' features, what was done to them.
@@ -95,7 +95,7 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 notes.update(example.attributes.get(NOTES, {}))
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
         settings["rejected"] = self._account_for_files(root)
-        write_manifest(self.data_path, describe_set(images, splits, self.class_names, settings))
+        write_set_manifest(self.data_path, images, splits, self.class_names, settings)
 
     def examples(self, split: str) -> Iterator[Example]:
         """The built examples of a split, in shard order."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -57,8 +56,7 @@ class ImageFolder(InfraredBuilder):
             missing = [source for source in listing.sources if source.key not in kept]
             for example, _ in read_images(missing, Filters(bit_depth=self.builder_config.bit_depth), rejections):
                 rejections.append(Rejection(example.key, "changed", "usable now, was not when the set was built"))
-        write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
-        return dict(Counter(rejection.reason for rejection in rejections).most_common())
+        return write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         listings = self.listings(Path(dl_manager.manual_dir))

@@ -19,8 +19,8 @@ from data_pipelines.files import local_path, new_folder, read_text
 from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import SPLIT_NAME, Manifest, write_manifest, write_split
+from data_pipelines.prepare.results import write_set_manifest
+from data_pipelines.shards import SPLIT_NAME, Manifest, write_split
 
 FILE_COLUMN, SPLIT_COLUMN = "file", "split"
 _LARGEST_TABLE = 1 << 30  # bytes
@@ -52,9 +52,7 @@ def write_examples(
 
     with new_folder(output) as folder:
         made = {name: write_split(folder, name, encoded(examples)) for name, examples in splits.items()}
-        manifest = describe_set(rows, made, classes, settings)
-        write_manifest(folder, manifest)
-    return manifest
+        return write_set_manifest(folder, rows, made, classes, settings)
 
 
 def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", bit_depth: int = 0) -> Example:

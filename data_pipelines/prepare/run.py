@@ -26,8 +26,8 @@ from data_pipelines.prepare.collect import Collection, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
 from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
-from data_pipelines.prepare.results import describe_set, draw_pictures, write_rejected, write_report
-from data_pipelines.shards import Manifest, read_manifest, write_manifest, write_split
+from data_pipelines.prepare.results import draw_pictures, write_rejected, write_report, write_set_manifest
+from data_pipelines.shards import Manifest, read_manifest, write_split
 from data_pipelines.workers import run_all
 
 PART_SIZE = 256
@@ -98,8 +98,7 @@ def prepare(
     if not listing.sources:
         raise InputError(_nothing_kept(listing, listing.rejections))
     plan = _plan_digest(listing, config)
-    finished = _finished_report(output, plan)
-    if finished is not None:
+    if (finished := _finished_report(output, plan)) is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
     with writing(output), _work_folder(work, plan):
@@ -133,15 +132,12 @@ def _fill(
 
     with progress_bar("writing", len(kept), "image", active=progress) as bar:
         splits = {"train": write_split(result, "train", stored(), config.shard_bytes)}
-    rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
+    rejected = write_rejected(result, rejections)
     settings = {"plan": plan, "config": dataclasses.asdict(config), "rejected": rejected}
-    manifest = describe_set([collection.candidates[index] for index in kept], splits, {}, settings)
-    write_rejected(result, rejections)
     write_report(result, collection, len(kept), rejections, settings)
     if config.pictures:
         draw_pictures(result, listing, collection, kept, rejections)
-    write_manifest(result, manifest)
-    return manifest
+    return write_set_manifest(result, [collection.candidates[index] for index in kept], splits, {}, settings)
 
 
 def _report(output: str, manifest: Manifest) -> Report:
