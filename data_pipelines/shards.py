@@ -142,9 +142,7 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     return describe_shard(path, count)
 
 
-def write_split(
-    folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28
-) -> Split:
+def write_split(folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28) -> Split:
     """Writes encoded examples into the shards of a split; a shard is closed when it holds `shard_bytes` or more.
 
     Raises:

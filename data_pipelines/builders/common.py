@@ -88,20 +88,17 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for name, info in self.info.splits.items():
             shards = zip(info.filenames, info.shard_lengths, strict=True)
             splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
-            for example in self.examples(name):
+            files = [os.fspath(self.data_path / file) for file in info.filenames]
+            source = array_record_data_source.ArrayRecordDataSource(files)
+            for index in range(len(source)):
+                example = decode_example(source[index])
                 images.append(describe_image(example, decode_pixels(example)))
                 if (other := first.setdefault(images[-1].content, name)) != name:
                     notes[f"images of {name} whose pixels are in {other} too"] += 1
                 notes.update(example.attributes.get(NOTES, {}))
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
-        settings["rejected"] = self._account_for_files(root)
+        settings["rejected"] = self._account_for_files(root, {image.key for image in images})
         write_set_manifest(self.data_path, images, splits, self.class_names, settings)
-
-    def examples(self, split: str) -> Iterator[Example]:
-        """The built examples of a split, in shard order."""
-        files = [os.fspath(self.data_path / name) for name in self.info.splits[split].filenames]
-        source = array_record_data_source.ArrayRecordDataSource(files)
-        return (decode_example(source[index]) for index in range(len(source)))
 
     def _count_unlisted(self, parts: Iterable[tuple[Path, list[CocoImage]]]) -> None:
         """Notes how many images of the folders none of `parts` (folder, entries below it) lists: they are left out."""
@@ -112,8 +109,8 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             count = sum(PurePosixPath(path.relative_to(folder)) not in names for path in images_in([folder]))
             self.notes += Counter({f"images of {folder.name} left out, as the annotations do not list them": count})
 
-    def _account_for_files(self, root: Path) -> dict[str, int]:
-        """Lists the files of the source that were left out; reason -> count."""
+    def _account_for_files(self, root: Path, kept: set[str]) -> dict[str, int]:
+        """Lists the files of the source that are not among the examples of these keys; reason -> count."""
         return {}
 
     def label_features(self) -> Features:

@@ -46,11 +46,10 @@ class ImageFolder(InfraredBuilder):
                 raise InputError(f"no files below {folder}: put images or archives there")
         return listings
 
-    def _account_for_files(self, root: Path) -> dict[str, int]:
+    def _account_for_files(self, root: Path, kept: set[str]) -> dict[str, int]:
         """Writes `rejected.csv`: why each file of the source that is not in the built set is not."""
         rejections: list[Rejection] = []
-        for split, listing in self.listings(root).items():
-            kept = {example.key for example in self.examples(split)}
+        for listing in self.listings(root).values():
             rejections += listing.rejections
             # Found again, not passed on: with Beam the examples were made in other processes, on other machines.
             missing = [source for source in listing.sources if source.key not in kept]

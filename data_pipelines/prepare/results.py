@@ -116,7 +116,8 @@ def draw_pictures(
     for name, (title, tiles) in sheets.items():
         rows = [tiles[start : start + _COLUMNS] for start in range(0, len(tiles), _COLUMNS)]
         draw_sheet([title], rows).save(os.path.join(folder, f"{name}.png"), optimize=True)
-    removed = [image for image in collection.candidates if image.key not in {each.key for each in images}]
+    chosen = set(kept)
+    removed = [image for index, image in enumerate(collection.candidates) if index not in chosen]
     _write_histograms(os.path.join(folder, "histograms.png"), images, removed)
 
 
