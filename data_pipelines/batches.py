@@ -66,15 +66,15 @@ class Batches(contextlib.AbstractContextManager, Iterator):
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(settings.workers, per_worker_buffer_size=settings.prefetch), _start_worker
             )
-        self._iterator = iter(dataset)
+        self._open = [iter(dataset)]
         # A program that ends without closing would otherwise tear workers down after the modules that they need.
-        self._close = weakref.finalize(self, self._iterator.close)
+        self._closed = weakref.finalize(self, _close, self._open)
 
     def _next(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            raise ValueError("these batches are closed")
         try:
-            batch = next(self._iterator)
+            batch = next(self._open[0])
+        except IndexError:
+            raise ValueError("these batches are closed") from None
         except CorruptExample as error:
             raise DamagedShards(f"{error}; prepare the shards again") from error
         except (RuntimeError, OSError) as error:
@@ -107,11 +107,15 @@ class Batches(contextlib.AbstractContextManager, Iterator):
 
     def close(self) -> None:
         """Stops threads and worker processes; again is harmless."""
-        self._close()
-        self._iterator = None
+        self._closed()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _close(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def _start_worker(number: int, count: int) -> None:

@@ -25,7 +25,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from data_pipelines.commands import printable
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import CorruptExample
 from data_pipelines.files import atomic_write
 
@@ -181,21 +181,18 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
       InputError: no manifest there, or it is not one of this project, or it contradicts itself.
     """
     path = epath.Path(folder) / MANIFEST_NAME
-    try:
-        content = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{os.fspath(folder)} is not a shard set (no {MANIFEST_NAME} in it): "
-            "make one with `python -m data_pipelines.prepare`"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {_REMEDY}") from error
+    with refusing(f"{path} cannot be read", _REMEDY, OSError, ValueError, RecursionError):
+        try:
+            content = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"{os.fspath(folder)} is not a shard set (no {MANIFEST_NAME} in it): "
+                "make one with `python -m data_pipelines.prepare`"
+            ) from None
     if not isinstance(content, dict) or content.pop("version", None) != MANIFEST_VERSION:
         raise InputError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_REMEDY}")
-    try:
+    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError):
         return _checked_manifest(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not usable ({' '.join(str(error).split())}): {_REMEDY}") from error
 
 
 def _refuse_constant(text: str) -> None:

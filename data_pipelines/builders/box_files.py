@@ -22,12 +22,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
 from data_pipelines.builders.common import SPLITS, class_names, image_folders
 from data_pipelines.builders.layouts import images_of, splits_of
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_regular, read_text
 
 _VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
@@ -115,16 +115,11 @@ def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
 def _voc_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the objects of its XML file."""
     path = label.with_name(label.name + ".xml")
-    try:
+    if not os.path.lexists(path):
+        raise InputError(f"{image} has no {path}: add it, without objects if there are none, or remove the image")
+    kinds = OSError, ElementTree.ParseError, ValueError, LookupError  # the last two of encodings
+    with refusing(f"{path} is not readable as XML", "correct it", *kinds):
         root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
-    except FileNotFoundError:
-        raise InputError(
-            f"{image} has no {path}: add it, without objects if there are none, or remove the image"
-        ) from None
-    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # of encodings
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not readable as XML ({error}): correct it") from error
     if root.tag != "annotation":
         raise InputError(f"{path} holds <{root.tag[:40]}>, not VOC's <annotation>: replace it")
     width, height = (_voc_number(root, f"size/{side}", path, needed=False) for side in ("width", "height"))
@@ -160,12 +155,11 @@ def _voc_number(found: ElementTree.Element, tag: str, path: Path, needed: bool =
 def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the boxes, or polygons, of its text file; without a file it has none."""
     path = label.with_name(label.name + ".txt")
-    try:
+    kinds = OSError, SyntaxError, Image.DecompressionBombError
+    with refusing(f"{image} or {path.name} cannot be read", "replace it", *kinds):
         lines = read_text(path, _LARGEST_LIST).splitlines() if os.path.lexists(path) else []
         with Image.open(image) as opened:
             size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image} or {path.name} cannot be read ({error}): replace it") from error
     names = list(categories or {})
     objects = [
         _yolo_object(line.split(), f"{path}: line {number}", names, size)
@@ -210,13 +204,9 @@ def _yolo_names(root: Path) -> dict[str, int]:
     if path in lists:
         names = [line.strip() for line in read_text(path, _LARGEST_LIST).splitlines() if line.strip()]
     else:
-        try:
+        kinds = yaml.YAMLError, ValueError, OSError, RecursionError
+        with refusing(f'{path} has no "names" of classes', "list them there", *kinds):
             names = _names_in_yaml(read_text(path, _LARGEST_YAML))
-        except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = " ".join(str(error).split())
-            raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
     return {name: number for number, name in enumerate(class_names(names, path))}
 
 

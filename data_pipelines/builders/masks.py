@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names
 from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import IGNORE, MASK, Example
 from data_pipelines.files import read_text
 from data_pipelines.prepare.labelled import labelled_image
@@ -163,13 +163,14 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
       InputError: it cannot be read, or its values do not fit 8 bit.
     """
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            if image.mode in ("RGB", "RGBA", "LA"):
-                return np.asarray(image.convert("RGB"))
-            mask, mode = np.asarray(image), image.mode
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"mask {path} cannot be read ({error}): replace it") from error
+    kinds = OSError, SyntaxError, Image.DecompressionBombError
+    with (
+        refusing(f"mask {path} cannot be read", "replace it", *kinds),
+        Image.open(io.BytesIO(path.read_bytes())) as image,
+    ):
+        if image.mode in ("RGB", "RGBA", "LA"):
+            return np.asarray(image.convert("RGB"))
+        mask, mode = np.asarray(image), image.mode
     if mode not in ("1", "L", "P", "I;16", "I") or (mask.size and not 0 <= mask.min() <= mask.max() <= 255):
         raise InputError(f"mask {path} has mode {mode}: masks are 8-bit with one channel, or colours of classes.json")
     return mask.astype(np.uint8)

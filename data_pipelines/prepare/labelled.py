@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines.commands import printable, progress_bar
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
 from data_pipelines.files import local_path, new_folder, read_text
 from data_pipelines.prepare.archives import Rejection, Source
@@ -153,13 +153,10 @@ def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path,
     table = Path(local_path(given, "table"))
     if not columns:
         raise InputError(f"{table}: name at least one label column")
-    try:
+    remedy = "give a table of files and labels"
+    with refusing(f"{table} is not a readable CSV in UTF-8", remedy, OSError, csv.Error):
         reader = csv.reader(io.StringIO(read_text(table, _LARGEST_TABLE), newline=""))
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, csv.Error) as error:
-        raise InputError(
-            f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
-        ) from error
     header, needed = lines[0][1] if lines else [], (FILE_COLUMN, SPLIT_COLUMN, *columns)
     for name in needed:
         if header.count(name) != 1:
