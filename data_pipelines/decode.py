@@ -262,12 +262,9 @@ def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any) -
     """Applies an EXIF orientation (1 to 8; anything else counts as 1)."""
     if orientation not in range(2, 9):
         return DecodedImage(np.ascontiguousarray(pixels), attributes)
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.T
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
+    pixels = pixels.T if orientation >= 5 else pixels
+    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
     return DecodedImage(np.ascontiguousarray(pixels), {**attributes, "orientation": int(orientation)})
 
 

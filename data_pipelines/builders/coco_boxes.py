@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -104,7 +105,7 @@ def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None
         return None
     left, top, right, bottom = box
     if np.abs(np.subtract(grid.corners(annotation), box)).max() > _ROUNDING:
-        grid.notes[_CLIPPED] = grid.notes.get(_CLIPPED, 0) + 1
+        grid.notes[_CLIPPED] += 1
     return {
         "bbox": tfds.features.BBox(
             ymin=top / grid.height, xmin=left / grid.width, ymax=bottom / grid.height, xmax=right / grid.width
@@ -125,7 +126,7 @@ class Grid:
         self._source, self._orientation = source, orientation
         turned = source[::-1] if orientation >= 5 else source
         self.scale = size[0] / turned[0], size[1] / turned[1]
-        self.notes: dict[str, int] = {}
+        self.notes: Counter[str] = Counter()
 
     @classmethod
     def of(cls, image: CocoImage, example: Example, path: Path) -> Grid:

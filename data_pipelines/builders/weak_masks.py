@@ -60,15 +60,13 @@ def _parts(root: Path) -> dict[str, tuple[Path, list[CocoImage]]]:
 def _example(image: CocoImage, folder: Path, bit_depth: int):
     example, grid = annotated_image(image, folder, bit_depth)
     mask = np.zeros((example.height, example.width), np.uint8)
-    counts = {WEAK: 0, _CROWDS: 0, LEFT_OUT: 0}
     for annotation in sorted(image.annotations, key=lambda annotation: not annotation.crowd):
         if grid.clipped(annotation) is None:
-            counts[LEFT_OUT] += 1
+            grid.notes[LEFT_OUT] += 1
         else:
             mask[ellipse(grid.corners(annotation), mask.shape)] = IGNORE if annotation.crowd else 1
-            counts[_CROWDS if annotation.crowd else WEAK] += 1
-    notes = {**grid.notes, **{what: count for what, count in counts.items() if count}}
-    yield example, {MASK: encode_png(mask)}, notes
+            grid.notes[_CROWDS if annotation.crowd else WEAK] += 1
+    yield example, {MASK: encode_png(mask)}, grid.notes
 
 
 def ellipse(box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:
