@@ -101,10 +101,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """
     if not data:
         raise ImageRefused("empty_file", "0 bytes")
-    kind = "text" if _looks_like_text(data[:256]) else "unknown content"
+    is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:256])
+    kind = "text" if is_text else "unknown content"
     if data.startswith(b"RIFF") and data[8:12] != b"WEBP":
         kind = "a RIFF file of sound or video"
-    elif kind != "text" and data.startswith(_SIGNATURES):
+    elif not is_text and data.startswith(_SIGNATURES):
         kind = ""
     if kind:
         raise ImageRefused("not_an_image", f"{kind}, not one of {', '.join(_FORMATS)}")
@@ -117,10 +118,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         raise
     except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal here.
         raise _refusal_of(data, error) from error
-
-
-def _looks_like_text(start: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in start)
 
 
 def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, class_names, image_folders
+from data_pipelines.builders.common import SPLITS, class_names, folders_of, image_folders
 from data_pipelines.builders.layouts import images_of, splits_of
 from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_regular, read_text
@@ -77,12 +77,10 @@ def _read_all(
     root: Path, images: Path, labels: Path, read: _Read, categories: dict[str, int] | None
 ) -> tuple[dict[str, BoxSplit], str]:
     """All splits of a format with a file of labels for each image, named as it; `categories` None: those that occur."""
-    beside = {name: (root / name / "images", root / name / "labels") for name in SPLITS}
-    below = {name: (images / name, labels / name) for name in SPLITS}
-    folders = next(
-        (found for way in (beside, below) if (found := {name: p for name, p in way.items() if p[0].is_dir()})), None
-    )
-    if folders is None:
+    folders = {name: (root / name / "images", root / name / "labels") for name in folders_of(root)}
+    folders = {name: pair for name, pair in folders.items() if pair[0].is_dir()}
+    folders = folders or {name: (folder, labels / name) for name, folder in folders_of(images).items()}
+    if not folders:
         if not images.is_dir():
             raise InputError(f"{root} has no folder {images.name} beside {labels.name}: put the images there")
         files, note = splits_of(root, images, labels)
