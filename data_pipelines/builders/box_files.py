@@ -70,11 +70,8 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     )
 
 
-_Read = Callable[[Path, Path, str, Mapping[str, int] | None], CocoImage]
-
-
 def _read_all(
-    root: Path, images: Path, labels: Path, read: _Read, categories: dict[str, int] | None
+    root: Path, images: Path, labels: Path, read: Callable[..., CocoImage], categories: dict[str, int] | None
 ) -> tuple[dict[str, BoxSplit], str]:
     """All splits of a format with a file of labels for each image, named as it; `categories` None: those that occur."""
     folders = {name: (root / name / "images", root / name / "labels") for name in folders_of(root)}
@@ -89,10 +86,7 @@ def _read_all(
         files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
     for pair in dict.fromkeys(folders.values()):
         _refuse_orphans(*pair, ".xml" if categories is None else ".txt")
-    found = {
-        name: [read(file, folders[name][1] / file.stem, file.name, categories) for file in files[name]]
-        for name in files
-    }
+    found = {name: [read(file, folders[name][1] / file.stem, categories) for file in files[name]] for name in files}
     if categories is None:
         names = sorted({a.category for part in found.values() for image in part for a in image.annotations})
         names = class_names(names, labels) if names else []
@@ -110,19 +104,21 @@ def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
         )
 
 
-def _voc_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+def _voc_image(image: Path, label: Path, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the objects of its XML file."""
     path = label.with_name(label.name + ".xml")
-    if not os.path.lexists(path):
-        raise InputError(f"{image} has no {path}: add it, without objects if there are none, or remove the image")
     kinds = OSError, ElementTree.ParseError, ValueError, LookupError  # the last two of encodings
     with refusing(f"{path} is not readable as XML", "correct it", *kinds):
-        root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
+        try:
+            root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
+        except FileNotFoundError:
+            remedy = "add it, without objects if there are none, or remove the image"
+            raise InputError(f"{image} has no {path}: {remedy}") from None
     if root.tag != "annotation":
         raise InputError(f"{path} holds <{root.tag[:40]}>, not VOC's <annotation>: replace it")
     width, height = (_voc_number(root, f"size/{side}", path, needed=False) for side in ("width", "height"))
     objects = [_voc_object(found, f"{path}: object {n}", path) for n, found in enumerate(root.iter("object"), start=1)]
-    return CocoImage(name, (width, height) if min(width, height) >= 1 else None, objects)
+    return CocoImage(image.name, (width, height) if min(width, height) >= 1 else None, objects)
 
 
 def _voc_object(found: ElementTree.Element, name: str, path: Path) -> Annotation:
@@ -150,7 +146,7 @@ def _voc_number(found: ElementTree.Element, tag: str, path: Path, needed: bool =
     return value
 
 
-def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+def _yolo_image(image: Path, label: Path, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the boxes, or polygons, of its text file; without a file it has none."""
     path = label.with_name(label.name + ".txt")
     kinds = OSError, SyntaxError, Image.DecompressionBombError
@@ -165,7 +161,7 @@ def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, in
         if line.strip()
     ]
     # Some tools draw boxes on the turned picture, others do not: without a size, turned images are refused.
-    return CocoImage(name, None if turned else size, objects)
+    return CocoImage(image.name, None if turned else size, objects)
 
 
 def _yolo_object(parts: list[str], name: str, categories: list[str], size: tuple[int, int]) -> Annotation:
