@@ -101,10 +101,11 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
     """
     if not data:
         raise ImageRefused("empty_file", "0 bytes")
-    kind = "text" if _looks_like_text(data[:256]) else "unknown content"
+    is_text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:256])
+    kind = "text" if is_text else "unknown content"
     if data.startswith(b"RIFF") and data[8:12] != b"WEBP":
         kind = "a RIFF file of sound or video"
-    elif kind != "text" and data.startswith(_SIGNATURES):
+    elif not is_text and data.startswith(_SIGNATURES):
         kind = ""
     if kind:
         raise ImageRefused("not_an_image", f"{kind}, not one of {', '.join(_FORMATS)}")
@@ -117,10 +118,6 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         raise
     except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal here.
         raise _refusal_of(data, error) from error
-
-
-def _looks_like_text(start: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in start)
 
 
 def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:
@@ -181,17 +178,14 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], max_pixels: int) -> DecodedImage:
-    scans = data.count(b"\xff\xda")
-    if scans > _MAX_JPEG_SCANS:
+    if (scans := data.count(b"\xff\xda")) > _MAX_JPEG_SCANS:
         raise ImageRefused("decompression_bomb", f"a JPEG of {scans} scans (over {_MAX_JPEG_SCANS})")
-    raw = read_raw_array(image, max_pixels)
-    if raw is not None:
+    if (raw := read_raw_array(image, max_pixels)) is not None:
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     faultless = True
     if image.mode == "CMYK":
-        image.load()
         pixels = np.asarray(image.convert("L"))
     else:
         pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
@@ -265,12 +259,9 @@ def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any) -
     """Applies an EXIF orientation (1 to 8; anything else counts as 1)."""
     if orientation not in range(2, 9):
         return DecodedImage(np.ascontiguousarray(pixels), attributes)
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.T
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
+    pixels = pixels.T if orientation >= 5 else pixels
+    pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
+    pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
     return DecodedImage(np.ascontiguousarray(pixels), {**attributes, "orientation": int(orientation)})
 
 
@@ -279,17 +270,13 @@ def _refusal_of(data: bytes, error: Exception) -> ImageRefused:
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return ImageRefused("decompression_bomb", message)
-    lowered = message.lower()
-    cut = "truncated" in lowered or "premature end" in lowered or "unexpected end" in lowered
-    if data.startswith(b"\x89PNG"):
-        cut = cut or b"IEND" not in data[-16:]
-    if data.startswith(b"\xff\xd8"):
-        cut = cut or b"\xff\xda" not in data
+    cut = any(said in message.lower() for said in ("truncated", "premature end", "unexpected end"))
+    cut |= data.startswith(b"\x89PNG") and b"IEND" not in data[-16:]
+    cut |= data.startswith(b"\xff\xd8") and b"\xff\xda" not in data
     if cut:
         return ImageRefused("truncated", f"the file ends after {len(data)} bytes, inside the image")
-    if isinstance(error, UnidentifiedImageError):
-        return ImageRefused("corrupt_data", "the header cannot be read")
-    return ImageRefused("corrupt_data", message)
+    unknown = isinstance(error, UnidentifiedImageError)
+    return ImageRefused("corrupt_data", "the header cannot be read" if unknown else message)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -1,6 +1,10 @@
 """The one exception that means: the user can mend this."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
+from collections.abc import Iterator
 
 # Of an OSError: what the machine lacks (room, open files, a sound disk), which is no fault of the file at hand.
 OF_THE_MACHINE = (
@@ -21,3 +25,14 @@ class InputError(ValueError):
     def __init__(self, message: str = ""):
         half = _LONGEST // 2
         super().__init__(message if len(message) <= _LONGEST else f"{message[:half]}…{message[-half:]}")
+
+
+@contextlib.contextmanager
+def refusing(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
+    """InputError "WHAT (reason): REMEDY" where the block raises one of these kinds; an InputError passes as it is."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{what} ({' '.join(str(error).split())}): {remedy}") from error

@@ -20,7 +20,7 @@ import dataclasses
 import io
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -244,15 +244,7 @@ def decode_pixels(example: Example) -> np.ndarray:
       CorruptExample: the image does not decode, or not to the size and depth that the example states.
     """
     dtype = np.dtype("u1" if example.bit_depth == 8 else "<u2")
-
-    def decode() -> np.ndarray:
-        if example.encoding == "jpeg":
-            return simplejpeg.decode_jpeg(example.image, colorspace="GRAY", strict=True)[..., 0]
-        if example.encoding == "raw":
-            return np.frombuffer(example.image, dtype).reshape(example.height, example.width)
-        return _decode_png(example.image)
-
-    return _decoded(example, "image", decode, dtype)
+    return _decoded(example, "image", example.image, example.encoding, dtype)
 
 
 def decode_mask(example: Example) -> np.ndarray:
@@ -261,20 +253,21 @@ def decode_mask(example: Example) -> np.ndarray:
     Raises:
       CorruptExample: it does not decode, or not to the image's size.
     """
-    return _decoded(example, "mask", lambda: _decode_png(example.mask), np.uint8)
+    return _decoded(example, "mask", example.mask, "png", np.uint8)
 
 
-def _decoded(example: Example, what: str, decode: Callable[[], np.ndarray], dtype: Any) -> np.ndarray:
+def _decoded(example: Example, what: str, data: bytes, encoding: str, dtype: Any) -> np.ndarray:
     try:
-        pixels = decode()
+        if encoding == "jpeg":
+            pixels = simplejpeg.decode_jpeg(data, colorspace="GRAY", strict=True)[..., 0]
+        elif encoding == "raw":
+            pixels = np.frombuffer(data, dtype).reshape(example.height, example.width)
+        else:
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+                pixels = np.asarray(image)
     except _DECODER_ERRORS as error:
         raise CorruptExample(f"{example.key}: the stored {what} does not decode ({error})") from error
     if pixels.shape != (example.height, example.width) or pixels.dtype != dtype:
         stated = f"{example.width}x{example.height} of {example.bit_depth} bit"
         raise CorruptExample(f"{example.key}: stored as {stated}, a {what} of shape {pixels.shape} of {pixels.dtype}")
     return pixels
-
-
-def _decode_png(data: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        return np.asarray(image)

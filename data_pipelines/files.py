@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from data_pipelines.commands import csv_cell
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 
 PLAN_NAME = "prepare_plan"  # in the work folder of an unfinished shard set
 # Beside shard sets: work on one, runs, predictions, scores.
@@ -113,10 +113,8 @@ def read_text(path: str | os.PathLike, most: int) -> str:
       InputError: it is no regular file (a pipe or a device may never end), has over `most` bytes, or is not UTF-8.
       OSError: it cannot be read.
     """
-    try:
+    with refusing(f"{path} is no text in UTF-8", "save it as UTF-8", UnicodeDecodeError):
         return read_regular(path, most).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from error
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:

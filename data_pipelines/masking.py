@@ -18,12 +18,14 @@ import numpy as np
 from data_pipelines.errors import InputError
 from data_pipelines.transforms import MEAN, STD
 
-SCORES = ("gray_mean", "kernel", "variance", "entropy", "none")
 SELECTIONS = ("stride", "random", "top_k")
 GRAY_LEVELS = 256
 PATCH = 16  # side of a token in pixels; the model's
-# Fixed point of c*log2(c): sums of up to 2**20 pixels stay far below 2**63.
+# c*log2(c) for each count c of a token's pixels, in fixed point: integer sums do not depend on the order of the gray
+# levels. They stay far below 2**63.
 ENTROPY_FRACTION_BITS = 32
+_COUNTS = np.arange(PATCH**2 + 1)
+_COUNT_LOG_COUNT = np.round(_COUNTS * np.log2(np.maximum(_COUNTS, 1)) * 2.0**ENTROPY_FRACTION_BITS).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class MaskConfig:
     bias: float = 0.0
 
     def __post_init__(self):
-        for name, known in (("score", SCORES), ("selection", SELECTIONS)):
+        for name, known in (("score", _SCORE_FUNCTIONS), ("selection", SELECTIONS)):
             if getattr(self, name) not in known:
                 raise InputError(f"mask.{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.score == "none" and self.selection != "random":
@@ -205,18 +207,11 @@ def _variances(images: np.ndarray, config: MaskConfig) -> np.ndarray:
 def _entropies(images: np.ndarray, config: MaskConfig) -> np.ndarray:
     pixels = _patches(images)
     *lead, count = pixels.shape
-    tokens = int(np.prod(lead))
+    tokens = math.prod(lead)
     offsets = np.arange(tokens, dtype=np.int64)[:, None] * GRAY_LEVELS
     histograms = np.bincount((pixels.reshape(tokens, count) + offsets).ravel(), minlength=tokens * GRAY_LEVELS)
-    terms = _count_log_count(count)[histograms].reshape(*lead, GRAY_LEVELS).sum(-1)
+    terms = _COUNT_LOG_COUNT[histograms].reshape(*lead, GRAY_LEVELS).sum(-1)
     return np.log2(count) - terms / float(count << ENTROPY_FRACTION_BITS)
-
-
-@functools.lru_cache(maxsize=8)
-def _count_log_count(count: int) -> np.ndarray:
-    """c*log2(c) for c = 0..count in fixed point: integer sums do not depend on the order of the gray levels."""
-    counts = np.arange(count + 1, dtype=np.float64)
-    return np.round(counts * np.log2(np.maximum(counts, 1)) * 2.0**ENTROPY_FRACTION_BITS).astype(np.int64)
 
 
 def _no_scores(images: np.ndarray, config: MaskConfig) -> np.ndarray:

@@ -27,6 +27,3 @@ class ImageRefused(ValueError):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-
-    def __reduce__(self):
-        return ImageRefused, (self.reason, self.detail)

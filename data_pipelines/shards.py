@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import resource
@@ -26,7 +25,7 @@ from array_record.python import array_record_module
 from etils import epath
 
 from data_pipelines.commands import printable
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import CorruptExample
 from data_pipelines.files import atomic_write
 
@@ -143,9 +142,7 @@ def write_shard(path: str | os.PathLike, examples: Iterable[bytes]) -> Shard:
     return describe_shard(path, count)
 
 
-def write_split(
-    folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28
-) -> Split:
+def write_split(folder: str | os.PathLike, name: str, examples: Iterable[bytes], shard_bytes: int = 1 << 28) -> Split:
     """Writes encoded examples into the shards of a split; a shard is closed when it holds `shard_bytes` or more.
 
     Raises:
@@ -184,21 +181,18 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
       InputError: no manifest there, or it is not one of this project, or it contradicts itself.
     """
     path = epath.Path(folder) / MANIFEST_NAME
-    try:
-        content = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{os.fspath(folder)} is not a shard set (no {MANIFEST_NAME} in it): "
-            "make one with `python -m data_pipelines.prepare`"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}): {_REMEDY}") from error
+    with refusing(f"{path} cannot be read", _REMEDY, OSError, ValueError, RecursionError):
+        try:
+            content = json.loads(path.read_text(), parse_constant=_refuse_constant)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"{os.fspath(folder)} is not a shard set (no {MANIFEST_NAME} in it): "
+                "make one with `python -m data_pipelines.prepare`"
+            ) from None
     if not isinstance(content, dict) or content.pop("version", None) != MANIFEST_VERSION:
         raise InputError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_REMEDY}")
-    try:
+    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError):
         return _checked_manifest(content)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not usable ({' '.join(str(error).split())}): {_REMEDY}") from error
 
 
 def _refuse_constant(text: str) -> None:
@@ -345,10 +339,7 @@ class ShardReader:
           CorruptExample: the shard is damaged at this record; the message names both.
           InputError: the shard cannot be read now: too many open files, a failing disk, no permission.
         """
-        position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"record {position} of {len(self)}")
-        position %= len(self)
+        position = range(len(self))[index]
         number = bisect.bisect_right(self._starts, position) - 1
         place = position - self._starts[number]
         try:

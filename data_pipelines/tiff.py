@@ -85,15 +85,13 @@ def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
         if page.imagewidth * page.imagelength > max_pixels:
             size = f"{page.imagewidth}x{page.imagelength}"
             raise ImageRefused("decompression_bomb", f"{size} is over the limit of {max_pixels} pixels")
-        attributes = {"frames": frames} if frames > 1 else {}
-        orientation = page.tags.valueof(_ORIENTATION_TAG)
-        if _is_left_to_imaging_library(page):
-            return TiffPicture(page.index, orientation, None, attributes, _described(page))
-        _check_parts(page, len(data), 4 * max_pixels)
-        # One thread: images are decoded in several processes already.
-        values = page.asarray(maxworkers=1)
-        pixels, numbers = _stored(values, page)
-    return TiffPicture(page.index, orientation, pixels, {**attributes, **numbers}, _described(page))
+        pixels, attributes = None, {"frames": frames} if frames > 1 else {}
+        if not _is_left_to_imaging_library(page):
+            _check_parts(page, len(data), 4 * max_pixels)
+            # One thread: images are decoded in several processes already.
+            pixels, numbers = _stored(page.asarray(maxworkers=1), page)
+            attributes |= numbers
+        return TiffPicture(page.index, page.tags.valueof(_ORIENTATION_TAG), pixels, attributes, _described(page))
 
 
 def _count_pages(file: tifffile.TiffFile) -> int:

@@ -199,9 +199,9 @@ class Geometry:
         size = min(canvas[0], max(1, round(height * factor))), min(canvas[1], max(1, round(width * factor)))
         return cls(Crop(0, 0, height, width), size, canvas)
 
-    def image(self, image: np.ndarray, fill: int = PAD_GRAY) -> np.ndarray:
-        """(H, W) uint8 -> `canvas` uint8 by antialiased bicubic, `fill` where the image does not reach."""
-        return self._place(resize(self.crop.of(image), self.size), fill)
+    def image(self, image: np.ndarray) -> np.ndarray:
+        """(H, W) uint8 -> `canvas` uint8 by antialiased bicubic, `PAD_GRAY` where the image does not reach."""
+        return self._place(resize(self.crop.of(image), self.size), PAD_GRAY)
 
     def mask(self, mask: np.ndarray) -> np.ndarray:
         """(H, W) uint8 class numbers -> `canvas` uint8 by the nearest pixel, `IGNORE` outside of the image."""

@@ -132,10 +132,6 @@ class LabelledView(View):
         super().__post_init__()
         if not 0 <= self.focus <= 1:
             raise InputError(f"focus={self.focus} is a probability; use a value from 0 to 1")
-        if self.max_objects < 0 or not 0 <= self.min_visible <= 1:
-            raise InputError(
-                f"max_objects={self.max_objects} must be at least 0, min_visible={self.min_visible} from 0 to 1"
-            )
 
     @property
     def spec(self) -> Spec:

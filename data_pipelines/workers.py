@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -14,37 +14,25 @@ from typing import Any
 
 from data_pipelines.errors import InputError
 
-# `run_all(function, argument tuples)` yields the results as they finish, in no fixed order.
-RunAll = Callable[[Callable[..., Any], Sequence[tuple]], Iterator[Any]]
 
-
-@contextlib.contextmanager
-def worker_pool(workers: int | None, tasks: int) -> Iterator[RunAll]:
-    """Yields a `RunAll` over `workers` processes.
+def run_all(workers: int | None, function: Callable[..., Any], tasks: Sequence[tuple]) -> Iterator[Any]:
+    """Yields the results of a function as they finish, in no fixed order.
 
     Args:
       workers: number of processes; None takes one a core; 0 or 1 works in this process, as does a single task.
-      tasks: the most tasks that one call will get.
+      function: importable by its name.
+      tasks: its arguments, one tuple for each call.
 
     Raises:
-      InputError: (in `run_all`) a worker died.
+      InputError: a worker died.
     """
-    workers = min(os.cpu_count() or 1 if workers is None else workers, tasks)
+    workers = min(os.cpu_count() or 1 if workers is None else workers, len(tasks))
     if workers <= 1:
-        yield lambda function, tasks: (function(*arguments) for arguments in tasks)
+        yield from itertools.starmap(function, tasks)
         return
     # Spawned, not forked: the record writer and the decoders run threads.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=follow_parent)
-    try:
-        yield lambda function, tasks: _run_all(pool, function, tasks)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _run_all(
-    pool: concurrent.futures.Executor, function: Callable[..., Any], tasks: Sequence[tuple]
-) -> Iterator[Any]:
     try:
         futures = [pool.submit(function, *arguments) for arguments in tasks]
         for future in concurrent.futures.as_completed(futures):
@@ -54,6 +42,8 @@ def _run_all(
             "a worker process died (killed, or out of memory): run again to continue, with fewer --workers if memory "
             "is short"
         ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def follow_parent() -> None:

@@ -4,8 +4,7 @@ Importing this package registers them with `tfds.builder` and `tfds.data_source`
 """
 
 from data_pipelines.builders.coco_boxes import CocoBoxes
-from data_pipelines.builders.image_folder import ImageFolder
-from data_pipelines.builders.inf30 import Inf30
+from data_pipelines.builders.image_folder import ImageFolder, Inf30
 from data_pipelines.builders.masks import ClassMasks, SmallTargets
 from data_pipelines.builders.weak_masks import WeakSmallTargets
 

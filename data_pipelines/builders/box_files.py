@@ -22,12 +22,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, class_names, split_folders
+from data_pipelines.builders.common import SPLITS, class_names, folders_of, image_folders
 from data_pipelines.builders.layouts import images_of, splits_of
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_regular, read_text
 
 _VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
@@ -52,7 +52,7 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
       InputError: no layout that is known, or a file that cannot be used.
     """
     if (root / "annotations").is_dir() and any((root / "annotations").glob("*.json")):
-        folders, files = split_folders(root, "images"), root / "annotations"
+        folders, files = image_folders(root), root / "annotations"
         others = sorted({path.name for path in files.glob("*.json")} - {f"{name}.json" for name in folders})
         note = f"left out, as there is no folder images/SPLIT for them: {', '.join(others)}" if others else ""
         return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, note
@@ -70,19 +70,14 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     )
 
 
-_Read = Callable[[Path, Path, str, Mapping[str, int] | None], CocoImage]
-
-
 def _read_all(
-    root: Path, images: Path, labels: Path, read: _Read, categories: dict[str, int] | None
+    root: Path, images: Path, labels: Path, read: Callable[..., CocoImage], categories: dict[str, int] | None
 ) -> tuple[dict[str, BoxSplit], str]:
     """All splits of a format with a file of labels for each image, named as it; `categories` None: those that occur."""
-    beside = {name: (root / name / "images", root / name / "labels") for name in SPLITS}
-    below = {name: (images / name, labels / name) for name in SPLITS}
-    folders = next(
-        (found for way in (beside, below) if (found := {name: p for name, p in way.items() if p[0].is_dir()})), None
-    )
-    if folders is None:
+    folders = {name: (root / name / "images", root / name / "labels") for name in folders_of(root)}
+    folders = {name: pair for name, pair in folders.items() if pair[0].is_dir()}
+    folders = folders or {name: (folder, labels / name) for name, folder in folders_of(images).items()}
+    if not folders:
         if not images.is_dir():
             raise InputError(f"{root} has no folder {images.name} beside {labels.name}: put the images there")
         files, note = splits_of(root, images, labels)
@@ -91,10 +86,7 @@ def _read_all(
         files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
     for pair in dict.fromkeys(folders.values()):
         _refuse_orphans(*pair, ".xml" if categories is None else ".txt")
-    found = {
-        name: [read(file, folders[name][1] / file.stem, file.name, categories) for file in files[name]]
-        for name in files
-    }
+    found = {name: [read(file, folders[name][1] / file.stem, categories) for file in files[name]] for name in files}
     if categories is None:
         names = sorted({a.category for part in found.values() for image in part for a in image.annotations})
         names = class_names(names, labels) if names else []
@@ -112,24 +104,21 @@ def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
         )
 
 
-def _voc_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+def _voc_image(image: Path, label: Path, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the objects of its XML file."""
     path = label.with_name(label.name + ".xml")
-    try:
-        root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
-    except FileNotFoundError:
-        raise InputError(
-            f"{image} has no {path}: add it, without objects if there are none, or remove the image"
-        ) from None
-    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # of encodings
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not readable as XML ({error}): correct it") from error
+    kinds = OSError, ElementTree.ParseError, ValueError, LookupError  # the last two of encodings
+    with refusing(f"{path} is not readable as XML", "correct it", *kinds):
+        try:
+            root = ElementTree.fromstring(read_regular(path, _LARGEST_XML))
+        except FileNotFoundError:
+            remedy = "add it, without objects if there are none, or remove the image"
+            raise InputError(f"{image} has no {path}: {remedy}") from None
     if root.tag != "annotation":
         raise InputError(f"{path} holds <{root.tag[:40]}>, not VOC's <annotation>: replace it")
     width, height = (_voc_number(root, f"size/{side}", path, needed=False) for side in ("width", "height"))
     objects = [_voc_object(found, f"{path}: object {n}", path) for n, found in enumerate(root.iter("object"), start=1)]
-    return CocoImage(name, (width, height) if min(width, height) >= 1 else None, objects)
+    return CocoImage(image.name, (width, height) if min(width, height) >= 1 else None, objects)
 
 
 def _voc_object(found: ElementTree.Element, name: str, path: Path) -> Annotation:
@@ -157,15 +146,14 @@ def _voc_number(found: ElementTree.Element, tag: str, path: Path, needed: bool =
     return value
 
 
-def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, int] | None) -> CocoImage:
+def _yolo_image(image: Path, label: Path, categories: Mapping[str, int] | None) -> CocoImage:
     """An image with the boxes, or polygons, of its text file; without a file it has none."""
     path = label.with_name(label.name + ".txt")
-    try:
+    kinds = OSError, SyntaxError, Image.DecompressionBombError
+    with refusing(f"{image} or {path.name} cannot be read", "replace it", *kinds):
         lines = read_text(path, _LARGEST_LIST).splitlines() if os.path.lexists(path) else []
         with Image.open(image) as opened:
             size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{image} or {path.name} cannot be read ({error}): replace it") from error
     names = list(categories or {})
     objects = [
         _yolo_object(line.split(), f"{path}: line {number}", names, size)
@@ -173,7 +161,7 @@ def _yolo_image(image: Path, label: Path, name: str, categories: Mapping[str, in
         if line.strip()
     ]
     # Some tools draw boxes on the turned picture, others do not: without a size, turned images are refused.
-    return CocoImage(name, None if turned else size, objects)
+    return CocoImage(image.name, None if turned else size, objects)
 
 
 def _yolo_object(parts: list[str], name: str, categories: list[str], size: tuple[int, int]) -> Annotation:
@@ -201,22 +189,19 @@ def _yolo_object(parts: list[str], name: str, categories: list[str], size: tuple
 
 def _yolo_names(root: Path) -> dict[str, int]:
     """The classes of a YOLO set, by name, in order."""
-    for name in _NAME_LISTS:
-        for path in (root / name, root / "labels" / name):
-            if path.is_file():
-                lines = read_text(path, _LARGEST_LIST).splitlines()
-                return _numbered([line.strip() for line in lines if line.strip()], path)
-    for name in _YAML:
-        path = root / name
-        if path.is_file():
-            try:
-                return _numbered(_names_in_yaml(read_text(path, _LARGEST_YAML)), path)
-            except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-                if isinstance(error, InputError):
-                    raise
-                reason = " ".join(str(error).split())
-                raise InputError(f'{path} has no "names" of classes ({reason}): list them there') from error
-    raise InputError(f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names")
+    lists = [folder / name for name in _NAME_LISTS for folder in (root, root / "labels")]
+    path = next((path for path in (*lists, *(root / name for name in _YAML)) if path.is_file()), None)
+    if path is None:
+        raise InputError(
+            f"{root} has no list of classes: add classes.txt, a name on each line, or data.yaml with names"
+        )
+    if path in lists:
+        names = [line.strip() for line in read_text(path, _LARGEST_LIST).splitlines() if line.strip()]
+    else:
+        kinds = yaml.YAMLError, ValueError, OSError, RecursionError
+        with refusing(f'{path} has no "names" of classes', "list them there", *kinds):
+            names = _names_in_yaml(read_text(path, _LARGEST_YAML))
+    return {name: number for number, name in enumerate(class_names(names, path))}
 
 
 def _names_in_yaml(text: str) -> list[str]:
@@ -241,7 +226,3 @@ def _names_in_yaml(text: str) -> list[str]:
     if not all(isinstance(entry, yaml.ScalarNode) for entry in entries):
         raise ValueError("it holds something else than names")
     return [entry.value for entry in entries]
-
-
-def _numbered(names: list[str], path: Path) -> dict[str, int]:
-    return {name: number for number, name in enumerate(class_names(names, path))}

@@ -11,7 +11,6 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tensorflow_datasets as tfds
 from etils import epath
@@ -51,7 +50,6 @@ def build(
     *,
     beam_options: Sequence[str] | None = None,
     shards: int | None = None,
-    **builder_options: Any,
 ) -> Built:
     """Builds a registered data set.
 
@@ -62,7 +60,6 @@ def build(
       beam_options: build with Apache Beam and these pipeline options, for example ["runner=DirectRunner"]; None builds
         in this process.
       shards: shards per split; None leaves it to TFDS (by size).
-      **builder_options: for the builder, for example `config`.
 
     Returns:
       What was built, or was there already from the same source.
@@ -83,7 +80,7 @@ def build(
     if beam_options is not None and importlib.util.find_spec("apache_beam") is None:
         raise InputError("Apache Beam is not installed: pip install 'infmae-jax[beam]'")
     try:
-        builder = tfds.builder(name, data_dir=data_dir, beam=beam_options is not None, **builder_options)
+        builder = tfds.builder(name, data_dir=data_dir, beam=beam_options is not None)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise InputError(f"data set {name!r} is unknown: {str(error).splitlines()[0]}") from error
     folder = builder.data_path

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +14,7 @@ from absl import logging
 
 from data_pipelines.builders.box_files import BoxSplit, read_boxes
 from data_pipelines.builders.coco_file import Annotation, CocoImage
-from data_pipelines.builders.common import InfraredBuilder, image_features, with_notes
+from data_pipelines.builders.common import InfraredBuilder
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example
 from data_pipelines.outlines import outline
@@ -56,16 +56,11 @@ class CocoBoxes(InfraredBuilder):
         ids = {name: n for split in reversed(splits.values()) for name, n in split.boxes.categories.items()}
         self.settings["category_ids"] = {name: ids[name] for name in names}
         self.info.features["objects"]["label"].names = names
-        self._count_unlisted(
-            (split.folder, (image.file_name for image in split.boxes.images)) for split in splits.values()
-        )
-        return {name: self._generate_examples(split, names) for name, split in splits.items()}
-
-    def _generate_examples(self, split: BoxSplit, names: list[str]):
-        make = functools.partial(
-            _example, folder=split.folder, names=names, bit_depth=self.builder_config.bit_depth
-        )
-        return self._generate(split.boxes.images, make)
+        self._count_unlisted((split.folder, split.boxes.images) for split in splits.values())
+        return {
+            name: self._generate_examples(split.boxes.images, _example, folder=split.folder, names=names)
+            for name, split in splits.items()
+        }
 
 
 def _refuse_other_names(splits: Mapping[str, BoxSplit]) -> None:
@@ -91,16 +86,16 @@ def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Exa
 
 
 def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
+    """Makes what `common.Make` says."""
     example, grid = annotated_image(image, folder, bit_depth)
     objects = [found for annotation in image.annotations if (found := _object(annotation, grid, names)) is not None]
     if left_out := len(image.annotations) - len(objects):
         grid.notes[LEFT_OUT] = left_out
     if not image.annotations:
         grid.notes["images without boxes"] = 1
-    example = with_notes(example, grid.notes)
     if image.number is not None:
         example = dataclasses.replace(example, attributes={**example.attributes, "image_id": image.number})
-    yield example.key, {**image_features(example), "objects": objects}
+    yield example, {"objects": objects}, grid.notes
 
 
 def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
@@ -110,7 +105,7 @@ def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None
         return None
     left, top, right, bottom = box
     if np.abs(np.subtract(grid.corners(annotation), box)).max() > _ROUNDING:
-        grid.notes[_CLIPPED] = grid.notes.get(_CLIPPED, 0) + 1
+        grid.notes[_CLIPPED] += 1
     return {
         "bbox": tfds.features.BBox(
             ymin=top / grid.height, xmin=left / grid.width, ymax=bottom / grid.height, xmax=right / grid.width
@@ -131,7 +126,7 @@ class Grid:
         self._source, self._orientation = source, orientation
         turned = source[::-1] if orientation >= 5 else source
         self.scale = size[0] / turned[0], size[1] / turned[1]
-        self.notes: dict[str, int] = {}
+        self.notes: Counter[str] = Counter()
 
     @classmethod
     def of(cls, image: CocoImage, example: Example, path: Path) -> Grid:

@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.commands import printable
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_text
 
 LARGEST = 1e9  # of coordinates
@@ -67,17 +67,13 @@ def read_coco(path: Path) -> CocoFile:
     Raises:
       InputError: the file or one of its entries is not usable.
     """
-    try:
+    remedy = "every split needs annotations/SPLIT.json"
+    with refusing(f"{path} is not a COCO file", remedy, OSError, ValueError, AttributeError, RecursionError):
         content = json.loads(read_text(path, _LARGEST_FILE))
         lists = {kind: content.get(kind) for kind in ("images", "annotations", "categories")}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is not a COCO file ({reason}): every split needs annotations/SPLIT.json") from error
     for kind, entries in lists.items():
         if not isinstance(entries, list):
-            raise InputError(f"{path} lacks the COCO list {kind!r}: every split needs annotations/SPLIT.json")
+            raise InputError(f"{path} lacks the COCO list {kind!r}: {remedy}")
     categories = {
         _checked(entry, "id", what): _checked(entry, "name", what)
         for what, entry in _entries(path, "categories", lists)

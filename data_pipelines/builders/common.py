@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python import array_record_data_source
 
+from data_pipelines.builders.coco_file import CocoImage
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
 from data_pipelines.files import images_in
-from data_pipelines.prepare.archives import Rejection, Source
-from data_pipelines.prepare.collect import describe_image, read_images
-from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import describe_shard, make_split, write_manifest
+from data_pipelines.prepare.collect import describe_image
+from data_pipelines.prepare.results import write_set_manifest
+from data_pipelines.shards import describe_shard, make_split
 
 Features = dict[str, Any]
+# Of an item (an annotated image, a pair of files, ...): an example, its labels' features, what was done to them.
+Make = Callable[..., Iterator[tuple[Example, Features, dict[str, int]]]]
 SPLITS = ("train", "val", "validation", "test")
 # In `Example.attributes`: what was done to the annotations of an image, and to how many.
 NOTES = "annotations"
@@ -87,32 +88,29 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for name, info in self.info.splits.items():
             shards = zip(info.filenames, info.shard_lengths, strict=True)
             splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
-            for example in self.examples(name):
+            files = [os.fspath(self.data_path / file) for file in info.filenames]
+            source = array_record_data_source.ArrayRecordDataSource(files)
+            for index in range(len(source)):
+                example = decode_example(source[index])
                 images.append(describe_image(example, decode_pixels(example)))
                 if (other := first.setdefault(images[-1].content, name)) != name:
                     notes[f"images of {name} whose pixels are in {other} too"] += 1
                 notes.update(example.attributes.get(NOTES, {}))
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
-        settings["rejected"] = self._account_for_files(root)
-        write_manifest(self.data_path, describe_set(images, splits, self.class_names, settings))
+        settings["rejected"] = self._account_for_files(root, {image.key for image in images})
+        write_set_manifest(self.data_path, images, splits, self.class_names, settings)
 
-    def examples(self, split: str) -> Iterator[Example]:
-        """The built examples of a split, in shard order."""
-        files = [os.fspath(self.data_path / name) for name in self.info.splits[split].filenames]
-        source = array_record_data_source.ArrayRecordDataSource(files)
-        return (decode_example(source[index]) for index in range(len(source)))
-
-    def _count_unlisted(self, parts: Iterable[tuple[Path, Iterable[str]]]) -> None:
-        """Notes how many images of the folders none of `parts` (folder, names below it) lists: they are left out."""
+    def _count_unlisted(self, parts: Iterable[tuple[Path, list[CocoImage]]]) -> None:
+        """Notes how many images of the folders none of `parts` (folder, entries below it) lists: they are left out."""
         listed: dict[Path, set[PurePosixPath]] = defaultdict(set)
-        for folder, names in parts:
-            listed[folder].update(map(PurePosixPath, names))
+        for folder, images in parts:
+            listed[folder].update(PurePosixPath(image.file_name) for image in images)
         for folder, names in listed.items():
             count = sum(PurePosixPath(path.relative_to(folder)) not in names for path in images_in([folder]))
             self.notes += Counter({f"images of {folder.name} left out, as the annotations do not list them": count})
 
-    def _account_for_files(self, root: Path) -> dict[str, int]:
-        """Lists the files of the source that were left out; reason -> count."""
+    def _account_for_files(self, root: Path, kept: set[str]) -> dict[str, int]:
+        """Lists the files of the source that are not among the examples of these keys; reason -> count."""
         return {}
 
     def label_features(self) -> Features:
@@ -126,28 +124,30 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         text = tfds.features.Text()
         features = {IMAGE: image, KEY: text, SOURCE: text, **self.label_features()}
         description = inspect.cleandoc(type(self).__doc__)
-        return _Info(
-            builder=self, description=description, features=tfds.features.FeaturesDict(features)
-        )
+        return _Info(builder=self, description=description, features=tfds.features.FeaturesDict(features))
 
-    def _generate(self, items: Iterable[Any], make: Callable[[Any], Iterator[tuple[str, Features]]]) -> Any:
-        """Examples of all items; `make` must be picklable, Beam runs it elsewhere."""
+    def _generate_examples(self, items: Iterable[Any], make: Make, **options: Any) -> Any:
+        """What `make(item, bit_depth=…, **options)` gives for all items; picklable, as Beam runs it elsewhere."""
+        stored = functools.partial(_stored, make=make, bit_depth=self.builder_config.bit_depth, **options)
         if not self._beam:
-            return itertools.chain.from_iterable(map(make, items))
+            return itertools.chain.from_iterable(map(stored, items))
         import apache_beam as beam
 
-        return beam.Create(list(items)) | beam.Reshuffle() | beam.FlatMap(make)
+        return beam.Create(list(items)) | beam.Reshuffle() | beam.FlatMap(stored)
+
+
+def _stored(item: Any, make: Make, **options: Any) -> Iterator[tuple[str, Features]]:
+    """Key and features of an item's examples."""
+    for example, labels, notes in make(item, **options):
+        if notes:
+            example = dataclasses.replace(example, attributes={**example.attributes, NOTES: notes})
+        yield example.key, {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example), **labels}
 
 
 def source_name(source: str | os.PathLike) -> str:
     """How a manifest names the folder that a set was made from, without telling where it lies."""
     path = Path(source).resolve()
     return f"{path.name} ({hashlib.sha256(os.fsencode(path)).hexdigest()[:8]})"
-
-
-def image_features(example: Example) -> Features:
-    """The features of the image itself."""
-    return {IMAGE: example.image, KEY: example.key, SOURCE: source_text(example)}
 
 
 def class_names(names: Iterable[str], path: Path) -> list[str]:
@@ -160,33 +160,20 @@ def class_names(names: Iterable[str], path: Path) -> list[str]:
     return found
 
 
-def with_notes(example: Example, notes: dict[str, int]) -> Example:
-    """The example with what was done to its annotations."""
-    return dataclasses.replace(example, attributes={**example.attributes, NOTES: notes}) if notes else example
+def folders_of(parent: Path) -> dict[str, Path]:
+    """Split -> the folder of its name; splits without one are left out."""
+    return {name: parent / name for name in SPLITS if (parent / name).is_dir()}
 
 
-def part_features(part: Sequence[Source], filters: Filters) -> Iterator[tuple[str, Features]]:
-    """Key and features of each usable file of a part of a listing; the others are logged and left out."""
-    refused: list[Rejection] = []
-    for example, _ in read_images(part, filters, refused):
-        yield example.key, image_features(example)
-    for row in refused:
-        logging.warning("left out %s: %s (%s)", row.key, row.reason, row.detail)
-
-
-def split_folders(root: Path, *kinds: str) -> dict[str, Path]:
-    """Split -> folder below the first of the folders `kinds` of `root` that exists.
+def image_folders(root: Path) -> dict[str, Path]:
+    """Split -> folder of its images, images/SPLIT.
 
     Raises:
-      InputError: none exists, or it has no folder named after a split.
+      InputError: there is no folder images, or none in it is named after a split.
     """
-    for kind in kinds:
-        folder = root / kind
-        if folder.is_dir():
-            splits = {name: folder / name for name in SPLITS if (folder / name).is_dir()}
-            if not splits:
-                raise InputError(
-                    f"{folder} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}: sort its files into one"
-                )
-            return splits
-    raise InputError(f"{root} has no folder {' or '.join(kinds)}: see the layout in the builder's description")
+    folder = root / "images"
+    if not folder.is_dir():
+        raise InputError(f"{root} has no folder images: see the layout in the builder's description")
+    if not (found := folders_of(folder)):
+        raise InputError(f"{folder} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}: sort its files into one")
+    return found

@@ -1,16 +1,17 @@
-"""TFDS builder `image_folder`: any folder or archives of infrared images, curated as `data_pipelines.prepare` does."""
+"""TFDS builders `image_folder` and `inf30`: any infrared images, curated as `data_pipelines.prepare` does."""
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from absl import logging
 
-from data_pipelines.builders.common import SPLITS, InfraredBuilder, part_features
+from data_pipelines.builders.common import Features, InfraredBuilder, folders_of
 from data_pipelines.errors import InputError
-from data_pipelines.prepare.archives import Rejection
+from data_pipelines.examples import Example
+from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import read_images
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
@@ -27,15 +28,10 @@ class ImageFolder(InfraredBuilder):
     the shards.
     """
 
-    @property
-    def filters(self) -> Filters:
-        """Those of `prepare`, and the depth of this config."""
-        return Filters(bit_depth=self.builder_config.bit_depth)
-
     def folders(self, root: Path) -> dict[str, Path]:
         """The folder of each split."""
         root = root / "images" if (root / "images").is_dir() else root
-        return {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
+        return folders_of(root) or {"train": root}
 
     def listings(self, root: Path) -> dict[str, Listing]:
         """Every file of every split.
@@ -50,26 +46,45 @@ class ImageFolder(InfraredBuilder):
                 raise InputError(f"no files below {folder}: put images or archives there")
         return listings
 
-    def _account_for_files(self, root: Path) -> dict[str, int]:
+    def _account_for_files(self, root: Path, kept: set[str]) -> dict[str, int]:
         """Writes `rejected.csv`: why each file of the source that is not in the built set is not."""
         rejections: list[Rejection] = []
-        for split, listing in self.listings(root).items():
-            kept = {example.key for example in self.examples(split)}
+        for listing in self.listings(root).values():
             rejections += listing.rejections
             # Found again, not passed on: with Beam the examples were made in other processes, on other machines.
             missing = [source for source in listing.sources if source.key not in kept]
-            for example, _ in read_images(missing, self.filters, rejections):
+            for example, _ in read_images(missing, Filters(bit_depth=self.builder_config.bit_depth), rejections):
                 rejections.append(Rejection(example.key, "changed", "usable now, was not when the set was built"))
-        write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
-        return dict(Counter(rejection.reason for rejection in rejections).most_common())
+        return write_rejected(self.data_path, sorted(rejections, key=lambda row: row.key))
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        make = functools.partial(part_features, filters=self.filters)
         listings = self.listings(Path(dl_manager.manual_dir))
-        return {
-            split: self._generate(split_into_parts(listing.sources, _PART_SIZE), make)
-            for split, listing in listings.items()
-        }
+        parts = {split: split_into_parts(listing.sources, _PART_SIZE) for split, listing in listings.items()}
+        return {split: self._generate_examples(part, _examples) for split, part in parts.items()}
 
-    def _generate_examples(self):
-        """Examples are made by `_generate`."""
+
+class Inf30(ImageFolder):
+    """Inf30, the pretraining set of InfMAE: 305,241 infrared images without labels, split train (InfMAE, sec. 3.1).
+
+    `manual_dir` holds the published archive (zip or tar, in one or several files) as downloaded, or what it contains.
+    Archives are read in place, nothing is unpacked.
+
+    Liu, Gao, Zhang, Guo, Wang, Meng: InfMAE: A Foundation Model in the Infrared Modality, ECCV 2024.
+    https://github.com/liufangcen/InfMAE
+    """
+
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Download the archive of Inf30 from the links that its authors publish with InfMAE and put it into manual_dir."
+    )
+
+    def folders(self, root: Path) -> dict[str, Path]:
+        return {"train": root}
+
+
+def _examples(part: Sequence[Source], bit_depth: int) -> Iterator[tuple[Example, Features, dict[str, int]]]:
+    """The usable files of a part of a listing, as `common.Make` says; the others are logged and left out."""
+    refused: list[Rejection] = []
+    for example, _ in read_images(part, Filters(bit_depth=bit_depth), refused):
+        yield example, {}, {}
+    for row in refused:
+        logging.warning("left out %s: %s (%s)", row.key, row.reason, row.detail)

@@ -61,7 +61,7 @@ def find_pairs(root: Path, targets: bool = False) -> tuple[dict[str, list[Pair]]
             for split in SPLITS
             if (root / images.format(split=split)).is_dir()
         }
-        if found and any(folder.is_dir() for _, folder in found.values()):
+        if any(folder.is_dir() for _, folder in found.values()):
             return {split: list(_paired(*pair, images_of(pair[0]), split)) for split, pair in found.items()}, ""
     for images, masks in _BY_LIST:
         if (root / images).is_dir() and (root / masks).is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 from collections.abc import Mapping
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names, image_features, with_notes
+from data_pipelines.builders.common import NOTES, InfraredBuilder, class_names
 from data_pipelines.builders.layouts import Pair, find_pairs
 from data_pipelines.decode import encode_png
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import IGNORE, MASK, Example
 from data_pipelines.files import read_text
 from data_pipelines.prepare.labelled import labelled_image
@@ -45,19 +44,13 @@ class ClassMasks(InfraredBuilder):
         return MASK_FEATURES
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        root = Path(dl_manager.manual_dir)
-        self.class_names[MASK], table = self._table(root)
-        pairs, note = find_pairs(root, targets=isinstance(self, SmallTargets))
+        root, targets = Path(dl_manager.manual_dir), isinstance(self, SmallTargets)
+        table = None if targets else read_classes(root / "classes.json")
+        self.class_names[MASK] = TARGET_CLASSES if table is None else list(table.names)
+        pairs, note = find_pairs(root, targets)
         if note:
             logging.warning("%s", note)
-        return {split: self._generate_examples(part, table) for split, part in pairs.items()}
-
-    def _generate_examples(self, pairs: list[Pair], table: ClassTable | None):
-        return self._generate(pairs, functools.partial(_example, table=table, bit_depth=self.builder_config.bit_depth))
-
-    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
-        table = read_classes(root / "classes.json")
-        return list(table.names), table
+        return {split: self._generate_examples(part, _example, table=table) for split, part in pairs.items()}
 
 
 class SmallTargets(ClassMasks):
@@ -67,9 +60,6 @@ class SmallTargets(ClassMasks):
     mask pixel is target above 127, or at 1 in files of 0 and 1; of files with several channels, the first counts. Masks
     are stored with the classes 0 (background) and 1 (target); an image may be without targets.
     """
-
-    def _table(self, root: Path) -> tuple[list[str], ClassTable | None]:
-        return TARGET_CLASSES, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +119,7 @@ def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
             notes["masks with values between 0 and 255, cut at 127"] = 1
     else:
         mask = _class_numbers(values, table, pair.mask, notes)
-    example = with_notes(example, notes)
-    yield example.key, {**image_features(example), MASK: encode_png(mask)}
+    yield example, {MASK: encode_png(mask)}, notes
 
 
 def _class_numbers(values: np.ndarray, table: ClassTable, path: Path, notes: dict[str, int]) -> np.ndarray:
@@ -174,13 +163,14 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
       InputError: it cannot be read, or its values do not fit 8 bit.
     """
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            if image.mode in ("RGB", "RGBA", "LA"):
-                return np.asarray(image.convert("RGB"))
-            mask, mode = np.asarray(image), image.mode
-    except (OSError, UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"mask {path} cannot be read ({error}): replace it") from error
+    kinds = OSError, SyntaxError, Image.DecompressionBombError
+    with (
+        refusing(f"mask {path} cannot be read", "replace it", *kinds),
+        Image.open(io.BytesIO(path.read_bytes())) as image,
+    ):
+        if image.mode in ("RGB", "RGBA", "LA"):
+            return np.asarray(image.convert("RGB"))
+        mask, mode = np.asarray(image), image.mode
     if mode not in ("1", "L", "P", "I;16", "I") or (mask.size and not 0 <= mask.min() <= mask.max() <= 255):
         raise InputError(f"mask {path} has mode {mode}: masks are 8-bit with one channel, or colours of classes.json")
     return mask.astype(np.uint8)

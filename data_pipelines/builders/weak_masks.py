@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from absl import logging
 
 from data_pipelines.builders.coco_boxes import LEFT_OUT, annotated_image
 from data_pipelines.builders.coco_file import CocoImage, read_coco
-from data_pipelines.builders.common import InfraredBuilder, image_features, split_folders, with_notes
+from data_pipelines.builders.common import InfraredBuilder, image_folders
 from data_pipelines.builders.layouts import in_blocks
 from data_pipelines.builders.masks import MASK_FEATURES, TARGET_CLASSES
 from data_pipelines.decode import encode_png
@@ -38,13 +37,10 @@ class WeakSmallTargets(InfraredBuilder):
         root = Path(dl_manager.manual_dir)
         self.class_names[MASK] = TARGET_CLASSES
         parts = _parts(root)
-        self._count_unlisted((folder, (image.file_name for image in images)) for folder, images in parts.values())
-        return {split: self._generate_examples(*part) for split, part in parts.items()}
-
-    def _generate_examples(self, folder: Path, images: list[CocoImage]):
-        return self._generate(
-            images, functools.partial(_example, folder=folder, bit_depth=self.builder_config.bit_depth)
-        )
+        self._count_unlisted(parts.values())
+        return {
+            split: self._generate_examples(images, _example, folder=folder) for split, (folder, images) in parts.items()
+        }
 
 
 def _parts(root: Path) -> dict[str, tuple[Path, list[CocoImage]]]:
@@ -57,22 +53,20 @@ def _parts(root: Path) -> dict[str, tuple[Path, list[CocoImage]]]:
         parts, note = in_blocks(images)
         logging.warning("%s", note)
         return {split: (root / "images", part) for split, part in parts.items()}
-    folders = split_folders(root, "images")
+    folders = image_folders(root)
     return {name: (path, read_coco(root / "annotations" / f"{name}.json").images) for name, path in folders.items()}
 
 
 def _example(image: CocoImage, folder: Path, bit_depth: int):
     example, grid = annotated_image(image, folder, bit_depth)
     mask = np.zeros((example.height, example.width), np.uint8)
-    counts = {WEAK: 0, _CROWDS: 0, LEFT_OUT: 0}
     for annotation in sorted(image.annotations, key=lambda annotation: not annotation.crowd):
         if grid.clipped(annotation) is None:
-            counts[LEFT_OUT] += 1
+            grid.notes[LEFT_OUT] += 1
         else:
             mask[ellipse(grid.corners(annotation), mask.shape)] = IGNORE if annotation.crowd else 1
-            counts[_CROWDS if annotation.crowd else WEAK] += 1
-    example = with_notes(example, {**grid.notes, **{what: count for what, count in counts.items() if count}})
-    yield example.key, {**image_features(example), MASK: encode_png(mask)}
+            grid.notes[_CROWDS if annotation.crowd else WEAK] += 1
+    yield example, {MASK: encode_png(mask)}, grid.notes
 
 
 def ellipse(box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:

@@ -41,19 +41,13 @@ def _define_flags() -> None:
 
 
 def _config_from_flags(values: dict[str, Any]) -> PrepareConfig:
-    names = {field.name for field in dataclasses.fields(Filters)} & values.keys()
-    return PrepareConfig(
-        filters=Filters(**{name: values[name] for name in names}),
-        duplicates=DuplicateRule(
-            exact=values["exact_duplicates"],
-            near=values["near_duplicates"],
-            radius=values["duplicate_radius"],
-            threshold=values["duplicate_threshold"],
-        ),
-        encoding=values["encoding"],
-        shard_bytes=values["shard_bytes"],
-        pictures=values["pictures"],
-    )
+    def given(kind: type) -> dict[str, Any]:
+        """The flags that are named as fields are."""
+        return {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
+
+    names = ("exact_duplicates", "near_duplicates", "duplicate_radius", "duplicate_threshold")
+    rule = DuplicateRule(*(values[name] for name in names))
+    return PrepareConfig(**given(PrepareConfig), filters=Filters(**given(Filters)), duplicates=rule)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -239,9 +239,8 @@ class SourceReader(contextlib.ExitStack):
             raise SourceUnreadable("file_too_large", f"{source.size} bytes is over the limit of {max_bytes}")
         try:
             data = self._read(source, max_bytes)
-        except InputError as error:
-            raise SourceUnreadable("unreadable", printable(_one_line(error))) from error
-        except Exception if source.member else OSError as error:  # As many kinds as there are decompressors.
+        # Of members as many kinds as there are decompressors.
+        except Exception if source.member else (OSError, InputError) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
                 raise InputError("too many open files: raise the limit (ulimit -n) or lower --workers") from error
             archive = f"{os.path.basename(source.path)}: " if source.member else ""

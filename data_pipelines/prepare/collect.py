@@ -28,6 +28,8 @@ from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
 from data_pipelines.shards import write_shard
 
+_COUNTED = ("frames", "orientation", "border_crop", "scale")  # attributes of images that the report counts
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidate:
@@ -91,38 +93,25 @@ def examine_part(
     folder: str, number: int, sources: Sequence[Source], filters: Filters, encoding: str = "source"
 ) -> int:
     """Examines `sources` and writes part `number` into `folder`. Returns the number of files examined."""
-    candidates: list[dict] = []
+    candidates: list[Candidate] = []
     rejections: list[Rejection] = []
     kinds: Counter[str] = Counter()
     fingerprints: list[tuple[int, str]] = []
 
     def accepted() -> Iterator[bytes]:
         for example, image in read_images(sources, filters, rejections, encoding):
-            candidates.append(dataclasses.asdict(describe_image(example, image.pixels)))
-            kinds.update(_kinds(image))
+            candidates.append(describe_image(example, image.pixels))
+            kinds.update([f"{image.attributes['format']} {image.attributes['mode']}"])
+            kinds.update(f"with {name}" for name in _COUNTED if name in image.attributes)
             code, feature = fingerprint_image(image.pixels)
             fingerprints.append((int(code), feature.tobytes().hex()))
             yield encode_example(example)
 
     write_shard(_records_path(folder, number), accepted())
-    rows = {
-        "candidates": candidates,
-        "rejections": [dataclasses.asdict(rejection) for rejection in rejections],
-        "kinds": kinds,
-        "fingerprints": fingerprints,
-    }
+    rows = {"candidates": candidates, "rejections": rejections, "kinds": kinds, "fingerprints": fingerprints}
     with atomic_write(rows_path(folder, number)) as path:
-        path.write_text(json.dumps(rows), encoding="utf-8")
+        path.write_text(json.dumps(rows, default=dataclasses.asdict), encoding="utf-8")
     return len(sources)
-
-
-def _kinds(image: DecodedImage) -> Iterator[str]:
-    """What the report counts about an image's source."""
-    attributes = image.attributes
-    yield f"{attributes['format']} {attributes['mode']}"
-    for name in ("frames", "orientation", "border_crop", "scale"):
-        if name in attributes:
-            yield f"with {name}"
 
 
 def describe_image(example: Example, pixels: np.ndarray) -> Candidate:
@@ -144,9 +133,8 @@ def describe_image(example: Example, pixels: np.ndarray) -> Candidate:
     )
 
 
-@dataclasses.dataclass(frozen=True)
 class Collection:
-    """Every examined file of a collection.
+    """Every examined file of a collection: the rows of all its parts, in order.
 
     Attributes:
       folder: where the parts are.
@@ -158,13 +146,25 @@ class Collection:
       places: (part number, position in the part) of each candidate's example.
     """
 
-    folder: str
-    candidates: tuple[Candidate, ...]
-    rejections: tuple[Rejection, ...]
-    kinds: Counter[str]
-    codes: np.ndarray
-    features: np.ndarray
-    places: tuple[tuple[int, int], ...]
+    def __init__(self, folder: str, part_count: int):
+        self.folder = folder
+        self.candidates: list[Candidate] = []
+        self.rejections: list[Rejection] = []
+        self.kinds: Counter[str] = Counter()
+        self.places: list[tuple[int, int]] = []
+        codes, features = [], bytearray()
+        for number in range(part_count):
+            with open(rows_path(folder, number), encoding="utf-8") as file:
+                rows = json.load(file)
+            self.candidates += [Candidate(**row) for row in rows["candidates"]]
+            self.rejections += [Rejection(**row) for row in rows["rejections"]]
+            self.kinds.update(rows["kinds"])
+            self.places += [(number, position) for position in range(len(rows["candidates"]))]
+            for code, feature in rows["fingerprints"]:
+                codes.append(code)
+                features += bytes.fromhex(feature)
+        self.codes = np.array(codes, np.uint64)
+        self.features = np.frombuffer(features, np.float16).reshape(-1, FEATURE_SIZE)
 
     def stored(self, indices: Iterable[int]) -> Iterator[bytes]:
         """The encoded examples of some candidates, given in increasing order."""
@@ -177,24 +177,3 @@ class Collection:
         """The stored pixels of one candidate, (H, W) uint8 or uint16."""
         (stored,) = self.stored([index])
         return decode_pixels(decode_example(stored))
-
-
-def collect(folder: str, part_count: int) -> Collection:
-    """Reads the rows of all parts, in order."""
-    candidates, rejections, places = [], [], []
-    kinds: Counter[str] = Counter()
-    codes, features = [], bytearray()
-    for number in range(part_count):
-        with open(rows_path(folder, number), encoding="utf-8") as file:
-            rows = json.load(file)
-        candidates += [Candidate(**row) for row in rows["candidates"]]
-        rejections += [Rejection(**row) for row in rows["rejections"]]
-        places += [(number, position) for position in range(len(rows["candidates"]))]
-        kinds.update(rows["kinds"])
-        for code, feature in rows["fingerprints"]:
-            codes.append(code)
-            features += bytes.fromhex(feature)
-    return Collection(
-        folder, tuple(candidates), tuple(rejections), kinds, np.array(codes, np.uint64),
-        np.frombuffer(features, np.float16).reshape(-1, FEATURE_SIZE), tuple(places),
-    )  # fmt: skip

@@ -13,19 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_pipelines.commands import printable, progress_bar
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import LABEL, Example, decode_pixels, encode_example
 from data_pipelines.files import local_path, new_folder, read_text
 from data_pipelines.prepare.archives import Rejection, Source
 from data_pipelines.prepare.collect import Candidate, describe_image, read_images
 from data_pipelines.prepare.curate import Filters
-from data_pipelines.prepare.results import describe_set
-from data_pipelines.shards import SPLIT_NAME, Manifest, write_manifest, write_split
+from data_pipelines.prepare.results import write_set_manifest
+from data_pipelines.shards import SPLIT_NAME, Manifest, write_split
 
 FILE_COLUMN, SPLIT_COLUMN = "file", "split"
 _LARGEST_TABLE = 1 << 30  # bytes
-# Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
-KEEP_ALL = Filters(min_side=0, min_levels=0, crop_borders=False)
 
 
 def write_examples(
@@ -54,9 +52,7 @@ def write_examples(
 
     with new_folder(output) as folder:
         made = {name: write_split(folder, name, encoded(examples)) for name, examples in splits.items()}
-        manifest = describe_set(rows, made, classes, settings)
-        write_manifest(folder, manifest)
-    return manifest
+        return write_set_manifest(folder, rows, made, classes, settings)
 
 
 def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", bit_depth: int = 0) -> Example:
@@ -67,7 +63,9 @@ def labelled_image(path: str | os.PathLike, key: str, encoding: str = "source", 
     """
     refused: list[Rejection] = []
     source = Source(printable(key), str(path), size=0, modified=0)
-    for example, _ in read_images([source], dataclasses.replace(KEEP_ALL, bit_depth=bit_depth), refused, encoding):
+    # Labels belong to the pixels of the source: nothing may be cropped, and a small or flat image keeps its labels.
+    filters = Filters(min_side=0, min_levels=0, crop_borders=False, bit_depth=bit_depth)
+    for example, _ in read_images([source], filters, refused, encoding):
         return example
     reason = f"{refused[0].reason}: {refused[0].detail}"
     raise InputError(f"labelled image {path} is not usable ({reason}); fix it or remove its entry")
@@ -155,13 +153,10 @@ def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path,
     table = Path(local_path(given, "table"))
     if not columns:
         raise InputError(f"{table}: name at least one label column")
-    try:
+    remedy = "give a table of files and labels"
+    with refusing(f"{table} is not a readable CSV in UTF-8", remedy, OSError, csv.Error):
         reader = csv.reader(io.StringIO(read_text(table, _LARGEST_TABLE), newline=""))
         lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except (OSError, csv.Error) as error:
-        raise InputError(
-            f"{table} is not a readable CSV in UTF-8 ({error}): give a table of files and labels"
-        ) from error
     header, needed = lines[0][1] if lines else [], (FILE_COLUMN, SPLIT_COLUMN, *columns)
     for name in needed:
         if header.count(name) != 1:

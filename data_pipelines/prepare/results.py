@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from data_pipelines.intensity import to_uint8
 from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.collect import Candidate, Collection
 from data_pipelines.prepare.inputs import Listing
-from data_pipelines.shards import Manifest, Split, fingerprint_splits
+from data_pipelines.shards import Manifest, Split, fingerprint_splits, write_manifest
 from data_pipelines.sheets import Tile, draw_sheet, spread
 
 REJECTED_NAME = "rejected.csv"
@@ -49,23 +49,25 @@ def write_report(
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def write_rejected(folder: str | os.PathLike, rejections: Iterable[Rejection]) -> None:
-    """Writes the list of files left out: path, reason, detail, anchor."""
+def write_rejected(folder: str | os.PathLike, rejections: Sequence[Rejection]) -> dict[str, int]:
+    """Writes the list of files left out: path, reason, detail, anchor. Returns reason -> count, most first."""
     header = "path", "reason", "detail", "anchor"
     write_csv(os.path.join(folder, REJECTED_NAME), header, map(dataclasses.astuple, rejections))
+    return dict(Counter(rejection.reason for rejection in rejections).most_common())
 
 
-def describe_set(
+def write_set_manifest(
+    folder: str | os.PathLike,
     images: Sequence[Candidate],
     splits: Mapping[str, Split],
     classes: Mapping[str, Sequence[str]],
     settings: Mapping[str, Any],
 ) -> Manifest:
-    """Returns the manifest of a set: counts, sizes, statistics of its images under the default intensity mapping."""
+    """Writes and returns a set's manifest: counts, sizes, statistics of its images under the default mapping."""
     pixels = max(sum(image.pixels for image in images), 1)
     mean = sum(image.pixel_sum for image in images) / pixels
     variance = sum(image.pixel_square_sum for image in images) / pixels - mean**2
-    return Manifest(
+    manifest = Manifest(
         splits=splits,
         classes={name: tuple(names) for name, names in classes.items()},
         sizes=dict(Counter(f"{image.width}x{image.height}" for image in images)),
@@ -76,6 +78,8 @@ def describe_set(
         fingerprint=fingerprint_splits(splits),
         settings=settings,
     )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def draw_pictures(
@@ -112,7 +116,8 @@ def draw_pictures(
     for name, (title, tiles) in sheets.items():
         rows = [tiles[start : start + _COLUMNS] for start in range(0, len(tiles), _COLUMNS)]
         draw_sheet([title], rows).save(os.path.join(folder, f"{name}.png"), optimize=True)
-    removed = [image for image in collection.candidates if image.key not in {each.key for each in images}]
+    chosen = set(kept)
+    removed = [image for index, image in enumerate(collection.candidates) if index not in chosen]
     _write_histograms(os.path.join(folder, "histograms.png"), images, removed)
 
 

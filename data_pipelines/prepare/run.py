@@ -22,13 +22,13 @@ from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
 from data_pipelines.files import PLAN_NAME, atomic_write, is_free, local_path, writing
 from data_pipelines.prepare.archives import Rejection, Source
-from data_pipelines.prepare.collect import Collection, collect, examine_part, rows_path
+from data_pipelines.prepare.collect import Collection, examine_part, rows_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
 from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
-from data_pipelines.prepare.results import describe_set, draw_pictures, write_rejected, write_report
-from data_pipelines.shards import Manifest, read_manifest, write_manifest, write_split
-from data_pipelines.workers import worker_pool
+from data_pipelines.prepare.results import draw_pictures, write_rejected, write_report, write_set_manifest
+from data_pipelines.shards import Manifest, read_manifest, write_split
+from data_pipelines.workers import run_all
 
 PART_SIZE = 256
 ENCODINGS = ("source", "raw")
@@ -98,8 +98,7 @@ def prepare(
     if not listing.sources:
         raise InputError(_nothing_kept(listing, listing.rejections))
     plan = _plan_digest(listing, config)
-    finished = _finished_report(output, plan)
-    if finished is not None:
+    if (finished := _finished_report(output, plan)) is not None:
         shutil.rmtree(work, ignore_errors=True)
         return finished
     with writing(output), _work_folder(work, plan):
@@ -115,7 +114,7 @@ def _fill(
     """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
     parts, folder = split_into_parts(listing.sources, PART_SIZE), os.path.join(work, "parts")
     _examine_all(folder, parts, config, workers, progress)
-    collection = collect(folder, len(parts))
+    collection = Collection(folder, len(parts))
     rejections = [*listing.rejections, *collection.rejections]
     if not collection.candidates:
         shutil.rmtree(work)
@@ -133,15 +132,12 @@ def _fill(
 
     with progress_bar("writing", len(kept), "image", active=progress) as bar:
         splits = {"train": write_split(result, "train", stored(), config.shard_bytes)}
-    rejected = dict(Counter(rejection.reason for rejection in rejections).most_common())
+    rejected = write_rejected(result, rejections)
     settings = {"plan": plan, "config": dataclasses.asdict(config), "rejected": rejected}
-    manifest = describe_set([collection.candidates[index] for index in kept], splits, {}, settings)
-    write_rejected(result, rejections)
     write_report(result, collection, len(kept), rejections, settings)
     if config.pictures:
         draw_pictures(result, listing, collection, kept, rejections)
-    write_manifest(result, manifest)
-    return manifest
+    return write_set_manifest(result, [collection.candidates[index] for index in kept], splits, {}, settings)
 
 
 def _report(output: str, manifest: Manifest) -> Report:
@@ -201,11 +197,8 @@ def _examine_all(
         if not os.path.exists(rows_path(folder, number))
     ]
     total, left = sum(map(len, parts)), sum(len(part) for _, _, part, _, _ in tasks)
-    with (
-        worker_pool(workers, len(tasks)) as run_all,
-        progress_bar("examining", total, "file", total - left, progress) as bar,
-    ):
-        for examined in run_all(examine_part, tasks):
+    with progress_bar("examining", total, "file", total - left, progress) as bar:
+        for examined in run_all(workers, examine_part, tasks):
             bar.update(examined)
 
 

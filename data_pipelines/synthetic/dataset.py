@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ from PIL import Image
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
 from data_pipelines.examples import LABEL, MASK, Example, Objects
-from data_pipelines.files import local_path, new_folder
+from data_pipelines.files import local_path, new_folder, write_csv
 from data_pipelines.prepare.labelled import write_examples
 from data_pipelines.shards import Manifest
 from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES
@@ -128,7 +127,7 @@ def _write_scenes(folder: Path, seed: int, scenes: Iterator[tuple[str, str, Scen
     categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
     info = {"description": f"synthetic thermal scenes, seed {seed}"}
     coco = {split: {"info": info, "images": [], "annotations": [], "categories": categories} for split in SPLITS}
-    rows = [("file", "split", "label")]
+    rows = []
     for split, name, scene in scenes:
         pictures = {"images": scene.image, "class_masks": scene.class_mask}
         pictures["target_masks"] = scene.target_mask.astype(np.uint8) * 255
@@ -137,15 +136,14 @@ def _write_scenes(folder: Path, seed: int, scenes: Iterator[tuple[str, str, Scen
             Image.fromarray(pixels).save(folder / kind / split / name, compress_level=1)
         rows.append((f"images/{split}/{name}", split, scene.scene_class))
         _annotate(coco[split], scene, name)
-    with open(folder / "class_labels.csv", "w", newline="") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)
+    write_csv(folder / "class_labels.csv", ("file", "split", "label"), rows)
     described = {
         "classes": [{"value": value, "name": name} for value, name in enumerate(SURFACES)],
         "target_classes": [{"value": 0, "name": "background"}, {"value": 255, "name": "target"}],
         "scene_classes": list(SCENE_CLASSES),
         "box_categories": list(CATEGORIES),
         "seed": seed,
-        "count": len(rows) - 1,
+        "count": len(rows),
     }
     files = {f"annotations/{split}.json": coco[split] for split in SPLITS} | {"classes.json": described}
     for name, content in files.items():

@@ -15,7 +15,7 @@ from data_pipelines.examples import decode_example, decode_pixels
 from data_pipelines.prepare import PrepareConfig, prepare
 from data_pipelines.prepare.collect import examine_part
 from data_pipelines.shards import ShardReader
-from data_pipelines.workers import worker_pool
+from data_pipelines.workers import run_all
 from tests.data_pipelines.damaged import REFUSALS, SEEDS
 from tests.data_pipelines.test_prepare import REPOSITORY, read_rejected, scene, shard_bytes, write_images
 
@@ -82,19 +82,19 @@ def test_second_run_into_the_same_output_is_refused(tmp_path, monkeypatch):
 
 
 def test_dead_worker_is_reported_in_one_line():
-    with worker_pool(2, 4) as run_all, pytest.raises(InputError, match="worker process died"):
-        list(run_all(os._exit, [(1,)] * 4))
+    with pytest.raises(InputError, match="worker process died"):
+        list(run_all(2, os._exit, [(1,)] * 4))
 
 
 def test_workers_do_not_outlive_a_killed_parent(tmp_path):
     script = (
         "import os, time\n"
-        "from data_pipelines.workers import worker_pool\n"
+        "from data_pipelines.workers import run_all\n"
+        "def work():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
         "if __name__ == '__main__':\n"
-        "    with worker_pool(2, 4) as run_all:\n"
-        "        for pid in run_all(os.getpid, [()] * 2):\n"
-        "            print(pid, flush=True)\n"
-        "        list(run_all(time.sleep, [(60,)] * 2))\n"
+        "    list(run_all(2, work, [()] * 2))\n"
     )
     (tmp_path / "script.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

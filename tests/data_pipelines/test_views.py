@@ -179,7 +179,7 @@ def test_too_little_shared_memory_is_one_line(shards, monkeypatch):
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("changes", [{"whole": "side"}, {"max_objects": -1}, {"min_visible": 2.0}])
+@pytest.mark.parametrize("changes", [{"whole": "side"}, {"focus": 2.0}])
 def test_unusable_views_are_named(changes):
     with pytest.raises(InputError, match=str(next(iter(changes.values())))):
         LabelledView((32, 32), **changes)
