@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write, writing
+from data_pipelines.sheets import Tile, draw_sheet
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis r
 _INSET, _MAGNIFIED = 96, 6  # pixels of a magnified target, and how much
 _SWATCH = 12  # pixels of a colour in a legend
 _LONGEST_NAME = 30  # characters of a class name
+_ROW = 192  # pixels: the height of an image among others
+NO_TILES = [[(Image.new("RGB", (_SMALLEST_CELL, 1), "white"), "")]]  # of a sheet without rows
 
 
 def printable(text: object) -> str:
@@ -352,19 +355,18 @@ def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple
 
 
 def segmentation_panel(
-    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], height: int = 192
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str]
 ) -> np.ndarray:
     """One row per image: input, true classes, predicted classes, and where they differ (red); a legend below.
 
     Args:
       rows: key, image (H,W) uint8, true classes (H,W) uint8 with 255 = ignore, predicted classes (H,W) uint8.
       names: of the classes.
-      height: of a row, in pixels.
 
     Returns:
       (rows, columns, 3) uint8; a small white picture for no rows.
     """
-    tiles = []
+    tiles: list[list[Tile]] = []
     for key, image, truth, predicted in rows:
         wrong = np.repeat(image[..., None] // 2, 3, axis=2)
         wrong[(truth != predicted) & (truth != IGNORE)] = (230, 40, 40)
@@ -372,17 +374,9 @@ def segmentation_panel(
             Image.fromarray(image).convert("RGB"), class_overlay(image, truth, names, legend=False),
             class_overlay(image, predicted, names, legend=False), Image.fromarray(wrong),
         ]  # fmt: skip
-        width = max(1, round(image.shape[1] * height / image.shape[0]))
-        tiles.append((printable(key), [part.resize((width, height)) for part in parts]))
-    columns = max((parts[0].width for _, parts in tiles), default=_SMALLEST_CELL) + _GAP
-    whole = Image.new("RGB", (4 * columns + _GAP, _HEAD + len(tiles) * (height + _HEAD)), "white")
-    draw = ImageDraw.Draw(whole)
-    for place, title in enumerate(("input", "truth", "prediction", "wrong")):
-        draw.text((_GAP + place * columns, _GAP), title, fill="black")
-    for line, (key, parts) in enumerate(tiles):
-        top = _HEAD + line * (height + _HEAD)
-        for place, part in enumerate(parts):
-            whole.paste(part, (_GAP + place * columns, top))
-        draw.text((_GAP, top + height + 2), key[: columns // 2], fill="black")
+        size = max(1, round(image.shape[1] * _ROW / image.shape[0])), _ROW
+        captions = (printable(key), "", "", "")
+        tiles.append([(part.resize(size), caption) for part, caption in zip(parts, captions, strict=True)])
+    whole = draw_sheet(("input", "truth", "prediction", "wrong"), tiles or NO_TILES)
     shown = {number for _, _, *maps in rows for classes in maps for number in np.unique(classes).tolist()}
     return np.asarray(_with_legend(whole, sorted(shown), names))

@@ -11,7 +11,7 @@ import numpy as np
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import report
 from infmae_jax.bench.step import endless_run, settings_of, synthetic_batch
-from infmae_jax.interop.trained_model import images_at_once, in_pieces
+from infmae_jax.interop.trained_model import encode, images_at_once
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
@@ -32,26 +32,15 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
 
-    at_once = images_at_once(batch, jax.devices()[:1])
-
-    @jax.jit
-    def forward(params, images):
-        def take(some):
-            return module.apply({"params": params}, patches.normalize(some), method="features")
-
-        return in_pieces(take, images, at_once)
-
-    on_device = jax.device_put(images)
-
-    pooled = {}
+    on_device, pooled = jax.device_put(images), {}
 
     def ours(times: int) -> None:
         for _ in range(times):
-            out = forward(params, on_device)
+            out = encode(config.model, params, on_device, config.data.image_size, average=False)
         pooled["ours"] = np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
     calls: dict[str, timing.Call] = {"ours": ours}
-    settings = settings_of(config) | {"batch": batch, "images_at_once": at_once}
+    settings = settings_of(config) | {"batch": batch, "images_at_once": images_at_once(batch, jax.devices()[:1])}
     if against_torch:
         from infmae_jax.bench import torch_model
 
