@@ -89,10 +89,13 @@ class Program:
 
     def lowered(self) -> jax.stages.Lowered:
         """The step, traced for the mesh's devices."""
-        guards = self.config.guards
+        config, guards = self.config, self.config.guards
+        gradients = step.make_gradients(
+            self.task.loss, self.shardings.params, config.seed, config.optimizer.accumulate, self._groups
+        )
         function = step.make_train_step(
-            self._gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
-            self.in_steps(guards.spike_warmup), self.config.optimizer.ema,
+            gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
+            self.in_steps(guards.spike_warmup), config.optimizer.ema,
         )  # fmt: skip
         stop = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=step.stop_sharding(self.mesh))
         return function.lower(self.state_shapes, self.batch_shapes, stop)
@@ -158,13 +161,6 @@ class Program:
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         return optimizer.make_optimizer(self.config.optimizer, self._groups)
-
-    @functools.cached_property
-    def _gradients(self) -> step.Gradients:
-        config = self.config
-        return step.make_gradients(
-            self.task.loss, self.shardings.params, config.seed, config.optimizer.accumulate, self._groups
-        )
 
 
 def _steps(task: Task, duration: str, total: int | None = None) -> int:
