@@ -113,7 +113,7 @@ def step(config: PretrainConfig, batch_sizes: Sequence[int], rounds: int) -> dic
         for way, change in flops.WAYS.items():
             name = f"batch {batch}, {way}"
             try:
-                program = TimedStep(dataclasses.replace(config, model=change(config.model)), batch)
+                program = TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
                 program.start()
                 program()
                 programs[name] = program
