@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import optimizer, sharding, step
+from infmae_jax.training import hardware, optimizer, sharding, step
 from infmae_jax.training.config import RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.state import TrainState
@@ -105,7 +105,12 @@ class Program:
         """The compiled step, made when first asked for."""
         return self.lowered().compile()
 
-    @property
+    def mfu(self, seconds_per_step: float) -> float | None:
+        """Model FLOPs utilisation at this speed, see `hardware.mfu`."""
+        kind = self.mesh.devices.flat[0].device_kind
+        return hardware.mfu(self.flops, seconds_per_step, kind, self.mesh.size, self.task.dtype)
+
+    @functools.cached_property
     def flops(self) -> float:
         """Floating-point operations of a step over all devices, by XLA's count."""
         return self.compiled.cost_analysis().get("flops", 0.0) * self.mesh.size  # XLA counts the program of one device
