@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from data_pipelines.sheets import draw_sheet
 from infmae_jax.evaluation.detection import Boxes
-from infmae_jax.pictures import class_colours, printable
+from infmae_jax.pictures import NO_TILES, class_colours, printable
 
 _LONGEST_NAME = 16  # characters of a class name in a picture
-_GAP, _HEAD = 6, 22  # pixels between pictures; for a line of text
 _LINE = 16  # pixels that a text needs above its box
 _MASK = 0.5  # probability from which on a pixel is drawn as part of an object
 _SMALLEST = 320  # pixels: narrower images are enlarged, so that the texts can be told apart
@@ -75,17 +75,8 @@ def box_panel(rows: Sequence[tuple[str, np.ndarray, Boxes, Boxes]], names: Seque
     Returns:
       (rows, columns, 3) uint8; a small white picture for no rows.
     """
-    tiles = [(printable(text), box_overlay(image, true, names), box_overlay(image, found, names))
-             for text, image, true, found in rows]  # fmt: skip
-    width = max((left.width for _, left, _ in tiles), default=_SMALLEST)
-    height = sum(left.height + _HEAD for _, left, _ in tiles)
-    whole = Image.new("RGB", (2 * width + 3 * _GAP, height + _HEAD), "white")
-    draw, top = ImageDraw.Draw(whole), _HEAD
-    for place, title in enumerate(("truth", "prediction")):
-        draw.text((_GAP + place * (width + _GAP), _GAP), title, fill="black")
-    for text, left, right in tiles:
-        whole.paste(left, (_GAP, top))
-        whole.paste(right, (width + 2 * _GAP, top))
-        draw.text((_GAP, top + left.height + 3), text, fill="black")
-        top += left.height + _HEAD
-    return np.asarray(whole)
+    tiles = [
+        [(box_overlay(image, true, names), printable(text)), (box_overlay(image, found, names), "")]
+        for text, image, true, found in rows
+    ]
+    return np.asarray(draw_sheet(("truth", "prediction"), tiles or NO_TILES))

@@ -12,7 +12,6 @@ Topologies: v5e-16, v6e-64 (chips), v4-32, v5p-128 (cores, two a chip, as Google
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, output_file, writing
+from data_pipelines.files import output_file, writing
 from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
@@ -37,7 +36,7 @@ from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, define_config, from_config, to_config
 from infmae_jax.training.program import Program
-from infmae_jax.training.run_folder import package_versions
+from infmae_jax.training.run_folder import package_versions, write_object
 from infmae_jax.training.task import Task
 
 Config = PretrainConfig | FineTuneConfig
@@ -259,8 +258,8 @@ def main(argv: Sequence[str]) -> int:
     if values.largest_batch:
         told["largest_batch"] = largest_batch(config, target, devices)
     if output:
-        with writing(output), atomic_write(output) as partial:
-            partial.write_text(json.dumps(told, indent=1) + "\n")
+        with writing(output):
+            write_object(output, told)
     print(text(told))
     return 0 if told["fits"] else 1
 

@@ -9,7 +9,6 @@ A published checkpoint becomes a run folder, and back; a run becomes a function 
 The output must not exist; it appears whole or not at all, and names no folder, host or user.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, output_file, writing
+from data_pipelines.files import atomic_write, writing
 from data_pipelines.masking import token_grid
 from infmae_jax.evaluation.windows import MULTIPLE
 from infmae_jax.interop import checkpoint_flags, load, stablehlo
@@ -52,21 +51,13 @@ def convert(
     Raises:
       InputError: the input cannot be read as `source` or the output not be written as `target`.
     """
-    _free_output(output_path)
+    load.free_output(output_path)
     if image_size is not None:
         token_grid(*image_size)
     trained = load.load(input_path, source=source, **options)
     origin = {"format": source, "name": Path(input_path).name}
     load.write(output_path, target, trained, image_size or trained.image_size, origin)
     return trained
-
-
-def _free_output(given: str | os.PathLike) -> Path:
-    """The path of a file or folder to write; InputError where something is there, or it cannot be written."""
-    path = Path(local_path(given, "output"))
-    if path.exists():
-        raise InputError(f"{given} already exists; remove it or choose another --output")
-    return output_file(path, "output")
 
 
 def export_finetuned(run: str, output: str, image_size: tuple[int, int] | None = None, step: int | None = None) -> str:
@@ -87,7 +78,7 @@ def export_finetuned(run: str, output: str, image_size: tuple[int, int] | None =
     Raises:
       InputError: not such a run, an impossible size, or an output that is in the way.
     """
-    path = _free_output(output)
+    path = load.free_output(output)
     tuned = load_finetuned(run, step)
     size = image_size or tuned.model.config.data.image_size
     if any(side % MULTIPLE or side < MULTIPLE for side in size):

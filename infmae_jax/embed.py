@@ -9,7 +9,6 @@ until it is written. Images that cannot be read are named and left out.
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.util
@@ -27,6 +26,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, images_in, output_file, writing
 from data_pipelines.intensity import Intensity
 from data_pipelines.transforms import center_crop_resize
+from infmae_jax.evaluation import windows
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import FEATURES, TrainedModel
@@ -35,7 +35,6 @@ from infmae_jax.left_out import ended, require_some
 VIEWS = ("stretch", "crop", "original")
 FORMATS = (".npz", ".parquet")
 _PART = 512  # images: a killed run loses at most so many
-_THREADS = 4
 
 
 def embed(
@@ -108,29 +107,25 @@ def _part(
 ) -> tuple[np.ndarray, list[str]]:
     """Features (m,D) of the m files that can be read, and for every file "" or why it cannot."""
 
-    def read(file: Path) -> np.ndarray | str:
+    errors = [""] * len(files)
+
+    def read(place: int) -> np.ndarray | None:
         try:
-            image = read_image_file(file, trained.intensity)
+            image = read_image_file(files[place], trained.intensity)
         except InputError as error:
-            return str(error)
+            errors[place] = str(error)
+            return None
         return image if view == "original" else center_crop_resize(image, trained.image_size, stretch=view == "stretch")
 
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(read, files))
-    errors = [image if isinstance(image, str) else "" for image in images]
-    images = [image for image in images if not isinstance(image, str)]
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for place, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(place)
+    images = enumerate(windows.ahead(read, range(len(files))))
+    readable = ((place, image) for place, image in images if image is not None)
     model = dataclasses.replace(trained, intensity=Intensity("full_range"))  # they are mapped already
     vectors: dict[int, np.ndarray] = {}
-    for places in groups.values():
-        for start in range(0, len(places), batch_size):
-            chosen = places[start : start + batch_size]
-            padded = min(batch_size, 1 << (len(chosen) - 1).bit_length())  # few batch sizes, as each is compiled
-            batch = np.stack([images[place] for place in chosen + chosen[-1:] * (padded - len(chosen))])
-            vectors.update(zip(chosen, model.vectors(batch, feature), strict=False))
-    return np.stack([vectors[place] for place in range(len(images))]) if images else np.zeros((0, 0)), errors
+    for group in windows.in_groups(readable, lambda item: item[1].shape, lambda shape: batch_size):
+        padded = min(batch_size, 1 << (len(group) - 1).bit_length())  # few batch sizes, as each is compiled
+        batch = np.stack([image for _, image in group + group[-1:] * (padded - len(group))])
+        vectors.update(zip([place for place, _ in group], model.vectors(batch, feature), strict=False))
+    return np.stack([vectors[place] for place in sorted(vectors)]) if vectors else np.zeros((0, 0)), errors
 
 
 def _write(output: Path, names: list[str], features: np.ndarray) -> None:

@@ -13,20 +13,17 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
 from infmae_jax.interop import checkpoint_flags
-from infmae_jax.report import write_report_if_possible
 from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, require_checkpoint, resolved, with_embedded
 from infmae_jax.tasks.finetuned import kind_of
-from infmae_jax.training import loop
-from infmae_jax.training.config import define_config, from_config, to_config, use_compilation_cache
+from infmae_jax.train_command import begin, train
+from infmae_jax.training.config import define_config, from_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.hosts import distributed
 from infmae_jax.training.run_folder import run_path
 
 _DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "segment" / "masks_tiny_cpu.py"
@@ -48,21 +45,9 @@ def main(argv: Sequence[str]) -> int:
     if flags.FLAGS.checkpoint:
         config = dataclasses.replace(config, checkpoint=flags.FLAGS.checkpoint)
     require_checkpoint(config)
-    use_compilation_cache(config)
-    if config.distributed.method != "none" and config.embedded.images and not config.data.shards:
-        raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
+    begin(config)
     config, trained = resolved(with_embedded(config, workdir), **checkpoint_flags.load_options())
-    task = kind.task(config, trained)
-    with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
-        primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, peers, clock, at_end=write_report_if_possible)
-    if result.interrupted:
-        if primary:
-            print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
-        return result.stop_code
-    if primary:
-        _finish(config, workdir)
-    return 0
+    return train(kind.task(config, trained), config, workdir, clock, lambda step: _finish(config, workdir))
 
 
 def _finish(config: FineTuneConfig, workdir: Path) -> None:

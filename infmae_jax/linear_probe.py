@@ -10,7 +10,6 @@ resumes, or shows the results.
 from __future__ import annotations
 
 import dataclasses
-import json
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.tasks.probe import ProbeConfig, ProbeTask
 from infmae_jax.training import loop
 from infmae_jax.training.config import define_config, from_config
-from infmae_jax.training.run_folder import run_path
+from infmae_jax.training.run_folder import run_path, write_object
 
 RESULTS_NAME, HEADS_NAME = "results.json", "probe.npz"
 _DEFAULT = Path(__file__).resolve().parents[1] / "configs" / "linear_probe" / "csv.py"
@@ -141,8 +140,7 @@ def _write(folder: Path, results: dict[str, Any], task: ProbeTask, params: Any) 
     with writing(folder):
         with atomic_write(folder / HEADS_NAME) as partial, partial.open("wb") as stream:
             np.savez(stream, **heads, mean=mean, variance=variance, classes=np.array(task.class_names))
-        with atomic_write(folder / RESULTS_NAME) as partial:
-            partial.write_text(json.dumps(results, indent=1) + "\n")
+        write_object(folder / RESULTS_NAME, results)
 
 
 def table_text(results: dict[str, dict[str, Any]]) -> str:

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write, writing
-from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD
+from data_pipelines.sheets import Tile, draw_sheet
+from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD, grid_to_tokens, token_grid, tokens_to_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,6 +41,8 @@ _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis r
 _INSET, _MAGNIFIED = 96, 6  # pixels of a magnified target, and how much
 _SWATCH = 12  # pixels of a colour in a legend
 _LONGEST_NAME = 30  # characters of a class name
+_ROW = 192  # pixels: the height of an image among others
+NO_TILES = [[(Image.new("RGB", (_SMALLEST_CELL, 1), "white"), "")]]  # of a sheet without rows
 
 
 def printable(text: object) -> str:
@@ -55,21 +58,19 @@ def reconstruction_panel(
     norm_pix: bool,
     path: str | Path | None = None,
     colormap: str = "inferno",
-    patch: int = PATCH,
 ) -> np.ndarray:
     """Draws one row per image: input, masked input, reconstruction, visible patches pasted over it, token scores.
 
     Args:
-      images: (B,H,W) uint8, sides divisible by `patch`.
+      images: (B,H,W) uint8, sides divisible by 16.
       ids_keep: (B,K) integers, the visible tokens of each image.
-      pred: (B,N,P) float, the model's output for all tokens, P = patch * patch * C in the order row, column, channel;
+      pred: (B,N,P) float, the model's output for all tokens, P = 256 * C in the order row, column, channel;
         channels are averaged.
       scores: (B,N), the token scores that the selection was made from; any number type.
       norm_pix: the model was trained on pixels normalised per patch: the output is scaled back with each patch's own
         mean and standard deviation, visible or masked, as in the pictures of MAE.
       path: PNG to write, if any; its folder is made.
       colormap: "inferno" or "gray", for images and scores.
-      patch: side of a patch in pixels.
 
     Returns:
       The panel, (rows, columns, 3) uint8.
@@ -79,40 +80,37 @@ def reconstruction_panel(
       ValueError: shapes that do not belong together.
     """
     batch, height, width = images.shape
-    h, w = height // patch, width // patch
-    if (h * patch, w * patch) != (height, width) or pred.shape[:2] != (batch, h * w) or scores.shape != (batch, h * w):
-        raise ValueError(f"images {images.shape}, pred {pred.shape}, scores {scores.shape} do not fit patch {patch}")
+    h, w = height // PATCH, width // PATCH
+    if (h * PATCH, w * PATCH) != (height, width) or pred.shape[:2] != (batch, h * w) or scores.shape != (batch, h * w):
+        raise ValueError(f"images {images.shape}, pred {pred.shape}, scores {scores.shape} do not fit patch {PATCH}")
     masked = np.ones((batch, h * w), bool)
     np.put_along_axis(masked, np.asarray(ids_keep), False, axis=1)
-    hidden = masked.reshape(batch, h, w).repeat(patch, axis=1).repeat(patch, axis=2)
-    rebuilt = reconstructed_pixels(images, pred, norm_pix, patch)
+    hidden = masked.reshape(batch, h, w).repeat(PATCH, axis=1).repeat(PATCH, axis=2)
+    rebuilt = reconstructed_pixels(images, pred, norm_pix)
     colours = _colour_table(colormap)
     rows = []
     for row in range(batch):
         veiled = colours[images[row]]
         veiled[hidden[row]] = _HIDDEN
         pasted = np.where(hidden[row], rebuilt[row], images[row])
-        levels = _to_levels(scores[row].reshape(h, w)).repeat(patch, axis=0).repeat(patch, axis=1)
+        levels = _to_levels(scores[row].reshape(h, w)).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
         rows.append([colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels]])
-    return _write(_sheet(rows, PANEL_TITLES, ~masked.reshape(batch, h, w), patch), path)
+    return _write(_sheet(rows, ~masked.reshape(batch, h, w)), path)
 
 
-def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool, patch: int = PATCH) -> np.ndarray:
+def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool) -> np.ndarray:
     """Gray levels of a model's output: (B,H,W) uint8 from (B,H,W) uint8 inputs and (B,N,P) float patch vectors.
 
     `norm_pix` scales each patch back with the mean and the unbiased standard deviation of its own input pixels.
     """
-    batch, height, width = images.shape
-    h, w, channels = height // patch, width // patch, pred.shape[-1] // patch**2
+    grid, channels = token_grid(*images.shape[1:]), pred.shape[-1] // PATCH**2
     pred = np.asarray(pred, np.float64)
     if norm_pix:
-        levels = (images / 255.0 - PIXEL_MEAN) / PIXEL_STD
-        target = levels.reshape(batch, h, patch, w, patch).transpose(0, 1, 3, 2, 4).reshape(batch, h * w, patch**2)
-        target = target.repeat(channels, axis=-1)
+        levels = (images[..., None] / 255.0 - PIXEL_MEAN) / PIXEL_STD
+        target = grid_to_tokens(levels, grid).reshape(*pred.shape[:2], -1).repeat(channels, axis=-1)
         deviation = np.sqrt(target.var(axis=-1, ddof=1, keepdims=True) + _EPSILON)
         pred = pred * deviation + target.mean(axis=-1, keepdims=True)
-    gray = pred.reshape(batch, h, w, patch, patch, channels).mean(axis=-1)
-    gray = gray.transpose(0, 1, 3, 2, 4).reshape(batch, height, width)
+    gray = tokens_to_grid(pred.reshape(*pred.shape[:2], PATCH, PATCH, channels), grid).mean(axis=-1)
     # A diverged model predicts NaN; black says so without stopping the run that draws it.
     return np.nan_to_num(np.clip(np.rint((gray * PIXEL_STD + PIXEL_MEAN) * 255), 0, 255)).astype(np.uint8)
 
@@ -234,15 +232,15 @@ def _figure(width: int, height: int, zoom: float = 1) -> Figure:
     return figure
 
 
-def _sheet(rows: list[list[np.ndarray]], titles: Sequence[str], framed: np.ndarray, patch: int) -> np.ndarray:
-    """Pictures of one size (H,W,3) uint8 in rows under titles, none resampled; (rows,h,w) bool says which patches of a
-    row's last picture are framed."""
+def _sheet(rows: list[list[np.ndarray]], framed: np.ndarray) -> np.ndarray:
+    """Pictures of one size (H,W,3) uint8 in rows under `PANEL_TITLES`, none resampled; (rows,h,w) bool says which
+    patches of a row's last picture are framed."""
     height, width, _ = rows[0][0].shape
     zoom = max(1, -(-_SMALLEST_CELL // width))
-    down, across, side = zoom * height + _GAP, zoom * width + _GAP, zoom * patch
-    sheet = Image.new("RGB", (len(titles) * across + _GAP, _HEAD + len(rows) * down + _GAP), "white")
+    down, across, side = zoom * height + _GAP, zoom * width + _GAP, zoom * PATCH
+    sheet = Image.new("RGB", (len(PANEL_TITLES) * across + _GAP, _HEAD + len(rows) * down + _GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, title in enumerate(titles):
+    for column, title in enumerate(PANEL_TITLES):
         left = _GAP + column * across
         draw.text((left + (across - _GAP) / 2, _HEAD / 2), title, "black", font, anchor="mm")
         for row, cells in enumerate(rows):
@@ -352,19 +350,18 @@ def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple
 
 
 def segmentation_panel(
-    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str], height: int = 192
+    rows: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]], names: Sequence[str]
 ) -> np.ndarray:
     """One row per image: input, true classes, predicted classes, and where they differ (red); a legend below.
 
     Args:
       rows: key, image (H,W) uint8, true classes (H,W) uint8 with 255 = ignore, predicted classes (H,W) uint8.
       names: of the classes.
-      height: of a row, in pixels.
 
     Returns:
       (rows, columns, 3) uint8; a small white picture for no rows.
     """
-    tiles = []
+    tiles: list[list[Tile]] = []
     for key, image, truth, predicted in rows:
         wrong = np.repeat(image[..., None] // 2, 3, axis=2)
         wrong[(truth != predicted) & (truth != IGNORE)] = (230, 40, 40)
@@ -372,17 +369,9 @@ def segmentation_panel(
             Image.fromarray(image).convert("RGB"), class_overlay(image, truth, names, legend=False),
             class_overlay(image, predicted, names, legend=False), Image.fromarray(wrong),
         ]  # fmt: skip
-        width = max(1, round(image.shape[1] * height / image.shape[0]))
-        tiles.append((printable(key), [part.resize((width, height)) for part in parts]))
-    columns = max((parts[0].width for _, parts in tiles), default=_SMALLEST_CELL) + _GAP
-    whole = Image.new("RGB", (4 * columns + _GAP, _HEAD + len(tiles) * (height + _HEAD)), "white")
-    draw = ImageDraw.Draw(whole)
-    for place, title in enumerate(("input", "truth", "prediction", "wrong")):
-        draw.text((_GAP + place * columns, _GAP), title, fill="black")
-    for line, (key, parts) in enumerate(tiles):
-        top = _HEAD + line * (height + _HEAD)
-        for place, part in enumerate(parts):
-            whole.paste(part, (_GAP + place * columns, top))
-        draw.text((_GAP, top + height + 2), key[: columns // 2], fill="black")
+        size = max(1, round(image.shape[1] * _ROW / image.shape[0])), _ROW
+        captions = (printable(key), "", "", "")
+        tiles.append([(part.resize(size), caption) for part, caption in zip(parts, captions, strict=True)])
+    whole = draw_sheet(("input", "truth", "prediction", "wrong"), tiles or NO_TILES)
     shown = {number for _, _, *maps in rows for classes in maps for number in np.unique(classes).tolist()}
     return np.asarray(_with_legend(whole, sorted(shown), names))

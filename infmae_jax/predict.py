@@ -34,6 +34,7 @@ from infmae_jax.left_out import ended, require_some
 from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
 from infmae_jax.training.config import RunConfig, use_compilation_cache
+from infmae_jax.training.run_folder import write_object
 
 RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
 _LARGEST_RESULTS, _LARGEST_SETTINGS = 4 << 30, 1 << 24  # bytes
@@ -140,8 +141,7 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
         elif output.is_dir() and any(output.iterdir()):
             raise InputError(f"{output} is not empty and holds no predictions: name another --output")
         else:
-            with atomic_write(path) as partial:
-                partial.write_text(json.dumps(settings, indent=1) + "\n")
+            write_object(path, settings)
         return _finished(output / RESULTS_NAME)
 
 

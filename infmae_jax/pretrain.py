@@ -8,17 +8,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from infmae_jax import embedded, report
+from infmae_jax import embedded
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
-from infmae_jax.training import loop
-from infmae_jax.training.config import define_config, from_config, to_config, use_compilation_cache
+from infmae_jax.train_command import begin, train
+from infmae_jax.training.config import define_config, from_config
 from infmae_jax.training.goodput import Goodput
-from infmae_jax.training.hosts import distributed
 from infmae_jax.training.run_folder import run_path
 from infmae_jax.training.writers import METRICS_NAME
 
@@ -36,22 +34,9 @@ def main(argv: list[str]) -> int:
     clock = Goodput()
     config = from_config(PretrainConfig, flags.FLAGS.config)
     workdir = run_path(flags.FLAGS.workdir, PretrainTask.name)
-    use_compilation_cache(config)
-    several = config.distributed.method != "none"
-    if several and config.embedded.images and not config.data.shards:
-        raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
+    begin(config)
     config = embedded.with_shards(config, workdir)
-    task = PretrainTask(config)
-    with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
-        primary = jax.process_index() == 0
-        result = loop.train(task, config, workdir, peers, clock, at_end=report.write_report_if_possible)
-    if result.interrupted:
-        if primary:
-            print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
-        return result.stop_code
-    if primary:
-        print(_summary(config, workdir, result.step))
-    return 0
+    return train(PretrainTask(config), config, workdir, clock, lambda step: print(_summary(config, workdir, step)))
 
 
 def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:

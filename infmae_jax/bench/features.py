@@ -11,7 +11,7 @@ import numpy as np
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import report
 from infmae_jax.bench.step import endless_run, settings_of, synthetic_batch
-from infmae_jax.interop.trained_model import images_at_once, in_pieces
+from infmae_jax.interop.trained_model import encode, images_at_once
 from infmae_jax.models import patches
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
@@ -32,26 +32,15 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
 
-    at_once = images_at_once(batch, jax.devices()[:1])
-
-    @jax.jit
-    def forward(params, images):
-        def take(some):
-            return module.apply({"params": params}, patches.normalize(some), method="features")
-
-        return in_pieces(take, images, at_once)
-
-    on_device = jax.device_put(images)
-
-    pooled = {}
+    on_device, pooled = jax.device_put(images), {}
 
     def ours(times: int) -> None:
         for _ in range(times):
-            out = forward(params, on_device)
+            out = encode(config.model, params, on_device, config.data.image_size, average=False)
         pooled["ours"] = np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
     calls: dict[str, timing.Call] = {"ours": ours}
-    settings = settings_of(config) | {"batch": batch, "images_at_once": at_once}
+    settings = settings_of(config) | {"batch": batch, "images_at_once": images_at_once(batch, jax.devices()[:1])}
     if against_torch:
         from infmae_jax.bench import torch_model
 
@@ -65,16 +54,12 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
         settings |= torch_model.settings()
     seconds = timing.take_turns(calls, rounds)
     if against_torch:
-        _check_same(pooled["ours"], pooled["PyTorch eager"], config.model.encoder.dtype)
+        difference = np.abs(pooled["PyTorch eager"] - pooled["ours"]).max() / np.abs(pooled["ours"]).max()
+        if not difference <= _SAME_FEATURES[config.model.encoder.dtype]:
+            raise ArithmeticError(f"PyTorch's pooled features differ by {difference:.2g} of their largest value")
     rows = [
         {"name": name, **timing.rate_row(seconds[name], batch)}
         | ({"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])} if name != "ours" else {})
         for name in calls
     ]
     return report("features", settings | {"rounds": rounds}, rows)
-
-
-def _check_same(ours: np.ndarray, theirs: np.ndarray, dtype: str) -> None:
-    difference = np.abs(ours - theirs).max() / np.abs(ours).max()
-    if not difference <= _SAME_FEATURES[dtype]:
-        raise ArithmeticError(f"PyTorch's pooled features differ by {difference:.2g} of their largest value")

@@ -56,7 +56,8 @@ def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dic
         seconds = timing.take_turns({name: call for name, (call, _) in work.items()}, rounds, _SLICE)
     rows: list[Row] = [{"name": name, **timing.rate_row(seconds[name], count)} for name, (_, count) in work.items()]
     rows[0] |= {"memory_gib": program.memory_gib, "compile_s": program.compile_seconds}
-    train, val = _set_of(config)
+    whole = config.embedded.images or _SET
+    train, val = whole - whole // 4, whole // 4
     times = {name: seconds[name] / count for name, (_, count) in work.items()}
     rows[2]["share_of_training"] = _percent(_share(config, batch, train, val, times["train"], times["evaluate"]))
     program.stop()
@@ -66,11 +67,6 @@ def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dic
         "evaluated_size": [embedded.height, embedded.width],
     }  # fmt: skip
     return report(config.task, settings, rows, [_SHARE_NOTE.format(train=train, val=val)])
-
-
-def _set_of(config: FineTuneConfig) -> tuple[int, int]:
-    images = config.embedded.images or _SET
-    return images - images // 4, images // 4
 
 
 def _share(

@@ -19,20 +19,12 @@ from infmae_jax.models.infmae import InfMAE
 _KERNEL = 5 * 5  # of a depthwise convolution
 _PIXELS = patches.PATCH**2
 STAGES = ("stage 1 blocks", "stage 2 blocks", "stage 3 blocks", "embeddings, fusion", "decoder")
-VISIBLE_ONLY, PUBLISHED = "visible only", "as published"
-
-
-def as_published(model: InfMAEConfig) -> InfMAEConfig:
-    """The same model computed as published: every patch, masked or not."""
-    return model.replace(visible_only=False, predict_masked_only=False)
-
-
-def on_visible(model: InfMAEConfig) -> InfMAEConfig:
-    """The same model without what neither its loss nor its gradients depend on: the default."""
-    return model.replace(visible_only=True, predict_masked_only=True)
-
-
-WAYS = {VISIBLE_ONLY: on_visible, PUBLISHED: as_published}
+# Ways to compute the same model: without what neither its loss nor its gradients depend on, which is the default, and
+# as published, every patch, masked or not. Changes of its config.
+WAYS = {
+    "visible only": {"visible_only": True, "predict_masked_only": True},
+    "as published": {"visible_only": False, "predict_masked_only": False},
+}
 
 
 def hand_count(model: InfMAEConfig, image_size: tuple[int, int], keep: int, visible_only: bool) -> dict[str, float]:
@@ -136,7 +128,7 @@ def flops(model: InfMAEConfig, image_size: tuple[int, int], keep: int, compiled:
     model = model.replace(dtype="float32")
     rows: list[Row] = []
     for way, change in WAYS.items():
-        config = change(model)
+        config = model.replace(**change)
         by_hand = hand_count(config, image_size, keep, config.encoder.visible_only)
         rows += [{"way": way, "stage": stage, "by_hand": gflop} for stage, gflop in by_hand.items()]
         counts = xla_count(config, image_size, keep, compiled)

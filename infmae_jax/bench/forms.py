@@ -17,7 +17,7 @@ import numpy as np
 from infmae_jax.ahead.account import part_of
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import Row, report
-from infmae_jax.bench.step import SAME_LOSS, TimedStep, measures, settings_of, torch_steps
+from infmae_jax.bench.step import TimedStep, measures, same_loss, settings_of, torch_steps
 from infmae_jax.tasks.pretrain import PretrainConfig
 
 OURS = "as configured"
@@ -65,9 +65,7 @@ def forms(config: PretrainConfig, batch: int, rounds: int, torch_forms: Sequence
     for name, times in seconds.items():
         own = measures(programs[name], times) if name in programs else timing.rate_row(times, batch)
         rows[name] |= own | {"faster": timing.ratio(seconds[OURS], times)}
-        if not np.isclose(
-            rows[name]["first_loss"], rows[OURS]["first_loss"], rtol=SAME_LOSS[config.model.encoder.dtype], atol=0
-        ):
+        if not same_loss(config, rows[name]["first_loss"], rows[OURS]["first_loss"]):
             rows[name]["note"] = "another first loss: not the same computation"
     for program in programs.values():
         program.stop()

@@ -27,7 +27,7 @@ from infmae_jax.training.task import Task
 Config = TypeVar("Config", bound=RunConfig)
 TORCH_FORMS = ("eager", "compiled")
 _GIB = 2**30
-SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks on the same weights and batch, relative
+_SAME_LOSS = {"float32": 1e-5, "bfloat16": 1e-2}  # of two frameworks, relative
 _MFU_NOTE = (
     "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
     "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
@@ -113,7 +113,7 @@ def step(config: PretrainConfig, batch_sizes: Sequence[int], rounds: int) -> dic
         for way, change in flops.WAYS.items():
             name = f"batch {batch}, {way}"
             try:
-                program = TimedStep(dataclasses.replace(config, model=change(config.model)), batch)
+                program = TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
                 program.start()
                 program()
                 programs[name] = program
@@ -144,22 +144,22 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     program = TimedStep(config, batch)
     program.start()
     calls: dict[str, timing.Call] = {"ours": program, **torch_steps(config, batch, program.state.params, forms)}
-    losses: dict[str, float] = {}
-
-    def noting(name: str, call: timing.Call) -> timing.Call:
-        """The call, which notes its first loss: that of the weights that all started from."""
-        return lambda times: losses.setdefault(name, call(times))
-
-    seconds = timing.take_turns({name: noting(name, call) for name, call in calls.items()}, rounds)
+    losses = {name: call(1) for name, call in calls.items()}  # of the weights that all start from
     for name, loss in losses.items():
-        if not np.isclose(loss, losses["ours"], rtol=SAME_LOSS[config.model.encoder.dtype], atol=0):
+        if not same_loss(config, loss, losses["ours"]):
             raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
+    seconds = timing.take_turns(calls, rounds)
     rows: list[Row] = [{"name": "ours", "first_loss": losses["ours"], **measures(program, seconds["ours"])}]
     for name in list(calls)[1:]:
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
     settings = settings_of(config) | {"batch": batch, "rounds": rounds} | torch_model.settings()
     return report("step --torch", settings, rows, [_MFU_NOTE])
+
+
+def same_loss(config: PretrainConfig, loss: float, other: float) -> bool:
+    """Whether two losses, of the same weights and batch, differ by rounding alone."""
+    return bool(np.isclose(loss, other, rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0))
 
 
 def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence[str]) -> dict[str, timing.Call]:

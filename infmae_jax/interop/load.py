@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, writing
+from data_pipelines.files import atomic_write, local_path, output_file, writing
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig
 from infmae_jax.interop import published, safetensors_file, stablehlo, torch_file
@@ -155,9 +155,7 @@ def write(
     Raises:
       InputError: the path exists or cannot be written, or the format cannot hold the model.
     """
-    path = Path(local_path(path, "output"))
-    if path.exists():
-        raise InputError(f"{path} already exists; remove it or choose another --output")
+    path = free_output(path)
     with writing(path), atomic_write(path) as partial:
         if target == "run":
             _write_run(partial, trained, origin)
@@ -166,6 +164,14 @@ def write(
         else:
             tensors, metadata = published.to_state(trained)
             safetensors_file.write_checkpoint(partial, tensors, {published.METADATA_KEY: metadata})
+
+
+def free_output(given: str | os.PathLike) -> Path:
+    """The path of a file or folder to write; InputError where something is there, or it cannot be written."""
+    path = Path(local_path(given, "output"))
+    if path.exists():
+        raise InputError(f"{given} already exists; remove it or choose another --output")
+    return output_file(path, "output")
 
 
 def _read_run(path: str, step: int | None, subtree: str | None) -> TrainedModel:

@@ -27,17 +27,14 @@ class Layout:
 
     def publish(self, array: np.ndarray) -> np.ndarray:
         """Our array in the published layout, contiguous."""
-        if not self.axes:
-            return np.ascontiguousarray(array).reshape(array.shape)
-        order = [axis for axis in self.axes if axis is not None]
+        order = [axis for axis in self.axes or range(array.ndim) if axis is not None]
         return np.ascontiguousarray(array.transpose(order)).reshape(self.shape(array.shape))
 
     def adopt(self, array: np.ndarray) -> np.ndarray:
         """A published array in our layout, contiguous."""
-        if not self.axes:
-            return np.ascontiguousarray(array).reshape(array.shape)
-        order = [axis for axis in self.axes if axis is not None]
-        kept = [extent for extent, axis in zip(array.shape, self.axes, strict=True) if axis is not None]
+        axes = self.axes or range(array.ndim)
+        order = [axis for axis in axes if axis is not None]
+        kept = [extent for extent, axis in zip(array.shape, axes, strict=True) if axis is not None]
         return np.ascontiguousarray(array.reshape(kept).transpose(np.argsort(order)))
 
     def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:

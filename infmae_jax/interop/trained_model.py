@@ -114,7 +114,7 @@ class TrainedModel:
     def _encode(self, images: np.ndarray, average: bool) -> dict[str, jax.Array]:
         pixels = self.to_pixels(images)
         encoder = {"encoder": self.device_params["encoder"]}
-        return _encode(self.config, encoder, _padded(pixels), pixels.shape[1:3], average)
+        return encode(self.config, encoder, _padded(pixels), pixels.shape[1:3], average)
 
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """Stored images, see `features`, as (N,H,W,1 or 3) uint8 under the run's intensity mapping; InputError."""
@@ -193,7 +193,7 @@ def in_pieces(take: Callable[[jax.Array], Any], images: jax.Array, at_once: int)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _encode(
+def encode(
     config: InfMAEConfig, params: dict, pixels: jax.Array, size: tuple[int, int], average: bool
 ) -> dict[str, jax.Array]:
     """(N,H,W,C) uint8 padded, and the size before -> float32 maps that cover that size, or their means."""

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from data_pipelines.errors import InputError
 from infmae_jax.training import storage
-from infmae_jax.training.run_folder import read_config, write_config
+from infmae_jax.training.run_folder import CONFIG_NAME, read_config, write_object
 from infmae_jax.training.sharding import path_text
 from infmae_jax.training.state import TrainState
 
@@ -100,11 +100,6 @@ class Checkpointer:
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one that is being saved included; None where there is none."""
         return max(self._steps(), default=None)
-
-    def best_step(self) -> int | None:
-        """Of the checkpoint with the best metric; None where none has one."""
-        known = {step: value for step in self._steps() if (value := self._metrics.get(step)) is not None}
-        return (min if self._best_is_low else max)(sorted(known), key=known.__getitem__, default=None)
 
     def save(
         self,
@@ -355,7 +350,7 @@ def write_run(run: str | Path, config: Mapping[str, Any], params: Mapping[str, A
         storage.start_save(run, 0, {"params": jax.tree.map(np.asarray, dict(params))}, {}, {})()
     except Exception as error:  # whatever Orbax makes of what the disk says
         raise OSError(errno.EIO, storage.reason(error)) from error
-    write_config(run, config)
+    write_object(Path(run) / CONFIG_NAME, config)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

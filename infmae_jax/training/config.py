@@ -285,9 +285,7 @@ def binding(settings: Mapping[str, Any], free_keys: tuple[str, ...]) -> dict[str
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free_keys: tuple[str, ...]) -> list[str]:
     """Readable lines of the keys whose values differ, the free ones left out."""
     old, new = binding(old, free_keys), binding(new, free_keys)
-    return [
-        f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)
-    ]
+    return [f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
 
 
 def _fields(cls: type) -> dict[str, Any]:

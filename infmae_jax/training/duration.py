@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from data_pipelines.errors import InputError
 
-_UNITS = ("steps", "epochs", "examples", "percent")
-
 
 def in_steps(duration: str, *, batch_size: int, num_examples: int, total_steps: int | None = None) -> int:
     """Converts a duration to whole steps (rounded to the nearest; a positive duration is at least one step).
@@ -25,12 +23,12 @@ def in_steps(duration: str, *, batch_size: int, num_examples: int, total_steps: 
         amount = float(number)
     except ValueError:
         amount = -1.0
-    if not 0 <= amount < float("inf") or unit not in _UNITS or (unit == "percent" and total_steps is None):
-        raise InputError(f"duration {duration!r} is not understood: write a number and one of {', '.join(_UNITS)}")
-    scale = {
+    scales = {
         "steps": 1.0,
         "epochs": num_examples / batch_size,
         "examples": 1.0 / batch_size,
-        "percent": (total_steps or 0) / 100.0,
-    }[unit]
+        "percent": None if total_steps is None else total_steps / 100.0,
+    }
+    if not 0 <= amount < float("inf") or (scale := scales.get(unit)) is None:
+        raise InputError(f"duration {duration!r} is not understood: write a number and one of {', '.join(scales)}")
     return max(1, round(amount * scale)) if amount > 0 else 0

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -34,7 +33,8 @@ class Goodput:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, started: float | None = None):
         self._clock = clock
-        self._since = clock() - _process_age() if started is None else started
+        age = max(0.0, time.time() - psutil.Process().create_time())
+        self._since = clock() - age if started is None else started
         self._seconds = dict.fromkeys(SHARES, 0.0)
         self._open = ["other"]
 
@@ -70,7 +70,3 @@ class Goodput:
         now = self._clock()
         self._seconds[self._open[-1]] += now - self._since
         self._since = now
-
-
-def _process_age() -> float:
-    return max(0.0, time.time() - psutil.Process(os.getpid()).create_time())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 
 # Dense matrix products, FLOP/s of one device, without structured sparsity. From the vendors' public data sheets:
@@ -81,6 +79,6 @@ def mfu(flops_per_step: float, seconds_per_step: float, device_kind: str, device
 
 def device_memory_gib() -> float | None:
     """Most memory that was in use at once on any device of this process, GiB; None where the device does not say."""
-    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", math.nan) for device in jax.local_devices()]
-    known = [peak for peak in peaks if not math.isnan(peak)]
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in peaks if peak is not None]
     return max(known) / _GIB if known else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Mapping
@@ -52,16 +51,10 @@ class Monitor:
         first: int,
         primary: bool,
     ):
-        self._task, self._clock, self._events, self._primary = program.task, clock, events, primary
+        self._program, self._task, self._clock, self._events = program, program.task, clock, events
+        self._primary = primary
         self._writer = MetricsWriter(workdir, first, primary)
         self._bar = progress_bar("train", program.total_steps, "step", done=first, active=primary)
-        self._utilisation = functools.partial(
-            hardware.mfu,
-            program.flops,
-            device_kind=jax.local_devices()[0].device_kind,
-            devices=jax.device_count(),
-            dtype=program.task.dtype,
-        )
 
     def restart(self, batches: Batches, at: Position) -> None:
         """From now on steps are counted from `at` and come from `batches`."""
@@ -130,7 +123,7 @@ class Monitor:
             "substituted_samples": self._batches.substituted,
             "goodput": self._clock.goodput,
             "device_memory_gib": hardware.device_memory_gib(),
-            "mfu": self._utilisation(seconds_per_step=seconds_per_step),
+            "mfu": self._program.mfu(seconds_per_step),
         }
         self._writer.write({name: value for name, value in row.items() if value is not None})
         text = f"loss {values['loss']:.4f}, {row['images_per_second']:.1f} images/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,8 @@ def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.
     """
     moments = optax.scale_by_adam(b1=config.b1, b2=config.b2, mu_dtype=jnp.dtype(config.mu_dtype))
     if config.name == "lars":
-        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=_TRUST), _kernels)
+        kernels = functools.partial(jax.tree.map, lambda param: param.ndim > 1)
+        trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=_TRUST), kernels)
         moments = optax.chain(trust, optax.trace(config.b1))
     if any(group.frozen for group in jax.tree.leaves(groups)):
         moments = optax.masked(moments, jax.tree.map(lambda group: not group.frozen, groups))
@@ -75,7 +77,3 @@ def make_optimizer(config: OptimizerConfig, groups: Any | None = None) -> optax.
 
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
     return optax.chain(*clip, moments, optax.stateless(directions))
-
-
-def _kernels(params: Any) -> Any:
-    return jax.tree.map(lambda param: param.ndim > 1, params)

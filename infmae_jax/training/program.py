@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
-from infmae_jax.training import optimizer, sharding, step
+from infmae_jax.training import hardware, optimizer, sharding, step
 from infmae_jax.training.config import RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.state import TrainState
@@ -89,10 +89,13 @@ class Program:
 
     def lowered(self) -> jax.stages.Lowered:
         """The step, traced for the mesh's devices."""
-        guards = self.config.guards
+        config, guards = self.config, self.config.guards
+        gradients = step.make_gradients(
+            self.task.loss, self.shardings.params, config.seed, config.optimizer.accumulate, self._groups
+        )
         function = step.make_train_step(
-            self._gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
-            self.in_steps(guards.spike_warmup), self.config.optimizer.ema,
+            gradients, self._optimizer, self.schedule, self.mesh, self.shardings, guards.spike_factor,
+            self.in_steps(guards.spike_warmup), config.optimizer.ema,
         )  # fmt: skip
         stop = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=step.stop_sharding(self.mesh))
         return function.lower(self.state_shapes, self.batch_shapes, stop)
@@ -102,7 +105,12 @@ class Program:
         """The compiled step, made when first asked for."""
         return self.lowered().compile()
 
-    @property
+    def mfu(self, seconds_per_step: float) -> float | None:
+        """Model FLOPs utilisation at this speed, see `hardware.mfu`."""
+        kind = self.mesh.devices.flat[0].device_kind
+        return hardware.mfu(self.flops, seconds_per_step, kind, self.mesh.size, self.task.dtype)
+
+    @functools.cached_property
     def flops(self) -> float:
         """Floating-point operations of a step over all devices, by XLA's count."""
         return self.compiled.cost_analysis().get("flops", 0.0) * self.mesh.size  # XLA counts the program of one device
@@ -158,13 +166,6 @@ class Program:
     @functools.cached_property
     def _optimizer(self) -> optax.GradientTransformation:
         return optimizer.make_optimizer(self.config.optimizer, self._groups)
-
-    @functools.cached_property
-    def _gradients(self) -> step.Gradients:
-        config = self.config
-        return step.make_gradients(
-            self.task.loss, self.shardings.params, config.seed, config.optimizer.accumulate, self._groups
-        )
 
 
 def _steps(task: Task, duration: str, total: int | None = None) -> int:

@@ -28,7 +28,7 @@ from infmae_jax.training.hosts.stop import StopRequest
 from infmae_jax.training.monitor import Monitor
 from infmae_jax.training.profiling import Profile
 from infmae_jax.training.program import Program
-from infmae_jax.training.run_folder import claim, workdir_lock, write_record
+from infmae_jax.training.run_folder import claim, workdir_lock, write_run_info
 from infmae_jax.training.state import TrainState
 from infmae_jax.training.task import Batches, Position
 from infmae_jax.training.writers import EventLog, read_events
@@ -134,13 +134,10 @@ class Run:
         self._peers.progress(at.step, "compiling")
         began = time.perf_counter()
         with self._clock.spend("compiling"):
-            compiled = program.compiled
+            assert program.compiled  # made now
         seconds = time.perf_counter() - began
         if self._primary and not at.step:
-            write_record(
-                self._folder, program.state_shapes, program.mesh, compiled, self._task.batch_size,
-                self._task.fingerprint,
-            )  # fmt: skip
+            write_run_info(self._folder, program)
         self._monitor = self._stack.enter_context(
             contextlib.closing(Monitor(self._folder, program, self._clock, events, at.step, self._primary))
         )

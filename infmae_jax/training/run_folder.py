@@ -22,13 +22,12 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.sharding import Mesh
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, require_writable, writing
 from infmae_jax.training.config import differences, to_config
+from infmae_jax.training.program import Program
 from infmae_jax.training.sharding import path_text
-from infmae_jax.training.state import TrainState
 
 CONFIG_NAME, RUN_INFO_NAME, LOCK_NAME = "config.json", "run_info.json", ".lock"
 _PACKAGES = ("infmae-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array-record", "numpy")
@@ -82,15 +81,13 @@ def _require_task(folder: Path, config: Mapping[str, Any], task: str) -> None:
         raise InputError(f"{folder} holds {what}, not of {task!r}; use another --workdir")
 
 
-def write_config(run: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes RUN/config.json, whole or not at all."""
-    with atomic_write(Path(run) / CONFIG_NAME) as partial:
-        partial.write_text(json.dumps(config, indent=1) + "\n")
+def write_object(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes what `read_object` reads, whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def claim(
-    workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any], resuming: bool, primary: bool
-) -> None:
+def claim(workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any], resuming: bool, primary: bool) -> None:
     """Writes the resolved config, the task's name and what identifies its data.
 
     Of a run that is resumed, checks that they are still the same; InputError names each difference.
@@ -113,7 +110,7 @@ def claim(
     elif primary:
         mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
         with writing(workdir):
-            write_config(workdir, _with_texts(mine, lambda text: _portable(text, workdir)))
+            write_object(workdir / CONFIG_NAME, _with_texts(mine, lambda text: _portable(text, workdir)))
 
 
 def _completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,41 +160,26 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def write_record(
-    run: str | Path,
-    state: TrainState,
-    mesh: Mesh,
-    compiled: jax.stages.Compiled,
-    batch_size: int,
-    data: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes and returns RUN/run_info.json: parameter table, GFLOP per image (XLA's count), mesh, versions, data.
-
-    Args:
-      state: training state or its shapes, with shardings.
-      compiled: the training step for a global batch of `batch_size` images.
-      data: what the task says of its data set.
-    """
-    flops = compiled.cost_analysis().get("flops", 0.0) * mesh.size  # XLA counts the program of one device
-    memory = compiled.memory_analysis()
+def write_run_info(run: str | Path, program: Program) -> None:
+    """Writes RUN/run_info.json: parameter table, GFLOP per image (XLA's count), mesh, versions, data."""
+    params, mesh, memory = program.state_shapes.params, program.mesh, program.compiled.memory_analysis()
     table = [
         {"name": path_text(path), "shape": list(leaf.shape), "sharding": str(leaf.sharding.spec)}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     info = {
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "gflop_per_image": flops / batch_size / 1e9,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "gflop_per_image": program.flops / program.task.batch_size / 1e9,
         "device_memory_mib": memory and (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**20,
         "mesh": dict(mesh.shape),
         "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
         "processes": jax.process_count(),
         "versions": package_versions(),
-        "data": data,
+        "data": dict(program.task.fingerprint),
         "parameter_table": table,
     }
-    with writing(run), atomic_write(Path(run) / RUN_INFO_NAME) as partial:
-        partial.write_text(json.dumps(info, indent=1) + "\n")
-    return info
+    with writing(run):
+        write_object(Path(run) / RUN_INFO_NAME, info)
 
 
 # ---- .lock ----------------------------------------------------------------------------------------------------------

@@ -105,11 +105,6 @@ def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarr
     return np.array(devices, object).reshape(shape)
 
 
-def parameter_rule(path: str) -> tuple[int, tuple[str, ...]] | None:
-    """Dimension and axes of a parameter (path with slashes), None where no rule names it."""
-    return next((rule for pattern, *rule in PARAMETER_RULES if re.search(pattern, "/" + path)), None)
-
-
 def path_text(path: tuple[Any, ...]) -> str:
     """A JAX key path as text with slashes: encoder/blocks3_0/attn/qkv/kernel."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -129,8 +124,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         spec: list[Any] = [None] * leaf.ndim
         if leaf.ndim:
-            dim, axes = parameter_rule(path_text(path)) or (_largest(leaf.shape, mesh.shape["fsdp"]), ("fsdp",))
-            spec[dim] = _dividing(mesh, axes, leaf.shape[dim], path_text(path)) or None
+            name, rest = path_text(path), (_largest(leaf.shape, mesh.shape["fsdp"]), ("fsdp",))
+            dim, axes = next((rule for pattern, *rule in PARAMETER_RULES if re.search(pattern, f"/{name}")), rest)
+            spec[dim] = _dividing(mesh, axes, leaf.shape[dim], name) or None
         return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(sharding, state)

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from data_pipelines.commands import printable
@@ -222,22 +223,19 @@ def empty_arrays(path: Path, record: Mapping[str, Any], item: str) -> dict[str, 
     Raises:
       Damaged: the record of the checkpoint `path` describes no such arrays, or more than its files can hold.
     """
-    tree: dict[str, Any] = {}
-    left, spare = _MOST_ARRAYS, _MOST_UNPACKED * sum(_sizes(path).values()) + _ALWAYS_UNPACKED
+    found: dict[tuple[str, ...], np.ndarray] = {}
+    spare = _MOST_UNPACKED * sum(_sizes(path).values()) + _ALWAYS_UNPACKED
     with _damage_if_unreadable():
         for path, text in record["arrays"].items():
-            name, *parents, last = path.split("/")
+            name, *keys = path.split("/")
             if name == item:
-                node = tree
-                for key in parents:
-                    node = node.setdefault(key, {})
                 dtype, shape = text.rstrip("]").split("[")
                 shape, dtype = [int(size) for size in shape.split(",") if size], jnp.dtype(dtype)
-                left, spare = left - 1, spare - math.prod(shape) * dtype.itemsize
-                if left < 0 or spare < 0 or len(parents) > _DEEPEST:
+                spare -= math.prod(shape) * dtype.itemsize
+                if len(found) == _MOST_ARRAYS or spare < 0 or len(keys) > _DEEPEST:
                     raise ValueError("its record describes more than its files hold")
-                node[last] = np.empty(shape, dtype)
-    return tree
+                found[tuple(keys)] = np.empty(shape, dtype)
+        return traverse_util.unflatten_dict(found)
 
 
 def set_aside(run: str | Path, step: int) -> None:

@@ -39,8 +39,8 @@ def xla_stages(model, image_size, keep):
     return stages | {flops.STAGES[3]: rest, flops.STAGES[4]: decoder}
 
 
-MODELS = {"visible only": flops.on_visible(SHALLOW), "vit": SHALLOW.replace(kind="vit")}
-PUBLISHED = {"as published": flops.as_published(SHALLOW)}  # counted by hand below too
+MODELS = {"visible only": SHALLOW.replace(**flops.WAYS["visible only"]), "vit": SHALLOW.replace(kind="vit")}
+PUBLISHED = {"as published": SHALLOW.replace(**flops.WAYS["as published"])}  # counted by hand below too
 
 
 def pytest_generate_tests(metafunc):

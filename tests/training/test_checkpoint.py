@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from infmae_jax.training.checkpoint import Checkpointer, NonFiniteState, SaveFailed
+from infmae_jax.training.storage import best_checkpoint
 from tests.training.checkpoint_process import abstract_state, content, make_mesh, make_state, start
 from tests.training.damage import checkpoints, cut_in_half, flip_a_bit, largest_file
 
@@ -49,7 +50,7 @@ def test_state_comes_back_on_fewer_devices(saved, states):
 def test_new_run_has_nothing_to_restore(mesh, tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.restore(abstract_state(mesh)) is None
-        assert checkpointer.latest_step() is None and checkpointer.best_step() is None
+        assert checkpointer.latest_step() is None and best_checkpoint(tmp_path, "loss", "min") is None
     assert not list(tmp_path.iterdir())
 
 
@@ -83,7 +84,7 @@ def test_latest_best_and_every_kth_are_kept_across_restarts(states, tmp_path):
             checkpointer.save(states[1], step, {"loss": loss})
     assert checkpoints(tmp_path) == ["20", "30", "50", "60"]
     with Checkpointer(tmp_path, keep=1, keep_best=1) as checkpointer:
-        assert (checkpointer.latest_step(), checkpointer.best_step()) == (60, 20)
+        assert (checkpointer.latest_step(), best_checkpoint(tmp_path, "loss", "min")) == (60, 20)
         checkpointer.save(states[1], 70)  # of unknown loss
     assert checkpoints(tmp_path) == ["20", "70"]
 
@@ -93,9 +94,8 @@ def test_best_is_what_the_named_metric_says(states, tmp_path):
     for step, score in scores.items():
         with Checkpointer(tmp_path, keep=1, keep_best=1, best=("top1", "max")) as checkpointer:
             checkpointer.save(states[1], step, {"loss": score, "top1": score})
-    assert checkpointer.best_step() == 2 and checkpoints(tmp_path) == ["2", "4"]
-    with Checkpointer(tmp_path, best=("miou", "max")) as checkpointer:
-        assert checkpointer.best_step() is None
+    assert best_checkpoint(tmp_path, "top1", "max") == 2 and checkpoints(tmp_path) == ["2", "4"]
+    assert best_checkpoint(tmp_path, "miou", "max") is None
     with pytest.raises(ValueError, match="neither 'min' nor 'max'"):
         Checkpointer(tmp_path, best=("loss", "most"))
 

@@ -13,7 +13,7 @@ from infmae_jax.models.infmae import abstract_params
 from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import run_folder, storage
 from infmae_jax.training.checkpoint import restore_params, write_run
-from infmae_jax.training.run_folder import read_config, write_config
+from infmae_jax.training.run_folder import CONFIG_NAME, read_config, write_object
 from tests.training.damage import checkpoints, flip_a_bit, largest_file
 
 
@@ -74,7 +74,7 @@ def test_folders_that_are_no_runs_are_named(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         read_config(tmp_path)
     (tmp_path / "config.json").unlink()
-    write_config(tmp_path, {"architectures": ["ViTMAEForPreTraining"]})
+    write_object(tmp_path / CONFIG_NAME, {"architectures": ["ViTMAEForPreTraining"]})
     with pytest.raises(InputError, match="has no checkpoints: is it a run folder"):
         restore_params(tmp_path)
 
@@ -117,7 +117,7 @@ def test_run_folders_are_folders(tmp_path, monkeypatch):
 def test_a_folder_of_another_task_is_refused_in_one_short_line_before_any_work(tmp_path):
     config = PretrainConfig()
     run_folder.claim(tmp_path / "run", config, "pretrain", {}, resuming=False, primary=True)
-    write_config(tmp_path / "converted", {"model": {}})
+    write_object(tmp_path / "converted" / CONFIG_NAME, {"model": {}})
     (tmp_path / "file").write_text("")
     assert run_folder.run_path(tmp_path / "run", "pretrain") == tmp_path / "run"
     assert run_folder.run_path(tmp_path / "new" / "run", "pretrain") == tmp_path / "new" / "run"

@@ -18,6 +18,7 @@ from infmae_jax.training.checkpoint import Checkpointer
 from infmae_jax.training.config import MeshConfig
 from infmae_jax.training.program import Program
 from infmae_jax.training.run import NumbersDiverged
+from infmae_jax.training.storage import best_checkpoint
 from infmae_jax.training.task import Position
 from infmae_jax.training.writers import read_events, read_metrics
 from tests.training.dummy_task import CONFIG, DummyTask
@@ -81,8 +82,7 @@ def test_evaluators_log_draw_and_choose_the_best_checkpoint(undisturbed):
     assert json.loads((run / "tables" / f"{names[-1].format('table')}.json").read_text()) == [{"a": 1}]
     saved = {step: error for step, error in found.items() if step}
     for mode, best in (("min", min(saved, key=saved.get)), ("max", max(saved, key=saved.get))):
-        with Checkpointer(run, best=("val/error", mode)) as checkpoints:
-            assert checkpoints.best_step() == best
+        assert best_checkpoint(run, "val/error", mode) == best
 
 
 def test_a_killed_run_goes_on_bit_for_bit(undisturbed, tmp_path):

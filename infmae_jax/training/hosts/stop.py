@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import urllib.error
 import urllib.request
 from typing import Any
 
@@ -63,7 +62,7 @@ class StopRequest:
                         self.code = self.code or EXIT_PREEMPTED
                         return
                 self._ended.wait(_POLL_SECONDS)
-            except (OSError, ValueError, urllib.error.URLError) as error:
+            except (OSError, ValueError) as error:
                 if not warned and not isinstance(error, TimeoutError):
                     logging.warning("distributed.notice_url=%s cannot be read (%s); trying again", self._url, error)
                     warned = True
