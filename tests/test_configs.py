@@ -1,4 +1,7 @@
-"""Every config file runs in its `:smoke` form: train, be interrupted, resume, evaluate."""
+"""Config files in their `:smoke` form: one trains, is interrupted, resumes and is probed; others train or are traced.
+
+With --long all of them train.
+"""
 
 import dataclasses
 import importlib.util

@@ -303,10 +303,11 @@ def test_zoomed_parts_keep_the_aspect_ratio_and_contain_the_point(height, width,
     crop, (rows, columns) = geometry.crop, geometry.size
     assert 0 <= crop.top and crop.top + crop.height <= height and 0 <= crop.left and crop.left + crop.width <= width
     assert 0 < rows <= 48 and 0 < columns <= 64
-    # one factor for both sides, up to the rounding of both ends; a side of one pixel may have been less
-    least = max((rows - 0.5) / (crop.height + 0.5), (columns - 0.5) / (crop.width + 0.5))
-    most = min((rows + 0.5) / max(crop.height - 0.5, 0.1), (columns + 0.5) / max(crop.width - 0.5, 0.1))
-    assert least <= most or 1 in (rows, columns, crop.height, crop.width)
+    # one factor for both sides, up to the rounding of both ends; what would be less than half a pixel becomes one
+    sides = (rows, crop.height), (columns, crop.width)
+    least = max((drawn - 0.5) / (part + 0.5) if drawn > 1 else 0 for drawn, part in sides)
+    most = min((drawn + 0.5) / (part - 0.5) if part > 1 else math.inf for drawn, part in sides)
+    assert least <= most
     # it fills the canvas, or shows the whole image along that side
     assert crop.height == height or rows >= 46
     assert crop.width == width or columns >= 62
