@@ -5,7 +5,7 @@ from typing import Any, Self
 
 ENCODERS = ("hybrid", "vit")
 DTYPES = ("float32", "bfloat16", "float64")
-DEPTHWISE_METHODS = ("auto", "shift", "conv", "products", "kernel")
+DEPTHWISE_METHODS = ("auto", "shift", "conv", "products")
 ATTENTION_METHODS = ("auto", "xla", "cudnn")
 POSITIONS = ("recompute", "interpolate")
 SEGMENTATION_HEADS = ("upernet", "fcn")

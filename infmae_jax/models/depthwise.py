@@ -8,7 +8,6 @@ conv      XLA's grouped convolution of the whole map. For NVIDIA GPUs.
 products  the same, but products with matrices of zeros and ones, which are exact, put patches on the map and take them.
           For TPUs, which hold the last two dimensions of arrays in tiles of 8 x 128: scattering patches there, and
           windows of r x r cells, cost several times their bytes.
-kernel    visible patches without a map, by a kernel of our own for NVIDIA GPUs (`depthwise_gpu`); elsewhere as "auto".
 
 Two facts make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are
 transposes of each other, so the gradient with respect to the cells is the same operation with the kernel turned by 180
@@ -89,17 +88,10 @@ on_visible.defvjp(_on_visible_forward, _on_visible_backward)
 def _computed(forms: dict[str, tuple[Callable, Callable]], method: str, direction: int, static, *arrays: jax.Array):
     """A form's result, forward (direction 0) or backward (1). What depends on the backend is chosen when the program is
     lowered for it, so that another machine can compile for it too."""
-    if method not in ("auto", "kernel"):
+    if method != "auto":
         return forms[method][direction](static, *arrays)
-    names = _BEST | ({"cuda": "kernel"} if method == "kernel" and _has_kernels() else {})
-    best = {backend: functools.partial(forms[name][direction], static) for backend, name in names.items()}
+    best = {backend: functools.partial(forms[name][direction], static) for backend, name in _BEST.items()}
     return jax.lax.platform_dependent(*arrays, **best)
-
-
-def _has_kernels() -> bool:
-    from infmae_jax.models import depthwise_gpu  # which few need, and which takes a second to import and trace
-
-    return depthwise_gpu.AVAILABLE
 
 
 def _shift_forward(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
@@ -145,18 +137,6 @@ def _shift_map_backward(r: int, cells: jax.Array, kernel: jax.Array, grad: jax.A
         _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
         _kernel_gradient(_pad(cells), grad, r).astype(kernel.dtype),
     )
-
-
-def _kernel_forward(*arguments):
-    from infmae_jax.models import depthwise_gpu
-
-    return depthwise_gpu.forward(*arguments)
-
-
-def _kernel_backward(*arguments):
-    from infmae_jax.models import depthwise_gpu
-
-    return depthwise_gpu.backward(*arguments)
 
 
 def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -269,11 +249,10 @@ _FORMS = {  # method -> forward and backward at visible patches
         functools.partial(form, _place_by_products, _take_by_products)
         for form in (_convolution_forward, _convolution_backward)
     ),
-    "kernel": (_kernel_forward, _kernel_backward),
 }
 _whole = (lambda _, *arrays: _convolve(*arrays), lambda _, *arrays: _convolve_backward(*arrays))
 _MAP_FORMS = {  # the same for whole maps
     "shift": (lambda _, cells, kernel: _multiply_add(_pad(cells), kernel), _shift_map_backward),
-    **dict.fromkeys(("conv", "products", "kernel"), _whole),
+    **dict.fromkeys(("conv", "products"), _whole),
 }
 _BEST = {"tpu": "products", "cuda": "conv", "default": "shift"}
