@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
@@ -29,6 +30,8 @@ def evaluate(
     run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", **options: Any
 ) -> str:
     """Writes the measures of a run on a split, and returns them as a table.
+
+    The processes of a job share the images, and the first one writes.
 
     Args:
       run: folder of a fine-tuning run.
@@ -57,18 +60,20 @@ def evaluate(
     origin: dict[str, Any] = {"run": Path(run).name, "step": step, "split": split}
     sets = ", ".join(Path(name).name for name in shards)
     text = f"{origin['run']}, step {step}; split {split} of {sets}, {found['scores']['images']} images\n{table}"
-    with writing(output):
-        for name, content in (
-            ("scores.json", json.dumps({**origin, **found["scores"]}, indent=1)),
-            ("scores.txt", text),
-            *found.get("files", {}).items(),
-        ):
-            with atomic_write(output / name) as partial:
+    if jax.process_index() == 0:
+        _write(output, {"scores.json": json.dumps({**origin, **found["scores"]}, indent=1), "scores.txt": text,
+                        **found.get("files", {})}, drawn)  # fmt: skip
+    return text
+
+
+def _write(folder: Path, texts: dict[str, str], drawn: dict[str, np.ndarray]) -> None:
+    with writing(folder):
+        for name, content in texts.items():
+            with atomic_write(folder / name) as partial:
                 partial.write_text(content + "\n")
         for name, pixels in drawn.items():
-            with atomic_write(output / f"{name}.png") as partial:
+            with atomic_write(folder / f"{name}.png") as partial:
                 Image.fromarray(pixels).save(partial, "PNG")
-    return text
 
 
 def _define_flags() -> None:

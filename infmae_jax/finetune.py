@@ -13,13 +13,23 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
+from infmae_jax.evaluation.hosts import same_everywhere
 from infmae_jax.interop import checkpoint_flags
-from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of, require_checkpoint, resolved, with_embedded
+from infmae_jax.tasks.finetune import (
+    FineTuneConfig,
+    fingerprint_of,
+    manifests_of,
+    require_checkpoint,
+    resolved,
+    with_embedded,
+)
+from infmae_jax.tasks.finetune_task import FineTuneTask
 from infmae_jax.tasks.finetuned import kind_of
 from infmae_jax.train_command import begin, train
 from infmae_jax.training.config import define_config, from_config
@@ -46,18 +56,27 @@ def main(argv: Sequence[str]) -> int:
         config = dataclasses.replace(config, checkpoint=flags.FLAGS.checkpoint)
     require_checkpoint(config)
     begin(config)
-    config, trained = resolved(with_embedded(config, workdir), **checkpoint_flags.load_options())
-    return train(kind.task(config, trained), config, workdir, clock, lambda step: _finish(config, workdir))
+    config = with_embedded(config, workdir)
+
+    def make() -> tuple[FineTuneTask, FineTuneConfig]:
+        whole, trained = resolved(config, **checkpoint_flags.load_options())
+        if not same_everywhere(trained.digest):
+            raise InputError(f"checkpoint {config.checkpoint} is not the same encoder on all hosts; copy one to each")
+        return kind.task(whole, trained), whole
+
+    return train(config, fingerprint_of(config), make, workdir, clock, lambda step: _finish(config, workdir))
 
 
 def _finish(config: FineTuneConfig, workdir: Path) -> None:
-    """Measures the best checkpoint on the test split, once, and says what to run next."""
+    """Measures the best checkpoint on the test split, once, every host its share, and says what to run next."""
     split = config.data.test_split
     if not all(split in manifest.splits for manifest in manifests_of(config)):
         split = config.data.val_split
-    print(evaluate(workdir, workdir / "evaluation", config.data.shards, split))
-    print(f"report: {workdir / 'report.html'}, measures and pictures: {workdir / 'evaluation'}")
-    print(f"next: python -m infmae_jax.predict --checkpoint={workdir} --output=DIR IMAGES_OR_FOLDER...")
+    table = evaluate(workdir, workdir / "evaluation", config.data.shards, split)
+    if jax.process_index() == 0:
+        print(table)
+        print(f"report: {workdir / 'report.html'}, measures and pictures: {workdir / 'evaluation'}")
+        print(f"next: python -m infmae_jax.predict --checkpoint={workdir} --output=DIR IMAGES_OR_FOLDER...")
 
 
 if __name__ == "__main__":

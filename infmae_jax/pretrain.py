@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from data_pipelines.commands import run_command
@@ -36,7 +37,13 @@ def main(argv: list[str]) -> int:
     workdir = run_path(flags.FLAGS.workdir, PretrainTask.name)
     begin(config)
     config = embedded.with_shards(config, workdir)
-    return train(PretrainTask(config), config, workdir, clock, lambda step: print(_summary(config, workdir, step)))
+    task = PretrainTask(config)
+
+    def finish(step: int) -> None:
+        if jax.process_index() == 0:
+            print(_summary(config, workdir, step))
+
+    return train(config, task.fingerprint, lambda: (task, config), workdir, clock, finish)
 
 
 def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:

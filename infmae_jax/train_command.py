@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -27,20 +28,30 @@ def begin(config: Config) -> None:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")
 
 
-def train(task: Task, config: Config, workdir: Path, clock: Goodput, finish: Callable[[int], None]) -> int:
+def train(
+    config: Config,
+    data: Mapping[str, Any],
+    make: Callable[[], tuple[Task, Config]],
+    workdir: Path,
+    clock: Goodput,
+    finish: Callable[[int], None],
+) -> int:
     """Trains, and returns the command's exit code.
 
     Args:
-      task: made from the whole config.
+      config: what the processes of a job must agree on before JAX may be used.
+      data: what identifies the data set, for the same.
+      make: gives the task and its whole config; may use JAX.
       workdir: run folder, which gets a report whatever ends the run.
       clock: made when the command began.
-      finish: called on process 0 with the last step of a run that is done.
+      finish: called on all processes with the last step of a run that is done.
     """
-    with distributed.joined(config.distributed, to_config(config), task.fingerprint) as peers:
-        primary = jax.process_index() == 0
+    with distributed.joined(config.distributed, to_config(config), data) as peers:
+        task, config = make()
         result = loop.train(task, config, workdir, peers, clock, at_end=write_report_if_possible)
-    if primary and result.interrupted:
+        if not result.interrupted:
+            finish(result.step)
+            return 0
+    if jax.process_index() == 0:
         print(f"stopped and saved at step {result.step} of {result.total_steps}; run the same command to go on")
-    elif primary:
-        finish(result.step)
-    return result.stop_code if result.interrupted else 0
+    return result.stop_code

@@ -28,7 +28,7 @@ _PARTS = (
     (r"encoder.*blocks2_", "convolution stage 2"),
     (r"encoder.*blocks3_", "transformer"),
     (r"encoder", "embeddings, final norm"),
-    (r"decoder|_predict|head|auxiliary|stride32", "decoder or head"),
+    (r"decoder|_predict|head|auxiliary|stride32|(?<!Target)Detector", "decoder or head"),
     (r"InfMAE|Segmenter|TargetDetector|^batch", "input, loss"),
     (r"", "optimizer, guards, not named"),
 )

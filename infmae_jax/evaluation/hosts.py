@@ -1,5 +1,7 @@
 """What every host found, brought together on all of them, bit for bit: JAX itself would round 64 bits to 32."""
 
+import hashlib
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -23,3 +25,16 @@ def summed(counts: np.ndarray) -> np.ndarray:
     """Counts of this host -> their sums over all hosts, of the same shape and dtype; exact up to 2**53."""
     total = gathered(counts.astype(np.float64).reshape(1, -1)).sum(axis=0)
     return total.reshape(counts.shape).astype(counts.dtype)
+
+
+def concatenated(text: str) -> str:
+    """The texts of all hosts, one after the other; spaces may come between them."""
+    data = text.encode()
+    rows = np.frombuffer(data + b" " * (-len(data) % 8), np.float64).reshape(-1, 1)
+    return gathered(rows).tobytes().decode()
+
+
+def same_everywhere(text: str) -> bool:
+    """Whether all hosts have this text."""
+    digests = gathered(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.float64).reshape(1, -1)).view(np.uint64)
+    return bool((digests == digests[:1]).all())

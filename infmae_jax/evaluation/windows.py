@@ -146,8 +146,9 @@ class HostPrograms:
 
     def params(self, params: Any) -> Any:
         """Parameters of any layout (arrays of NumPy, or over all hosts) on each of this host's devices."""
-        if jax.process_count() > 1:
-            everywhere = NamedSharding(jax.tree.leaves(params)[0].sharding.mesh, PartitionSpec())
+        leaves = jax.tree.leaves(params)
+        if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+            everywhere = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
             whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
             params = jax.tree.map(lambda array: array.addressable_data(0), whole)
         return jax.device_put(params, self._everywhere)

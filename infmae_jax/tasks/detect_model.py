@@ -19,7 +19,7 @@ from infmae_jax import pictures
 from infmae_jax.box_pictures import box_overlay, box_panel, paste
 from infmae_jax.evaluation import detection
 from infmae_jax.evaluation.detection import Boxes
-from infmae_jax.evaluation.hosts import summed
+from infmae_jax.evaluation.hosts import concatenated, summed
 from infmae_jax.evaluation.labelled import HostShare, ImageWithObjects, images_with_objects
 from infmae_jax.evaluation.tiles import detections
 from infmae_jax.evaluation.windows import host_programs
@@ -96,7 +96,7 @@ class DetectionModel(FineTuneModel):
         Returns:
           scores: see `evaluation.detection`, and `protocol`, `images`, `damaged` (left out).
           worst, best: pictures of images by the F1 of their boxes of at least `threshold`, of this host.
-          files: with `thorough`, this host's detections in COCO's format, in the source's ids.
+          files: with `thorough`, all detections in COCO's format, in the source's ids.
 
         Raises:
           InputError: no such split, or an example without a list of objects.
@@ -115,7 +115,10 @@ class DetectionModel(FineTuneModel):
         scores = {**counts.scores(self.classes), "damaged": int(damaged), "protocol": self.protocol}
         drawn = {name: box_panel([self._row(*entry) for entry in kept], self.classes)
                  for name, kept in (("worst", extremes.worst), ("best", extremes.best))}  # fmt: skip
-        return {"scores": scores, **drawn, **({"files": {RESULTS_NAME: json.dumps(listed)}} if thorough else {})}
+        if not thorough:
+            return {"scores": scores, **drawn}
+        rows = concatenated("".join(f"{json.dumps(row)}, " for row in listed)).rstrip(" ,")
+        return {"scores": scores, **drawn, "files": {RESULTS_NAME: f"[{rows}]"}}
 
     def _row(self, f1: float, image: ImageWithObjects, found: Boxes) -> tuple[str, np.ndarray, Boxes, Boxes]:
         truth, shown = image.objects, found.only(found.scores >= self.config.threshold)

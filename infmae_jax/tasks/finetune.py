@@ -267,3 +267,8 @@ def class_names(config: FineTuneConfig) -> tuple[str, ...]:
 
 def manifests_of(config: FineTuneConfig) -> list[Manifest]:
     return [read_manifest(folder) for folder in local_folders(config.data.shards)]
+
+
+def fingerprint_of(config: FineTuneConfig) -> dict[str, Any]:
+    """What identifies the data set: hosts and resumed runs must agree on it."""
+    return {"fingerprints": [manifest.fingerprint for manifest in manifests_of(config)]}

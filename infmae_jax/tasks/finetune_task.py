@@ -21,7 +21,7 @@ from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
 from infmae_jax.models.patches import normalize
 from infmae_jax.tasks.batches import PipelineBatches
-from infmae_jax.tasks.finetune import FineTuneConfig, manifests_of
+from infmae_jax.tasks.finetune import FineTuneConfig, fingerprint_of
 from infmae_jax.training.task import Evaluator, Group, Position, Task
 
 Image = TypeVar("Image")
@@ -117,7 +117,7 @@ class FineTuneTask(Task):
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
-        return {"fingerprints": [manifest.fingerprint for manifest in manifests_of(self.config)]}
+        return fingerprint_of(self.config)
 
     def init(self, key: jax.Array) -> Any:
         return self.model.init(key, self.batch_of_zeros()["image"])

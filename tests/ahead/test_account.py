@@ -34,6 +34,17 @@ ENTRY %main (x: bf16[8,16], w: bf16[16,16]) -> bf16[8,16] {
 """)  # fmt: skip  # noqa: E501
 
 
+@pytest.mark.parametrize("source, part", [
+    ("jit(step)/jvp(Detector.losses)/Detector._pooled/cond/dot_general", "decoder or head"),
+    ("jit(step)/transpose(jvp(Detector.losses))/encoder/blocks3_4/mlp/fc1", "transformer"),
+    ("jit(step)/jvp(Segmenter)/head/laterals_0/conv", "decoder or head"),
+    ("jit(step)/jvp(TargetDetector)/sub", "input, loss"),
+    ("jit(step)/adam/mul", "optimizer, guards, not named"),
+])  # fmt: skip
+def test_parts_by_the_names_that_xla_gives(source, part):
+    assert account.part_of(source) == part
+
+
 def test_cycles_by_kind_and_part():
     found = account.cycles(PROGRAM)
     assert found["by_kind"] == {"copies": 10, "zero fills": 1, "depthwise": 1000, "products": 100, "other": 10000}

@@ -57,3 +57,6 @@ def test_two_processes_equal_one(undisturbed, encoder, labelled, tmp_path):
         ours, theirs = ([row[key] for row in rows_of(run) if key in row] for run in (tmp_path, undisturbed))
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=key)
         assert len(ours) >= 4
+    ours, theirs = (json.loads((run / "evaluation/scores.json").read_text()) for run in (tmp_path, undisturbed))
+    assert ours["images"] == theirs["images"] == 6
+    np.testing.assert_allclose(ours["confusion"], theirs["confusion"], atol=2)  # pixels on the edge between two classes

@@ -1,13 +1,9 @@
 """A run with checkpoints, shared by the tests of saving and of damage."""
 
-import os
-
 import pytest
 
 from infmae_jax.training.checkpoint import Checkpointer
 from tests.training.checkpoint_process import make_mesh, make_state
-
-os.environ.setdefault("INFMAE_JOB_SECRET", "of the processes that tests start")
 
 
 @pytest.fixture(scope="module")
