@@ -122,11 +122,11 @@ def _by_einsum(
             part = rois / stride
             rows = bin_matrix(part[:, 1], part[:, 3], x.shape[0], bins) * (levels == level)[:, None, None]
             columns = bin_matrix(part[:, 0], part[:, 2], x.shape[1], bins)
-            half = jnp.einsum("rjw,hwc->rhjc", columns.astype(x.dtype), x, precision=precision)
-            found = jnp.einsum(
-                "rih,rhjc->rijc", rows.astype(x.dtype), half, precision=precision, preferred_element_type=wide
-            )
+            half = jnp.einsum("rjw,hwc->rjhc", columns.astype(x.dtype), x, precision=precision)
+            # Once for each column: bringing the columns of a RoI together would copy the largest array of the network.
+            rows = jnp.broadcast_to(rows.astype(x.dtype)[:, None], (*half.shape[:2], bins, x.shape[0]))
+            found = jnp.einsum("rjih,rjhc->rjic", rows, half, precision=precision, preferred_element_type=wide)
             total = found if level == 0 else total + found
-        return total
+        return jnp.swapaxes(total, 1, 2)
 
     return jax.vmap(image)(list(maps), rois, levels).astype(maps[0].dtype)
