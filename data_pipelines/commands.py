@@ -105,6 +105,9 @@ def run_command(
             return EXIT_INTERRUPTED
 
     if define_flags is not None:
+        before = set(flags.FLAGS)
         told(define_flags)
+        for name in set(flags.FLAGS) - before:  # listed by --help, whichever module defines them
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     argv = list(argv) if argv is not None else None
     app.run(guarded, argv=argv, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))

@@ -299,12 +299,13 @@ def class_overlay(image: np.ndarray, classes: np.ndarray, names: Sequence[str], 
 
 
 def _with_legend(picture: Image.Image, classes: Iterable[int], names: Sequence[str]) -> Image.Image:
-    """The picture with names and colours of these classes below it, the background and what has no name left out."""
-    present = [number for number in map(int, classes) if 0 < number < len(names)]
+    """The picture with names and colours of these classes below it; class 0, which has no colour, in brackets."""
+    present = [number for number in map(int, classes) if number < len(names)]
     if not present:
         return picture
     colours, font = class_colours(256), ImageFont.load_default()
     texts = [printable(names[number])[:_LONGEST_NAME] for number in present]
+    texts = [text if number else f"({text})" for number, text in zip(present, texts, strict=True)]
     widths = [_SWATCH + int(font.getlength(text)) + 2 * _GAP for text in texts]
     places, right, line = [], 0, 0
     for width in widths:
@@ -317,7 +318,8 @@ def _with_legend(picture: Image.Image, classes: Iterable[int], names: Sequence[s
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     for number, text, (left, top) in zip(present, texts, places, strict=True):
-        draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=tuple(colours[number].tolist()))
+        colour = tuple(colours[number].tolist()) if number else None
+        draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=colour, outline="gray")
         draw.text((left + _SWATCH + _GAP, top), text, fill="black", font=font)
     return whole
 

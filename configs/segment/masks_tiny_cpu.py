@@ -3,8 +3,8 @@
 Command:   python -m infmae_jax.finetune --config=configs/segment/masks_tiny_cpu.py --checkpoint=ENCODER --workdir=RUN
            --config.data.shards=SHARDS (without it: synthetic scenes, made on the spot)
 Hardware:  2 CPU cores
-Hours:     not measured
-Result:    not measured
+Hours:     0.25
+Result:    mIoU 32 on its synthetic scenes, from the demo's encoder (one run); real images: configs/README.md
 """
 
 from ml_collections import ConfigDict
