@@ -72,6 +72,11 @@ def test_bench_prints_a_table_and_json():
         assert row["stage"] in result.stderr
 
 
+def test_help_lists_the_flags_that_other_modules_define():
+    done = commands.run("infmae_jax.predict", "--help")
+    assert all(f"--{name}:" in done.stdout for name in ("checkpoint", "output", "tile", "threshold"))
+
+
 def test_a_process_tells_what_it_is_doing():
     """On SIGQUIT, and goes on."""
     script = """
