@@ -50,7 +50,7 @@ def _summary(config: PretrainConfig, workdir: Path, step: int) -> str:
     """Where everything is and what to run next; for the demo, what the probe says."""
     lines = []
     labels = "labels.csv"
-    if config.embedded.probe_images:
+    if config.embedded.probe_images and jax.process_count() == 1:
         top1 = embedded.probe(config, workdir)
         labels = str(workdir / "data" / "labelled" / "class_labels.csv")
         scores = ", ".join(f"{name} {100 * value:.1f} %" for name, value in top1.items())
