@@ -73,7 +73,8 @@ def test_bench_prints_a_table_and_json():
 
 
 def test_help_lists_the_flags_that_other_modules_define():
-    done = commands.run("infmae_jax.predict", "--help")
+    command = [sys.executable, "-m", "infmae_jax.predict", "--help"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert all(f"--{name}:" in done.stdout for name in ("checkpoint", "output", "tile", "threshold"))
 
 
