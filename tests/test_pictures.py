@@ -189,3 +189,11 @@ def test_matplotlib_is_loaded_only_to_draw():
     code = "import sys, infmae_jax.pictures; print('matplotlib' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert output.stdout.strip() == "False"
+
+
+def test_the_legend_names_class_0_without_a_colour():
+    classes = np.zeros((40, 60), np.uint8)
+    drawn = np.asarray(pictures.class_overlay(np.full((40, 60), 100, np.uint8), classes, ["sky", "road"]))
+    assert (drawn[:40, :60] == 100).all()
+    below = drawn[40:]
+    assert (below < 128).any() and (np.ptp(below.astype(int), axis=-1) == 0).all()  # a name, in black on white

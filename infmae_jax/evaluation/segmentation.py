@@ -45,8 +45,9 @@ def scores(matrix: np.ndarray, class_names: Sequence[str], background: int | Non
       background: the class left out of the second set of means; None: there is no such set.
 
     Returns:
-      mIoU, mAcc (mean recall), aAcc (share of all pixels that are right), pixels; background: its name; without_background:
-      the same three over the other classes and the pixels labelled so; classes: name, IoU, recall and share of the labelled pixels.
+      mIoU, mAcc (mean recall), aAcc (share of all pixels that are right), pixels; background: its name;
+      without_background: the same three over the other classes and the pixels labelled so; classes: name, IoU, recall
+      and share of the labelled pixels.
 
     Raises:
       ValueError: names or background do not fit the matrix.
@@ -131,7 +132,8 @@ def table_text(scores: dict[str, Any], protocol: str) -> str:
         f"{row['name']:{width}}  {'  '.join(_percent(row[key]) for key in ('IoU', 'recall', 'share'))}"
         for row in scores["classes"]
     ]
-    for title, part in (("all classes", scores), (f"without {scores.get('background')}", scores.get("without_background"))):
+    without = f"without {scores.get('background')}"
+    for title, part in (("all classes", scores), (without, scores.get("without_background"))):
         if part:
             lines.append(f"{title}: " + ", ".join(f"{key} {_percent(part[key]).strip()}" for key in _MEANS))
     if "boundary_f1" in scores:
