@@ -111,7 +111,8 @@ def profile(config: PretrainConfig, batch: int) -> dict[str, Any]:
 
 def _operation_times(trace: Any) -> dict[str, tuple[int, float]]:
     """How often operations ran and for how many nanoseconds, on the devices; on the host where that is the device."""
-    planes = [plane for plane in trace.planes if plane.name.startswith("/device:")]
+    # CUSTOM planes belong to no device: a TPU compiler adds one wherever it is loaded.
+    planes = [plane for plane in trace.planes if re.match("/device:(?!CUSTOM)", plane.name)]
     found: dict[str, tuple[int, float]] = {}
     for plane in planes or trace.planes:
         for line in plane.lines:

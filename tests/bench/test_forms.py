@@ -1,5 +1,7 @@
 """Ways to compute a step are compared only where they compute the same, and operations are told by their part."""
 
+from types import SimpleNamespace
+
 from infmae_jax.bench import forms
 from infmae_jax.bench.results import text
 
@@ -21,3 +23,13 @@ def test_profile_names_parts_and_adds_up(smoke):
     assert listed and sum(row["ms"] for row in listed) <= 1.0001 * sum(parts.values())
     assert [row["ms"] for row in listed] == sorted((row["ms"] for row in listed), reverse=True)
     assert any(row["of"] and row["part"] in parts for row in listed) and "all of transformer" in text(result)
+
+
+def test_a_loaded_tpu_compiler_does_not_hide_what_runs_on_the_host():
+    """libtpu adds a plane of its own, of no device, to every trace of a process it is loaded in."""
+    ran = SimpleNamespace(name="dot.1", duration_ns=7.0, stats=[("hlo_op", "dot.1")])
+    host = SimpleNamespace(name="/host:CPU", lines=[SimpleNamespace(name="a thread", events=[ran, ran])])
+    theirs = SimpleNamespace(name="/device:CUSTOM:Megascale Trace", lines=[])
+    assert forms._operation_times(SimpleNamespace(planes=[theirs, host])) == {"dot.1": (2, 14.0)}
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[SimpleNamespace(name="Stream #1", events=[ran])])
+    assert forms._operation_times(SimpleNamespace(planes=[theirs, gpu, host])) == {"dot.1": (1, 7.0)}

@@ -109,8 +109,7 @@ def meet(
     gathering = _Gathering(me, count, secret)
     with listener:
         gathering.wait(listener, config.timeout_seconds)
-    gathering.judge(address, config.timeout_seconds)
-    return Peers(me, gathering.members[1:], config, leave)
+    return Peers(me, gathering.judge(address, config.timeout_seconds), config, leave)
 
 
 def bind_host(host: str) -> str:
@@ -128,14 +127,16 @@ class _Gathering:
 
     @property
     def members(self) -> list[Member]:
-        return [self._arrived[index] for index in sorted(self._arrived)]
+        """Those that arrived and have not died since."""
+        here = (self._arrived[index] for index in sorted(self._arrived))
+        return [member for member in here if member.line is None or not member.line.closed()]
 
     def wait(self, listener: socket.socket, timeout: float) -> None:
         """Until all have arrived, or the timeout."""
         accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
         accepting.start()
         with self._changed:
-            self._changed.wait_for(lambda: len(self._arrived) == self._count, timeout)
+            self._changed.wait_for(lambda: len(self.members) == self._count, timeout)
             self._over = True
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
@@ -172,34 +173,37 @@ class _Gathering:
     def _admit(self, member: Member) -> None:
         with self._changed:
             before = self._arrived.get(member.index)
-            taken = before is not None and (before.line is None or not before.line.closed())  # else: started again
+            taken = any(before is other for other in self.members)  # one that died may be started again
             if self._over or taken or member.index >= self._count:
-                reason = f"{before} is already here" if taken else f"the job has {self._count} processes"
+                begun = "the job has begun" if self._over else f"the job has {self._count} processes"
+                reason = f"{before} is already here" if taken else begun
                 text = f"{member} was turned away: {reason}; give each process its own distributed.process_id"
                 member.line.send("end", EXIT_LOST, text)
                 raise ConnectionAbortedError
             self._arrived[member.index] = member
             self._changed.notify()
 
-    def judge(self, address: tuple[str, int], timeout: float) -> None:
-        """Welcomes all, or tells all why the job cannot begin and raises that."""
+    def judge(self, address: tuple[str, int], timeout: float) -> list[Member]:
+        """Welcomes the others and returns them, or tells all why the job cannot begin and raises that."""
         problem: InputError | None = None
-        if missing := sorted(set(range(self._count)) - self._arrived.keys()):
+        members = self.members
+        if missing := sorted(set(range(self._count)) - {member.index for member in members}):
             strangers = f" ({self._refused} connections without the job's secret were refused)" if self._refused else ""
             problem = ProcessesMissing(
                 f"process {', '.join(map(str, missing))} of {self._count} did not arrive at {address[0]}:{address[1]} "
-                f"within {timeout:g} s{strangers}; here are {', '.join(map(str, self.members))}: start the missing "
+                f"within {timeout:g} s{strangers}; here are {', '.join(map(str, members))}: start the missing "
                 "ones, or correct distributed.num_processes"
             )
-        elif disagreement := _disagreement(self.members):
+        elif disagreement := _disagreement(members):
             problem = InputError(disagreement)
-        for member in self.members[1:]:
+        for member in members[1:]:
             if problem is None:
                 member.line.send("welcome", text=self._arrived[0].name)
             else:
                 member.line.send("end", problem.exit_code, str(problem))
         if problem is not None:
             raise problem
+        return members[1:]
 
 
 def _join(address: tuple[str, int], me: Member, secret: bytes, timeout: float) -> Member:

@@ -139,7 +139,9 @@ def test_a_process_that_is_started_again_takes_its_place_again(port, job):
     first = meeting(port, {0: {}}, 3, leave=lambda index, code: None)
     with dead_member(port, 1):
         pass
-    rest = meeting(port, {1: {}, 2: {}}, 3, leave=lambda index, code: None)
+    rest = meeting(port, {2: {}}, 3, leave=lambda index, code: None)
+    time.sleep(0.5)  # all have arrived now, one of them is dead: the job must wait for it
+    rest |= meeting(port, {1: {}}, 3, leave=lambda index, code: None)
     for future in (first | rest).values():
         future.result(timeout=20).close()
 
