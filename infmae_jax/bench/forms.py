@@ -21,7 +21,10 @@ from infmae_jax.bench.step import TimedStep, measures, same_loss, settings_of, t
 from infmae_jax.tasks.pretrain import PretrainConfig
 
 OURS = "as configured"
-_ANYWHERE = ({"depthwise": "shift"}, {"depthwise": "conv"}, {"depthwise": "products"}, {"attention": "xla"})
+_ANYWHERE = (
+    {"depthwise": "shift"}, {"depthwise": "conv"}, {"depthwise": "products"}, {"depthwise": "windows"},
+    {"attention": "xla"}, {"attention": "heads"},
+)  # fmt: skip
 _ON_NVIDIA = ({"attention": "cudnn"},)
 _STEPS = 3  # that are traced, and that two runs are compared after
 _LISTED = 25

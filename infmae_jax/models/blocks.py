@@ -1,4 +1,4 @@
-"""Building blocks: non-overlapping patch embedding, masked convolution block, transformer block.
+"""Building blocks: non-overlapping patch embedding, masked convolution block, MLP. Transformer blocks: `transformer`.
 
 Layers that stay inside a patch act on arrays of any leading shape (..., rows, columns, C), so one set of modules
 serves the dense map (B, h*r, w*r, C) and the packed visible patches (B, K, r, r, C). Only the depthwise convolution
@@ -13,7 +13,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
-from jax.nn import dot_product_attention
 
 from infmae_jax.models import depthwise, patches
 
@@ -44,9 +43,17 @@ def float_dtype(dtype: str) -> jnp.dtype:
 
 
 def layer_norm(dtype: str, epsilon: float, name: str | None = None) -> nn.LayerNorm:
-    """LayerNorm whose statistics are at least float32 and whose output has the compute dtype."""
+    """LayerNorm whose statistics are at least float32 and whose output has the compute dtype.
+
+    Of bfloat16 values the variance comes from the sums of x and x^2, which takes one pass less: what float32 loses in
+    their difference is less than what the values themselves were rounded by.
+    """
     return nn.LayerNorm(
-        epsilon=epsilon, dtype=jnp.dtype(dtype), param_dtype=float_dtype(dtype), use_fast_variance=False, name=name
+        epsilon=epsilon,
+        dtype=jnp.dtype(dtype),
+        param_dtype=float_dtype(dtype),
+        use_fast_variance=jnp.dtype(dtype) == jnp.bfloat16,
+        name=name,
     )
 
 
@@ -180,7 +187,7 @@ class NonOverlappingConv(nn.Module):
             kernel = kernel.sum(axis=2, keepdims=True)
         x = x.reshape(*lead, rows // p, p, columns // p, p, channels)
         dtype = jnp.dtype(self.dtype)
-        return _add_bias(patch_product(x.astype(dtype), kernel.astype(dtype)), bias)
+        return add_bias(patch_product(x.astype(dtype), kernel.astype(dtype)), bias)
 
 
 @jax.custom_vjp
@@ -246,10 +253,10 @@ class DepthwiseConv(nn.Module):
             out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid, self.method)
         else:
             out = depthwise.on_map(layout.shown(cells), kernel, cells.shape[1] // layout.grid[0], self.method)
-        return _add_bias(out, bias)
+        return add_bias(out, bias)
 
 
-def _add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
     return x + bias.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
@@ -302,71 +309,3 @@ class ConvBlock(nn.Module):
         y = layer_norm(self.dtype, CONV_EPS, "norm2")(x)
         y = Mlp(self.width * self.mlp_ratio, self.dtype, convolutional=True, name="mlp")(y)
         return x + drop_path(self, y, self.drop_path)
-
-
-def _has_fused_attention(dtype: str, head_width: int) -> bool:
-    """Whether this machine's GPUs, of Ampere or later, have cuDNN's attention for such heads."""
-    if dtype != "bfloat16" or head_width % 8 or head_width > 128 or jax.default_backend() != "gpu":
-        return False
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))  # "9.0"; AMD's is no number
-    return capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with qkv bias; logits and softmax at least in float32.
-
-    `method`: "xla", "cudnn", the fused kernel of NVIDIA GPUs, or "auto", that kernel where there is one and it is in
-    bfloat16. It trains on even numbers of tokens only; odd ones (the 49 visible of 196) go to XLA.
-    """
-
-    heads: int
-    dtype: str
-    method: str = "auto"
-
-    @nn.compact
-    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
-        """(B,N,D) -> (B,N-first,D): what the tokens from `first` on read from all tokens."""
-        batch, n, width = x.shape
-        qkv = linear(3 * width, width, self.dtype, name="qkv")(x)
-        q, k, v = (part.reshape(batch, n, self.heads, width // self.heads) for part in jnp.split(qkv, 3, axis=-1))
-
-        def fused(q, k, v):
-            return dot_product_attention(q, k, v, implementation="cudnn")[:, first:]
-
-        def written_out(q, k, v):
-            return self._attend(q[:, first:], k, v)
-
-        if self.method == "cudnn" and n % 2 == 0:
-            out = fused(q, k, v)
-        elif self.method == "auto" and n % 2 == 0 and _has_fused_attention(self.dtype, q.shape[-1]):
-            out = jax.lax.platform_dependent(q, k, v, cuda=fused, default=written_out)
-        else:
-            out = written_out(q, k, v)
-        return linear(width, width, self.dtype, name="proj")(out.reshape(batch, n - first, width))
-
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """(B,N,heads,D/heads) each -> the same shape as q."""
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=float_dtype(self.dtype))
-        weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
-        # Heads first, then moved: XLA writes products with the heads in the middle three times slower on a CPU.
-        return jnp.swapaxes(jnp.einsum("bhqk,bkhd->bhqd", weights, v), 1, 2)
-
-
-class TransformerBlock(nn.Module):
-    """Pre-norm transformer block; `drop_path` is its rate of stochastic depth, on each of its two branches."""
-
-    heads: int
-    mlp_ratio: int
-    dtype: str
-    attention: str = "auto"
-    drop_path: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, first: int = 0) -> jax.Array:
-        """(B,N,D) -> (B,N-first,D): the tokens from `first` on, which attend to all."""
-        x = residual(x)
-        y = layer_norm(self.dtype, TOKEN_EPS, "norm1")(x)
-        attention = Attention(self.heads, self.dtype, self.attention, name="attn")
-        x = residual(x[:, first:] + drop_path(self, attention(y, first), self.drop_path))
-        y = layer_norm(self.dtype, TOKEN_EPS, "norm2")(x)
-        return x + drop_path(self, Mlp(x.shape[-1] * self.mlp_ratio, self.dtype, name="mlp")(y), self.drop_path)

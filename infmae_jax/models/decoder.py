@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from infmae_jax.models import blocks, patches
+from infmae_jax.models import blocks, patches, transformer
 from infmae_jax.models.config import DecoderConfig, EncoderConfig
 
 
@@ -20,7 +20,7 @@ class Decoder(nn.Module):
 
     def setup(self):
         c, width, param_dtype = self.encoder, self.config.width, blocks.float_dtype(self.encoder.dtype)
-        block = nn.remat(blocks.TransformerBlock, static_argnums=(2,)) if c.remat else blocks.TransformerBlock
+        block = nn.remat(transformer.TransformerBlock, static_argnums=(2,)) if c.remat else transformer.TransformerBlock
         self.embed = blocks.linear(width, c.widths[-1], c.dtype)
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, width), param_dtype)
         heads, depth = self.config.heads, self.config.depth

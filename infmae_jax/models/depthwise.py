@@ -8,6 +8,8 @@ conv      XLA's grouped convolution of the whole map. For NVIDIA GPUs.
 products  the same, but products with matrices of zeros and ones, which are exact, put patches on the map and take them.
           For TPUs, which hold the last two dimensions of arrays in tiles of 8 x 128: scattering patches there, and
           windows of r x r cells, cost several times their bytes.
+windows   such a product cuts the windows of visible patches, and the grouped convolution computes those alone. For TPUs
+          while it is the cheaper: the product grows with K^2, and more than 128 visible patches are left to "products".
 
 Two facts make the backward pass cheap. Spreading visible patches over a zero map and gathering them again are
 transposes of each other, so the gradient with respect to the cells is the same operation with the kernel turned by 180
@@ -25,6 +27,7 @@ from infmae_jax.models import patches
 
 SIZE = 5
 RADIUS = SIZE // 2
+_FEW = 128  # visible patches: where the cycles that the v5e compiler expects of "windows" and "products" cross
 _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
@@ -94,19 +97,27 @@ def _computed(forms: dict[str, tuple[Callable, Callable]], method: str, directio
     return jax.lax.platform_dependent(*arrays, **best)
 
 
-def _shift_forward(grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array) -> jax.Array:
-    """`on_visible` as shifted multiply-adds of windows."""
-    return _multiply_add(_windows(cells, ids, grid), kernel)
+def _window_forward(
+    cut: Callable, apply: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array
+) -> jax.Array:
+    """`on_visible` by windows."""
+    return apply(cut(cells, ids, grid), kernel)
 
 
-def _shift_backward(
-    grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array, grad: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _window_backward(
+    cut: Callable, apply: Callable, kernel_gradient: Callable, grid: tuple[int, int], cells: jax.Array,
+    kernel: jax.Array, ids: jax.Array, grad: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Gradients of `on_visible` with respect to cells and kernel."""
     return (
-        _multiply_add(_windows(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_windows(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
+        apply(cut(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
+        kernel_gradient(cut(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
     )
+
+
+def _if_few(few: Callable, many: Callable, grid: tuple[int, int], *arrays: jax.Array):
+    """One form of `on_visible` for at most `_FEW` visible patches, another for more."""
+    return (few if arrays[0].shape[1] <= _FEW else many)(grid, *arrays)
 
 
 def _convolution_forward(
@@ -139,10 +150,10 @@ def _shift_map_backward(r: int, cells: jax.Array, kernel: jax.Array, grad: jax.A
     )
 
 
-def _convolve(whole: jax.Array, kernel: jax.Array) -> jax.Array:
+def _convolve(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax.Array:
     """(B,R,S,C), (5,5,C) -> (B,R,S,C) by XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
-        whole, kernel[:, :, None, :], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        whole, kernel[:, :, None, :], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=kernel.shape[-1], precision=_exact(whole),
     )  # fmt: skip
 
@@ -201,6 +212,38 @@ def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Arr
     return jax.vmap(jax.vmap(cut, in_axes=(None, 0, 0)))(whole, rows, columns)
 
 
+def _windows_by_product(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """As `_windows`. Rows of the product are cells of windows, whose columns are made whole tiles of TPUs; a one stands
+    where the position of a visible patch's cell is the same."""
+    batch, k, r, _, channels = cells.shape
+    side = r + 2 * RADIUS
+    columns = -(-side // 8) * 8
+    width = grid[1] * r + columns  # of a map on which no window reaches the next row
+    corners = (ids // grid[1] * width + ids % grid[1]) * r
+
+    def positions(first: int, rows: int, columns: int) -> jax.Array:
+        inside = (first + jnp.arange(rows))[:, None] * width + (first + jnp.arange(columns))[None, :]
+        return (corners[:, :, None, None] + inside[None, None]).reshape(batch, -1)
+
+    same = positions(-RADIUS, side, columns)[:, :, None] == positions(0, r, r)[:, None, :]
+    shown = jnp.einsum(
+        "bwn,bnc->bwc", same.astype(cells.dtype), cells.reshape(batch, -1, channels), precision=_exact(cells)
+    )
+    return shown.reshape(batch, k, side, columns, channels)[:, :, :, :side]
+
+
+def _convolve_windows(windows: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(B,K,r+4,r+4,C), (5,5,C) -> (B,K,r,r,C) by XLA's grouped convolution."""
+    out = _convolve(windows.reshape(-1, *windows.shape[2:]), kernel, "VALID")
+    return out.reshape(*windows.shape[:2], *out.shape[1:])
+
+
+def _convolved_kernel_gradient(windows: jax.Array, grad: jax.Array, _: int) -> jax.Array:
+    """As `_kernel_gradient`."""
+    kernel = jax.ShapeDtypeStruct((SIZE, SIZE, grad.shape[-1]), grad.dtype)
+    return jax.linear_transpose(lambda weights: _convolve_windows(windows, weights), kernel)(grad)[0]
+
+
 @jax.jit
 def _multiply_add(windows: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., R+4, S+4, C), (5,5,C) -> (..., R, S, C), accumulated at least in float32."""
@@ -242,17 +285,28 @@ def _patch_sum(cells: jax.Array, grad: jax.Array, step: int) -> jax.Array:
     return functools.reduce(jnp.add, products).reshape(cells.shape[0], -1, cells.shape[-1])
 
 
+_products = tuple(
+    functools.partial(form, _place_by_products, _take_by_products)
+    for form in (_convolution_forward, _convolution_backward)
+)
 _FORMS = {  # method -> forward and backward at visible patches
-    "shift": (_shift_forward, _shift_backward),
+    "shift": (
+        functools.partial(_window_forward, _windows, _multiply_add),
+        functools.partial(_window_backward, _windows, _multiply_add, _kernel_gradient),
+    ),
     "conv": tuple(functools.partial(form, _place, _take) for form in (_convolution_forward, _convolution_backward)),
-    "products": tuple(
-        functools.partial(form, _place_by_products, _take_by_products)
-        for form in (_convolution_forward, _convolution_backward)
+    "products": _products,
+    "windows": tuple(
+        functools.partial(_if_few, functools.partial(form, _windows_by_product, *by), many)
+        for form, by, many in (
+            (_window_forward, (_convolve_windows,), _products[0]),
+            (_window_backward, (_convolve_windows, _convolved_kernel_gradient), _products[1]),
+        )
     ),
 }
 _whole = (lambda _, *arrays: _convolve(*arrays), lambda _, *arrays: _convolve_backward(*arrays))
 _MAP_FORMS = {  # the same for whole maps
     "shift": (lambda _, cells, kernel: _multiply_add(_pad(cells), kernel), _shift_map_backward),
-    **dict.fromkeys(("conv", "products"), _whole),
+    **dict.fromkeys(("conv", "products", "windows"), _whole),
 }
-_BEST = {"tpu": "products", "cuda": "conv", "default": "shift"}
+_BEST = {"tpu": "windows", "cuda": "conv", "default": "shift"}

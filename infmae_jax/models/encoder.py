@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infmae_jax.models import blocks, patches
+from infmae_jax.models import blocks, patches, transformer
 from infmae_jax.models.config import EncoderConfig
 
 
@@ -22,7 +22,7 @@ class HybridEncoder(nn.Module):
     def setup(self):
         c = self.config
         block = nn.remat(blocks.ConvBlock) if c.remat else blocks.ConvBlock
-        transformer = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
+        transformer_block = nn.remat(transformer.TransformerBlock) if c.remat else transformer.TransformerBlock
         width1, width2, width3 = c.widths
         drops = iter(np.linspace(0.0, c.drop_path, sum(c.depths)).tolist())
         self.patch_embed1 = blocks.PatchEmbed(width1, 4, c.in_channels, c.dtype)
@@ -31,7 +31,7 @@ class HybridEncoder(nn.Module):
         self.patch_embed4 = blocks.linear(width3, width3, c.dtype)
         self.blocks1 = [block(width1, c.mlp_ratio, c.dtype, c.depthwise, next(drops)) for _ in range(c.depths[0])]
         self.blocks2 = [block(width2, c.mlp_ratio, c.dtype, c.depthwise, next(drops)) for _ in range(c.depths[1])]
-        self.blocks3 = [transformer(c.heads, c.mlp_ratio, c.dtype, c.attention, rate) for rate in drops]
+        self.blocks3 = [transformer_block(c.heads, c.mlp_ratio, c.dtype, c.attention, rate) for rate in drops]
         if c.fuse_stages:
             self.stage1_output_decode = blocks.NonOverlappingConv(width3, 4, width1, c.dtype)
             self.stage2_output_decode = blocks.NonOverlappingConv(width3, 2, width2, c.dtype)

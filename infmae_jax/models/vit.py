@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from infmae_jax.models import blocks, patches
+from infmae_jax.models import blocks, patches, transformer
 from infmae_jax.models.config import EncoderConfig
 
 
@@ -17,7 +17,7 @@ class ViTEncoder(nn.Module):
     def setup(self):
         c = self.config
         width = c.widths[-1]
-        block = nn.remat(blocks.TransformerBlock) if c.remat else blocks.TransformerBlock
+        block = nn.remat(transformer.TransformerBlock) if c.remat else transformer.TransformerBlock
         self.patch_embed = blocks.NonOverlappingConv(
             width, patches.PATCH, c.in_channels, c.dtype, blocks.flattened_xavier_uniform
         )

@@ -71,7 +71,7 @@ class MeshConfig:
     Attributes:
       data: replicates parameters; every device has its own part of the batch.
       fsdp: shards parameters and optimizer state too; gathered when used.
-      tensor: shards the kernels of attention and MLPs and what they compute.
+      tensor: shards the kernels of MLPs and what they compute.
       slices: groups of devices that only the slower network between slices joins; the `data` axis spans them.
     """
 

@@ -98,7 +98,8 @@ class Program:
             self.in_steps(guards.spike_warmup), config.optimizer.ema,
         )  # fmt: skip
         stop = jax.ShapeDtypeStruct((self.mesh.size,), np.int32, sharding=step.stop_sharding(self.mesh))
-        return function.lower(self.state_shapes, self.batch_shapes, stop)
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # tells layers how many devices share a batch
+            return function.lower(self.state_shapes, self.batch_shapes, stop)
 
     @functools.cached_property
     def compiled(self) -> jax.stages.Compiled:

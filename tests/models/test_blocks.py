@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infmae_jax.models import blocks
+from infmae_jax.models import blocks, transformer
 
 POINTS = np.linspace(-9, 9, 361)
 PHI = np.array([0.5 * math.erfc(-x / 2**0.5) for x in POINTS])
@@ -35,10 +35,23 @@ def test_gelu_in_float64():
         np.testing.assert_allclose(slope, SLOPE, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("mean", [0, 1, 30, 300])  # of values that vary by 1; bfloat16 has steps of 2 at 300
+def test_norms_of_bfloat16_lose_no_more_than_its_rounding(mean):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((50, 256)) + mean, jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + blocks.TOKEN_EPS)
+    norm = blocks.layer_norm("bfloat16", blocks.TOKEN_EPS)
+    out = norm.apply(norm.init(jax.random.key(0), x), x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, rtol=2**-8, atol=0.01)
+
+
+@pytest.mark.parametrize("method, most", [("xla", None), ("heads", 1e9), ("heads", 0)])  # at once, one at a time
 @pytest.mark.parametrize("first", [0, 3])
-def test_attention_against_loops(first):
+def test_attention_against_loops(monkeypatch, method, most, first):
+    monkeypatch.setattr(transformer, "_MOST_LOGITS", most)
     with jax.enable_x64(True):
-        module, rng = blocks.Attention(heads=2, dtype="float64"), np.random.default_rng(0)
+        module, rng = transformer.Attention(heads=2, dtype="float64", method=method), np.random.default_rng(0)
         x = rng.standard_normal((2, 5, 8))
         params = module.init(jax.random.key(0), x)["params"]
         params = jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape), params)
@@ -55,6 +68,33 @@ def test_attention_against_loops(first):
         np.testing.assert_allclose(out, expected[:, first:], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("most", [1e9, 0])
+def test_heads_before_tokens_have_the_same_gradients(monkeypatch, most):
+    monkeypatch.setattr(transformer, "_MOST_LOGITS", most)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, 7, 12), "float64")
+        params = transformer.Attention(heads=3, dtype="float64").init(jax.random.key(1), x)
+
+        def gradients(method):
+            def loss(params, x):
+                return (transformer.Attention(3, "float64", method).apply(params, x, 2) ** 2).sum()
+
+            return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+        expected = gradients("xla")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), gradients("heads"), expected)
+
+
+def test_heads_are_taken_one_at_a_time_by_the_logits_of_one_device():
+    x = jax.ShapeDtypeStruct((64, 196, 64), jnp.bfloat16)
+    module = transformer.Attention(heads=16, dtype="bfloat16", method="heads")
+    params = jax.eval_shape(module.init, jax.random.key(0), x)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+    assert "while" in jax.jit(module.apply).lower(params, x).as_text()  # 64 images: 150 MiB
+    with jax.sharding.use_abstract_mesh(mesh):  # 16 a device
+        assert "while" not in jax.jit(module.apply).lower(params, x).as_text()
+
+
 @pytest.mark.parametrize("tokens, fused", [(196, True), (49, False)])
 def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeypatch, tokens, fused):
     """The kernel trains on even numbers of tokens only; what is asked of JAX is seen without a GPU."""
@@ -64,12 +104,12 @@ def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeyp
         asked.append((query.shape, query.dtype, implementation))
         return jax.nn.dot_product_attention(query, key, value)
 
-    module = blocks.Attention(heads=2, dtype="bfloat16", method="cudnn")
-    plain = blocks.Attention(heads=2, dtype="bfloat16")
+    module = transformer.Attention(heads=2, dtype="bfloat16", method="cudnn")
+    plain = transformer.Attention(heads=2, dtype="bfloat16")
     x = jax.random.normal(jax.random.key(0), (1, tokens, 16), jnp.bfloat16)
     params = plain.init(jax.random.key(0), x)
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "dot_product_attention", stand_in)
+        patch.setattr(transformer, "dot_product_attention", stand_in)
         out = module.apply(params, x, tokens // 4)
     assert asked == ([((1, tokens, 2, 8), jnp.bfloat16, "cudnn")] if fused else [])
     np.testing.assert_allclose(
@@ -79,7 +119,7 @@ def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeyp
 
 def test_residual_changes_neither_values_nor_gradients(monkeypatch):
     """It only keeps XLA from summing a gradient again in each of its uses."""
-    block = blocks.TransformerBlock(heads=2, mlp_ratio=2, dtype="float32")
+    block = transformer.TransformerBlock(heads=2, mlp_ratio=2, dtype="float32")
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     params = block.init(jax.random.key(1), x)
 

@@ -36,7 +36,7 @@ def patches_of(whole, ids, grid, r):
     return np.stack([whole[row : row + r, column : column + r] for row, column in corners])
 
 
-@pytest.mark.parametrize("method", ["shift", "conv", "products"])
+@pytest.mark.parametrize("method", ["shift", "conv", "products", "windows"])
 @settings(max_examples=5, deadline=None)
 @given(h=st.integers(1, 3), w=st.integers(1, 4), r=st.sampled_from([2, 4]), seed=st.integers(0, 1000), data=st.data())
 def test_every_form_and_its_gradients_against_nested_loops(method, h, w, r, seed, data):
@@ -98,6 +98,17 @@ def test_products_place_and_take_patches_exactly_in_bfloat16():
     scattered = patches.place_tokens(cells, ids, jnp.zeros((2, 12, 4, 4, 3), jnp.bfloat16))
     np.testing.assert_array_equal(whole, patches.tokens_to_grid(scattered, grid))
     np.testing.assert_array_equal(depthwise._take_by_products(whole, ids, grid), cells)
+    cut = depthwise._windows_by_product(cells, ids, grid)
+    assert cut.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(cut, depthwise._windows(cells, ids, grid))
+
+
+@pytest.mark.parametrize("visible, windows", [(128, True), (129, False)])
+def test_windows_are_for_few_visible_patches(visible, windows):
+    shapes = [((1, visible, 2, 2, 8), "float32"), ((5, 5, 8), "float32"), ((1, visible), "int32")]
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    form = jax.jit(depthwise.on_visible, static_argnums=(3, 4)).lower(*arguments, (16, 16), "windows").as_text()
+    assert ("1x32x32x8" not in form) == windows  # the whole map
 
 
 def test_bfloat16_is_rounded_once():

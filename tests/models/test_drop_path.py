@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infmae_jax.models import blocks
+from infmae_jax.models import blocks, transformer
 from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.models.encoder import HybridEncoder
 from infmae_jax.models.vit import ViTEncoder
@@ -55,7 +55,7 @@ def test_the_two_branches_of_a_block_are_dropped_independently(kind):
         block, layout = blocks.ConvBlock(8, 2, "float32", "shift", drop_path=0.5), blocks.Layout((1, 2))
         inputs = (np.repeat(rng.standard_normal((1, 2, 4, 8)).astype(np.float32), 64, axis=0), layout)
     else:
-        block = blocks.TransformerBlock(2, 2, "float32", drop_path=0.5)
+        block = transformer.TransformerBlock(2, 2, "float32", drop_path=0.5)
         inputs = (np.repeat(rng.standard_normal((1, 3, 8)).astype(np.float32), 64, axis=0),)
     variables = {"params": randomised(block, *inputs)}
     out = block.apply(variables, *inputs, rngs={"drop_path": jax.random.key(1)})

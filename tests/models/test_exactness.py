@@ -89,8 +89,8 @@ def test_every_way_to_compute_gives_the_same_latent_loss_and_gradients(float64, 
 
 def test_the_way_of_tpus_gives_the_same_latent_loss_and_gradients(float64):
     config, inputs, ours = default_way(False)
-    assert depthwise._BEST["tpu"] == "products"
-    assert_same(ours, evaluate(config.replace(depthwise="products"), *inputs))
+    assert depthwise._BEST["tpu"] == "windows"
+    assert_same(ours, evaluate(config.replace(depthwise="windows", attention="heads"), *inputs))
 
 
 def assert_same(ours, theirs):
