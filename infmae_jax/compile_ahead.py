@@ -1,5 +1,6 @@
 """What a run will need and cost on a TPU slice or GPUs that are not there: python -m infmae_jax.compile_ahead \\
     --config=configs/pretrain/inf30_base.py --topology=v5e-16 [--batch=1024] [--largest_batch] [--output=FILE.json]
+    [--features=512x640]: what `model.features` takes for --batch images of that size, on one of the devices
 
 Configs of fine-tuning are compiled for random weights of their variant and, unless `classes` names others, 9 classes.
 
@@ -14,13 +15,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
@@ -29,7 +33,9 @@ from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
 from infmae_jax.bench.step import endless_run, visible_tokens
+from infmae_jax.models import patches
 from infmae_jax.models.config import EncoderConfig
+from infmae_jax.models.infmae import InfMAE, abstract_params
 from infmae_jax.tasks.finetune import FineTuneConfig, without_data
 from infmae_jax.tasks.finetuned import KINDS, kind_of
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
@@ -50,12 +56,41 @@ def _define_flags() -> None:
     flags.DEFINE_string("topology", "v5e-16", "Devices to compile for: v5e-16, v5p-128, v6e-64, h100, h100x8, ...")
     flags.DEFINE_integer("batch", 0, "Images a step over all devices; 0: the config's.", lower_bound=0)
     flags.DEFINE_boolean("largest_batch", False, "Also find the largest batch that fits; compiles several times.")
+    flags.DEFINE_string("features", "", "HEIGHTxWIDTH: features of --batch images on one device, no training step.")
     flags.DEFINE_string("compilers", "", f"Folder that pip installed the compilers into; empty: ${targets.COMPILERS}.")
     flags.DEFINE_string("output", "", "JSON file to write the account to.")
 
 
-def compile_ahead(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """The account of a config's training step, see `ahead.account.account`, with what it was made for.
+@dataclasses.dataclass(frozen=True)
+class _Features:
+    """Features of whole images, in place of the training step."""
+
+    config: PretrainConfig
+    mesh: Mesh
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.config.data.batch_size, *self.config.data.image_size, 1)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.batch_sharding(self.mesh))}
+
+    def lowered(self) -> jax.stages.Lowered:
+        model, whole = InfMAE(self.config.model), NamedSharding(self.mesh, PartitionSpec())
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            {"encoder": abstract_params(self.config.model)["encoder"]},
+        )
+
+        def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return model.apply({"params": params}, patches.normalize(batch["image"]), method="features")
+
+        return jax.jit(features).lower(params, self.batch_shapes)
+
+
+def compile_ahead(
+    config: Config, target: targets.Target, devices: Sequence[jax.Device], features: bool = False
+) -> dict[str, Any]:
+    """The account of a config's training step (or of features of its batch), see `ahead.account.account`, with what it
+    was made for.
 
     A program that does not fit has "fits" false, "memory_bytes" with what it needs and "chip_memory_bytes"; where the
     compiler refuses it, nothing else.
@@ -63,7 +98,8 @@ def compile_ahead(config: Config, target: targets.Target, devices: Sequence[jax.
     Raises:
       InputError: batch or model do not fit the mesh.
     """
-    images, program = config.data.batch_size, _program(config, devices)
+    images = config.data.batch_size
+    program = _Features(config, _mesh(config, devices)) if features else _program(config, devices)
     each = images // len(devices)
     told: dict[str, Any] = {
         "topology": target.name,
@@ -84,7 +120,11 @@ def compile_ahead(config: Config, target: targets.Target, devices: Sequence[jax.
             "chip_memory_bytes": error.capacity or target.chip.memory,
             "help": _helps(config, each, len(devices)),
         }
-    told |= account.account(compiled, target, _useful_gflop(config) * images / len(devices), _encoder(config).dtype)
+    if features:
+        useful = _counted_gflop(_Features(config, _mesh(config, jax.devices("cpu")[:1])))
+    else:
+        useful = _useful_gflop(config) * images / len(devices)
+    told |= account.account(compiled, target, useful, _encoder(config).dtype)
     return told if told["fits"] else told | {"help": _helps(config, each, len(devices))}
 
 
@@ -117,7 +157,11 @@ def _with_batch(config: Config, images: int) -> Config:
 
 
 def _parts(config: Config, devices: Sequence[jax.Device]) -> int:
-    return sharding.batch_parts(sharding.make_mesh(config.mesh, devices)) * config.optimizer.accumulate
+    return sharding.batch_parts(_mesh(config, devices)) * config.optimizer.accumulate
+
+
+def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
+    return sharding.make_mesh(config.mesh, devices)
 
 
 def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
@@ -131,7 +175,7 @@ def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
         )
     guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
     run = dataclasses.replace(endless_run(config, images), guards=guards)
-    return Program.build(_task(run), run, sharding.make_mesh(config.mesh, devices))
+    return Program.build(_task(run), run, _mesh(config, devices))
 
 
 def _task(config: Config) -> Task:
@@ -149,7 +193,11 @@ def _useful_gflop(config: Config) -> float:
     alone = dataclasses.replace(
         _with_batch(config, 1), mesh=MeshConfig(1), optimizer=dataclasses.replace(config.optimizer, accumulate=1)
     )
-    return _program(alone, jax.devices("cpu")[:1]).lowered().cost_analysis()["flops"] / 1e9
+    return _counted_gflop(_program(alone, jax.devices("cpu")[:1]))
+
+
+def _counted_gflop(program: Program | _Features) -> float:
+    return program.lowered().cost_analysis()["flops"] / 1e9
 
 
 def _helps(config: Config, each: int, devices: int) -> list[str]:
@@ -238,6 +286,17 @@ def _cost(row: dict[str, Any]) -> dict[str, Any]:
     return {"MiB touched": round(row["bytes_touched"] / 2**20, 1), "times": row["times"]}
 
 
+def _with_size(config: Config, size: str) -> PretrainConfig:
+    """For features of images of "HxW" on one device."""
+    found = re.fullmatch(r"(\d+)x(\d+)", size)
+    sides = tuple(map(int, found.groups())) if found else (0,)
+    if not all(side and side % patches.PATCH == 0 for side in sides):
+        raise InputError(f"--features={size} is not HEIGHTxWIDTH, both multiples of {patches.PATCH}, such as 512x640")
+    if not isinstance(config, PretrainConfig):
+        raise InputError("--features takes a config of pretraining: the features of its encoder")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=sides), mesh=MeshConfig(1))
+
+
 def _config_of(given: Any) -> Config:
     if "task" not in given:
         return from_config(PretrainConfig, given)
@@ -253,8 +312,11 @@ def main(argv: Sequence[str]) -> int:
     target, config = targets.target(values.topology), _config_of(values.config)
     config = _with_batch(config, values.batch or config.data.batch_size)
     output = values.output and output_file(values.output, "output")
-    devices = target.devices(values.compilers)
-    told = compile_ahead(config, target, devices)
+    if values.features and values.largest_batch:
+        raise InputError("--largest_batch is of training steps: leave it or --features out")
+    config = _with_size(config, values.features) if values.features else config
+    devices = target.devices(values.compilers)[: 1 if values.features else None]
+    told = compile_ahead(config, target, devices, bool(values.features))
     if values.largest_batch:
         told["largest_batch"] = largest_batch(config, target, devices)
     if output:

@@ -11,14 +11,14 @@ import math
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from infmae_jax.ahead import hlo
 from infmae_jax.ahead.targets import Target
 from infmae_jax.training.hardware import mfu
-from infmae_jax.training.program import Program
 
 GIB = 2**30
 _MOST_EXPENSIVE = 10
@@ -85,7 +85,18 @@ class Compiled:
     compile_seconds: float
 
 
-def compile_step(program: Program) -> Compiled:
+class Lowerable(Protocol):
+    """What `compile_step` needs of a `training.program.Program`."""
+
+    mesh: Mesh
+
+    @property
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]: ...
+
+    def lowered(self) -> jax.stages.Lowered: ...
+
+
+def compile_step(program: Lowerable) -> Compiled:
     """The step of a program whose mesh is of described devices.
 
     Raises:

@@ -28,6 +28,10 @@ needs_libtpu = pytest.mark.skipif(
         (["--config.durration=3 steps"], "durration"),
         (["--output=configs"], "configs is a folder: name a file"),
         (["--batch=-1"], "batch"),
+        (["--features=100x160"], "--features=100x160 is not HEIGHTxWIDTH, both multiples of 16"),
+        (["--features=0x16"], "--features=0x16 is not"),
+        (["--features=wide"], "such as 512x640"),
+        (["--features=160x160", "--largest_batch"], "leave it or --features out"),
     ],
 )
 def test_mistakes(flags, message):
@@ -57,3 +61,12 @@ def test_the_smoke_model_for_a_slice(tmp_path):
     assert len(told["most_expensive"]) == 10
     for line in ("fits: ", "batch 8, 2 a device", "estimated Mcycles", "not measured: it leaves out"):
         assert line in result.stdout
+
+
+@needs_libtpu
+def test_features_on_one_chip():
+    result = run(COMMAND, SMOKE, "--topology=v5e-4", "--features=64x96", "--batch=3")
+    assert result.returncode == 0, result.stderr
+    for line in ("1 x TPU v5 lite", "batch 3, 3 a device", "exchanges a step: none", "convolution stage 1"):
+        assert line in result.stdout
+    assert "decoder" not in result.stdout
