@@ -11,8 +11,8 @@ from jax.nn import dot_product_attention
 
 from infmae_jax.models import blocks
 
-# Bytes of a device's attention logits above which TPUs take one head at a time: less than the 128 MiB of fast memory of
-# a v5e, whose compiler then expects a half to a third of the cycles (bench/README.md).
+# Bytes of a device's attention logits above which one head is taken at a time: less than the 128 MiB of fast memory of
+# a v5e, whose compiler then expects a half to a third of the cycles, and where it pays on CPUs (bench/README.md).
 _MOST_LOGITS = 100 * 2**20
 
 Weights = tuple[jax.Array, jax.Array]  # kernel and bias of a linear layer
@@ -47,10 +47,10 @@ class Attention(nn.Module):
 
     xla    written out, tokens before heads.
     heads  heads before all else, so that products make and take q, k and v in the layout that TPUs multiply in; one
-           head at a time where the logits of all do not fit their fast memory, computed again in the backward pass.
+           head at a time where the logits of all do not fit fast memory, computed again in the backward pass.
     cudnn  the fused kernel of NVIDIA GPUs, in bfloat16. It trains on even numbers of tokens only; odd ones (the 49
            visible of 196) go to "xla".
-    auto   "heads" on TPUs, "cudnn" on GPUs that have it, else "xla".
+    auto   "heads" on TPUs, and on CPUs where that takes one at a time; "cudnn" on GPUs that have it; else "xla".
     """
 
     heads: int
@@ -72,6 +72,8 @@ class Attention(nn.Module):
         if self.method != "auto":
             return forms[self.method](x, *weights)
         best = {"tpu": forms["heads"], "default": forms["xla"]}
+        if _one_at_a_time(x, self.heads, first):
+            best["cpu"] = forms["heads"]
         if _has_fused_attention(self.dtype, width // self.heads):
             best["cuda"] = forms["cudnn"]
         return jax.lax.platform_dependent(x, *weights, **best)
@@ -100,14 +102,13 @@ def _written_out(q: jax.Array, k: jax.Array, v: jax.Array, first: int) -> jax.Ar
 
 
 def _heads_first(heads: int, first: int, x: jax.Array, qkv: Weights, proj: Weights) -> jax.Array:
-    batch, n, width = x.shape
+    width = x.shape[-1]
     kernels, biases = qkv[0].reshape(width, 3, heads, -1), qkv[1].reshape(3, heads, 1, 1, -1)
     q, k, v = (
         jnp.einsum("bnc,chd->hbnd", tokens, kernels[:, part]) + biases[part]  # (heads, B, N, D/heads)
         for part, tokens in enumerate((x[:, first:], x, x))
     )
-    logits = heads * _images_a_device(batch) * (n - first) * n * _wide(x).itemsize
-    if logits > _MOST_LOGITS:
+    if _one_at_a_time(x, heads, first):
         out = jax.lax.map(lambda one: jax.checkpoint(_one_head)(*one), (q, k, v))
     else:
         out = jax.vmap(_one_head)(q, k, v)
@@ -128,10 +129,13 @@ def _wide(x: jax.Array) -> jnp.dtype:
     return blocks.float_dtype(x.dtype)
 
 
-def _images_a_device(batch: int) -> float:
-    """Where a program is traced for a mesh, batches are cut over all its axes but `tensor`."""
+def _one_at_a_time(x: jax.Array, heads: int, first: int) -> bool:
+    """Whether the logits of all heads are too many for a device. Where a program is traced for a mesh, batches are cut
+    over all its axes but `tensor`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return batch / math.prod(size for name, size in mesh.shape.items() if name != "tensor")
+    parts = math.prod(size for name, size in mesh.shape.items() if name != "tensor")
+    batch, n = x.shape[:2]
+    return heads * batch / parts * (n - first) * n * _wide(x).itemsize > _MOST_LOGITS
 
 
 class TransformerBlock(nn.Module):
