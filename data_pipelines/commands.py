@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
+import multiprocessing
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tqdm
 from absl import app, flags, logging
@@ -59,6 +63,26 @@ def progress_bar(description: str, total: int, unit: str, done: int = 0, active:
     )
 
 
+def _interrupt_again(otherwise: Callable[[Any], object], ignored: Any) -> None:
+    """For exceptions that Python ignores, such as Ctrl-C in a callback of the garbage collector: JAX has one."""
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))  # here it would be ignored too
+        again.daemon = True
+        again.start()
+    else:
+        otherwise(ignored)
+
+
+def _leave_at_once() -> NoReturn:
+    """Ends an interrupted process without Python's own goodbye, during which threads that still compute may crash."""
+    print("interrupted", file=sys.stderr)
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
+
+
 def run_command(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,
@@ -78,6 +102,8 @@ def run_command(
     SIGQUIT (Ctrl-\\, or kill -QUIT) prints what every thread is doing, of a process that seems to hang.
     """
     faulthandler.register(signal.SIGQUIT, file=2)
+    previous = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_interrupt_again, previous)
 
     def told(step: Callable[[], T]) -> T:
         try:
@@ -101,8 +127,7 @@ def run_command(
             print(f"error: {printable(str(error))}; mend that and start again", file=sys.stderr)
             return InputError.exit_code
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            _leave_at_once()
 
     if define_flags is not None:
         before = set(flags.FLAGS)
@@ -110,4 +135,7 @@ def run_command(
         for name in set(flags.FLAGS) - before:  # listed by --help, whichever module defines them
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
     argv = list(argv) if argv is not None else None
-    app.run(guarded, argv=argv, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))
+    try:
+        app.run(guarded, argv=argv, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))
+    finally:
+        sys.unraisablehook = previous

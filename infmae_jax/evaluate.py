@@ -8,6 +8,7 @@ Prints a table with the protocol that its numbers follow. DIR gets scores.json, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from PIL import Image
 
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, output_file, writing
+from data_pipelines.files import atomic_write, local_path, output_file, read_text, writing
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
 from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import load_finetuned
+
+SCORES_NAME = "scores.json"
+_WRITTEN = r"scores\.(json|txt)|detections\.json|\w+\.png"
+_LARGEST_SCORES = 1 << 24  # bytes
 
 
 def evaluate(
@@ -43,7 +48,9 @@ def evaluate(
     Raises:
       InputError: not such a run, no such split, other classes, or an output that cannot be written.
     """
-    output = output_file(Path(output) / "scores.json", "output").parent
+    output = output_file(Path(output) / SCORES_NAME, "output").parent
+    with writing(output):
+        _written_before(output)
     model, params, step = load_finetuned(run, **options)
     config = model.config
     shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
@@ -61,13 +68,30 @@ def evaluate(
     sets = ", ".join(Path(name).name for name in shards)
     text = f"{origin['run']}, step {step}; split {split} of {sets}, {found['scores']['images']} images\n{table}"
     if jax.process_index() == 0:
-        _write(output, {"scores.json": json.dumps({**origin, **found["scores"]}, indent=1), "scores.txt": text,
+        _write(output, {SCORES_NAME: json.dumps({**origin, **found["scores"]}, indent=1), "scores.txt": text,
                         **found.get("files", {})}, drawn)  # fmt: skip
     return text
 
 
+def _written_before(folder: Path) -> set[str]:
+    """Names of what `evaluate` wrote into a folder; InputError where it holds anything else."""
+    names = {path.name for path in folder.iterdir() if ".partial-" not in path.name} if folder.is_dir() else set()
+    if not names:
+        return names
+    try:
+        origin = json.loads(read_text(folder / SCORES_NAME, _LARGEST_SCORES))
+        ours = {"run", "step", "split"} <= origin.keys() and all(re.fullmatch(_WRITTEN, name) for name in names)
+    except (OSError, InputError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise InputError(f"{folder} holds other files than scores: name another --output")
+    return names
+
+
 def _write(folder: Path, texts: dict[str, str], drawn: dict[str, np.ndarray]) -> None:
     with writing(folder):
+        for name in _written_before(folder) - texts.keys() - {f"{name}.png" for name in drawn}:
+            (folder / name).unlink()
         for name, content in texts.items():
             with atomic_write(folder / name) as partial:
                 partial.write_text(content + "\n")

@@ -43,6 +43,7 @@ _LARGEST_RESULTS, _LARGEST_SETTINGS = 4 << 30, 1 << 24  # bytes
 class _Image(NamedTuple):
     name: str
     file: str
+    sha256: str
     pixels: np.ndarray
 
 
@@ -52,7 +53,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     Args:
       tuned: the model.
       sources: image files, and folders that are searched for images.
-      output: folder; what it holds of an earlier call with the same model is kept.
+      output: folder; what it holds of an earlier call with the same model is kept, unless an image has changed.
       progress: show a progress line.
 
     Returns:
@@ -63,7 +64,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     """
     output, files = output_file(Path(output) / RESULTS_NAME, "output").parent, named(sources)
     with writing(output):
-        done = _begun(output, tuned)
+        done = _begun(output, tuned, files)
     left_out: list[str] = []
     todo = [(name, path) for name, path in files.items() if name not in done]
     intensity = tuned.model.config.data.intensity
@@ -71,7 +72,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     def read(item: tuple[str, Path]) -> _Image | str:
         try:
             name, path = item
-            return _Image(name, name + path.suffix, read_image_file(path, intensity))
+            return _Image(name, name + path.suffix, _digest(path), read_image_file(path, intensity))
         except InputError as error:
             return str(error)
 
@@ -87,7 +88,8 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
         image, found = prediction
         height, width = image.pixels.shape
         noted = tuned.model.write(output, image.name, image.pixels, found)
-        return {"image": image.name, "file": image.file, "height": height, "width": width, **noted}
+        told = {"image": image.name, "file": image.file, "sha256": image.sha256, "height": height, "width": width}
+        return told | noted
 
     with (
         writing(output),
@@ -127,7 +129,16 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
     return files
 
 
-def _begun(output: Path, tuned: FineTuned) -> set[str]:
+def _digest(path: Path) -> str:
+    """Of a file's content; InputError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _begun(output: Path, tuned: FineTuned, files: dict[str, Path]) -> set[str]:
     """Makes the folder, or returns the names of the images that it has; InputError where they are of another."""
     digest = hashlib.sha256(repr(tuned.model.config).encode())
     for leaf in jax.tree.leaves(tuned.params):
@@ -142,7 +153,7 @@ def _begun(output: Path, tuned: FineTuned) -> set[str]:
             raise InputError(f"{output} is not empty and holds no predictions: name another --output")
         else:
             write_object(path, settings)
-        return _finished(output / RESULTS_NAME)
+        return _finished(output / RESULTS_NAME, files)
 
 
 @contextlib.contextmanager
@@ -157,18 +168,20 @@ def _of_before(output: Path) -> Iterator[None]:
         raise InputError(f"{output} holds files that are not of predictions ({what}): name another --output") from error
 
 
-def _finished(path: Path) -> set[str]:
-    """Names in the results; lines that a kill cut off, or whose files are gone, are removed."""
+def _finished(path: Path, files: dict[str, Path]) -> set[str]:
+    """Names in the results; lines that a kill cut off, whose files are gone or whose image has changed are removed."""
     if not os.path.lexists(path):
         return set()
     kept = {}
     for line in read_text(path, _LARGEST_RESULTS).splitlines(keepends=True):
         if line.endswith("\n"):
             row = json.loads(line)
-            names = {key: str(value) for key, value in row.items() if key not in ("image", "file")}
-            files = [name for name in names.values() if name.endswith(".png")]
-            if all((path.parent / file).is_file() for file in files):
-                kept[row["image"]] = line
+            names = [str(value) for key, value in row.items() if key not in ("image", "file")]
+            whole = all((path.parent / name).is_file() for name in names if name.endswith(".png"))
+            image = files.get(row["image"])
+            with contextlib.suppress(InputError):  # an image that cannot be read any more is left out later
+                if whole and (image is None or row.get("sha256") == _digest(image)):
+                    kept[row["image"]] = line
     with atomic_write(path) as partial:
         partial.write_text("".join(kept.values()))
     return set(kept)
@@ -176,7 +189,7 @@ def _finished(path: Path) -> set[str]:
 
 def _define_flags() -> None:
     finetuned_flags.define()
-    flags.DEFINE_string("output", None, "Folder for predictions; what is there already is kept.", required=True)
+    flags.DEFINE_string("output", None, "Folder for predictions; those of the same images are kept.", required=True)
 
 
 def main(argv: Sequence[str]) -> int:

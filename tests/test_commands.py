@@ -102,3 +102,26 @@ run_command(waits_for_godot, ["command"])
             told += line
         assert process.poll() is None
         process.kill()
+
+
+_COLLECTED = """
+import gc, os, signal, sys, time
+from data_pipelines.commands import run_command
+
+def interrupted(phase, info):
+    gc.callbacks.remove(interrupted)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def main(args):
+    gc.callbacks.append(interrupted)
+    gc.collect()
+    time.sleep(20)
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_that_python_ignores_comes_again():
+    """JAX has a callback of the garbage collector, in which KeyboardInterrupt is printed and forgotten."""
+    done = subprocess.run([sys.executable, "-c", _COLLECTED], capture_output=True, text=True, timeout=15)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -62,6 +62,23 @@ def test_evaluate_gives_the_run_s_numbers_again(runs, kind, tmp_path):
     assert again == first
 
 
+def test_evaluate_writes_over_its_own_files_alone(runs, tmp_path):
+    folder, _ = runs("segment")
+    command = "infmae_jax.evaluate", f"--checkpoint={folder}", f"--output={tmp_path / 'out'}"
+    assert run(*command).returncode == 0
+    (tmp_path / "out" / "precision.png").write_bytes(b"of a detector")
+    (tmp_path / "out" / ".scores.json.partial-1").write_text("cut off")
+    assert run(*command).returncode == 0 and not (tmp_path / "out" / "precision.png").exists()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "scores.json").write_text('{"of": "another program"}')
+    for where in (tmp_path / "out", tmp_path / "theirs", folder):
+        before = sorted(path.name for path in where.iterdir())
+        done = run(*command[:2], f"--output={where}")
+        assert done.returncode == 2 and f"{where} holds other files than scores: name another" in done.stderr
+        assert sorted(path.name for path in where.iterdir()) == before
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_the_exported_program_computes_the_same_without_the_project(runs, kind, tmp_path):
     folder, _ = runs(kind)

@@ -61,6 +61,14 @@ def test_predict_writes_original_pixels_and_goes_on_where_it_was(runs, kind, ima
     assert run(*command).returncode == 4 and gone.is_file()
     again = [json.loads(line) for line in results.read_text().splitlines()]
     assert sorted(row["image"] for row in again) == sorted(rows)
+    # another image under an old name
+    mine = tmp_path / "images" / "a.png"
+    mine.parent.mkdir()
+    Image.fromarray(np.zeros((21, 34), np.uint8)).save(mine)
+    assert run(*command[:-1], mine).returncode == 0
+    again = {row["image"]: row for row in map(json.loads, results.read_text().splitlines())}
+    assert (again["a"]["height"], again["a"]["width"]) == (21, 34) and again["tiny"] == rows["tiny"]
+    assert np.asarray(Image.open(gone)).shape == (21, 34)
 
 
 def test_predictions_of_another_model_and_folders_in_the_way_are_refused(runs, images, tmp_path):
