@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     job = argv[1] if len(argv) > 1 else ""
     if job in JOBS:
         sys.argv = [f"infmae {job}", *argv[2:]]
-        runpy.run_module(JOBS[job][0], run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(JOBS[job][0], run_name="__main__", alter_sys=True)
+        except KeyboardInterrupt:  # while modules are imported; later `run_command` answers
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
         return
     asked = job in ("-h", "--help", "help")
     if job and not asked:

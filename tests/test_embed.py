@@ -129,6 +129,17 @@ def test_a_mistyped_job(capsys, job, message):
     assert done.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_ctrl_c_while_a_job_is_imported(capsys, monkeypatch):
+    def import_(*module, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.runpy, "run_module", import_)
+    monkeypatch.setattr(jobs.sys, "argv", ["infmae"])
+    with pytest.raises(SystemExit) as done:
+        jobs.main(["infmae", "predict"])
+    assert done.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("job", jobs.JOBS)
 def test_every_job_is_a_module_with_a_command_line(job):
     spec = importlib.util.find_spec(jobs.JOBS[job][0])
