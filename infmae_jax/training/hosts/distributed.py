@@ -105,17 +105,21 @@ def _detected(config: DistributedConfig) -> tuple[str, int, int, list[int] | Non
     from jax._src.clusters import ClusterEnv  # the only place that knows, with no public name
 
     logging.getLogger("jax._src.clusters").setLevel(logging.CRITICAL)  # our own message says it all
+    known = {kind.name: kind for kind in ClusterEnv._cluster_types}
     for method in _DETECTION[config.method]:
-        with contextlib.suppress(RuntimeError, KeyError, ValueError):
+        with contextlib.suppress(RuntimeError, KeyError, ValueError, OSError):  # the last: no metadata server
+            if not known[method].is_env_present():
+                continue  # JAX would ask all the same, and wait for hosts that are not there
             found = ClusterEnv.auto_detect_unset_distributed_params(
                 config.coordinator or None, None, None, None, method, config.timeout_seconds
             )
             if None not in found[:3]:
                 return found
-    raise InputError(
-        f"distributed.method={config.method} finds no such job around this process; start it with that launcher, or "
-        "use distributed.method=addresses"
-    )
+    if config.method == "tpu":
+        problem = "cannot be: this is not on a TPU VM (or libtpu or its metadata server is missing); start it on one"
+    else:
+        problem = "finds no such job around this process; start it with that launcher"
+    raise InputError(f"distributed.method={config.method} {problem}, or use distributed.method=addresses")
 
 
 def _facts(settings: ConfigDict, data: Mapping[str, Any]) -> dict[str, str]:

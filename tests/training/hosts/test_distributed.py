@@ -42,6 +42,18 @@ def test_mistakes_are_named(config, message):
         distributed._place(config)
 
 
+def test_off_a_tpu_vm_the_method_tpu_is_refused_in_one_line(monkeypatch):
+    def unreachable(key):
+        raise ConnectionError("metadata.google.internal")
+
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", unreachable)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for on_a_vm in (False, True):  # the second as where the metadata server is down
+        monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", on_a_vm)
+        with pytest.raises(InputError, match="not on a TPU VM.*addresses"):
+            distributed._place(DistributedConfig(method="tpu", timeout_seconds=1))
+
+
 def test_the_source_digest_tells_other_code_apart(tmp_path, monkeypatch):
     here = distributed.source_digest()
     assert here == distributed.source_digest()
