@@ -74,6 +74,12 @@ def joined(config: DistributedConfig, settings: ConfigDict, data: Mapping[str, A
     jax.distributed.shutdown()
 
 
+def require_method(config: DistributedConfig) -> None:
+    """InputError where the method is none of ours."""
+    if config.method not in METHODS:
+        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
+
+
 def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return error.exit_code, str(error)
@@ -84,8 +90,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 def _place(config: DistributedConfig) -> tuple[tuple[str, int], int, int, list[int] | None]:
     """(host, port) of the coordinator, number of processes, this one's index, its devices (None: all it sees)."""
-    if config.method not in METHODS:
-        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
+    require_method(config)
     if config.method == "addresses":
         coordinator, count, index, devices = config.coordinator, config.num_processes, config.process_id, None
     else:

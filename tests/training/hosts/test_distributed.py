@@ -3,6 +3,8 @@
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax import train_command
+from infmae_jax.tasks.finetune import EmbeddedLabels, FineTuneConfig
 from infmae_jax.training.config import DistributedConfig
 from infmae_jax.training.hosts import distributed
 
@@ -40,6 +42,12 @@ def test_launchers_say_who_we_are(monkeypatch, method, environment, expected):
 def test_mistakes_are_named(config, message):
     with pytest.raises(InputError, match=message):
         distributed._place(config)
+
+
+def test_a_wrong_method_is_named_before_missing_shards():
+    config = FineTuneConfig(distributed=DistributedConfig(method="slum"), embedded=EmbeddedLabels(images=2))
+    with pytest.raises(InputError, match="'slum' is not one of none, tpu"):
+        train_command.begin(config)
 
 
 def test_off_a_tpu_vm_the_method_tpu_is_refused_in_one_line(monkeypatch):
