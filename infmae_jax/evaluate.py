@@ -8,6 +8,7 @@ Prints a table with the protocol that its numbers follow. DIR gets scores.json, 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def evaluate(
     output = output_file(Path(output) / "scores.json", "output").parent
     model, params, step = load_finetuned(run, **options)
     config = model.config
-    shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
+    shards, split = tuple(shards) or _own_shards(run, config.data.shards), split or config.data.val_split
     if not shards:
         raise InputError(f"{run} names no labelled shard set: give --shards")
     for name, folder in zip(shards, local_folders(shards), strict=True):
@@ -64,6 +65,15 @@ def evaluate(
         _write(output, {"scores.json": json.dumps({**origin, **found["scores"]}, indent=1), "scores.txt": text,
                         **found.get("files", {})}, drawn)  # fmt: skip
     return text
+
+
+def _own_shards(run: str | Path, shards: tuple[str, ...]) -> tuple[str, ...]:
+    """A run's own shard sets; InputError where one has gone since."""
+    for name in shards:
+        if "://" not in name and not os.path.isdir(os.path.expanduser(name)):
+            place = local_path(Path(run, os.path.expanduser(name)), "shard set")
+            raise InputError(f"the run's own shard set {place} is not there: give --shards=SHARDS, or bring it back")
+    return shards
 
 
 def _write(folder: Path, texts: dict[str, str], drawn: dict[str, np.ndarray]) -> None:

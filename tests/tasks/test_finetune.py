@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_evaluate_gives_the_run_s_numbers_again(runs, kind, tmp_path):
         json.loads((place / "scores.json").read_text()) for place in (tmp_path / "out", folder / "evaluation")
     )
     assert again == first
+
+
+def test_evaluate_says_where_the_run_s_own_shards_were(runs, tmp_path):
+    shutil.copytree(runs("segment")[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["shards"] = ["data/scenes"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = run("infmae_jax.evaluate", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 2 and f"{tmp_path}/run/data/scenes is not there: give --shards=" in done.stderr
 
 
 @pytest.mark.parametrize("kind", CASES)
