@@ -224,6 +224,17 @@ def test_mistakes_are_one_line(encoder, labelled, changes, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_bad_checkpoint_is_refused_before_data_are_made(tmp_path):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "config.json").write_text(json.dumps({"task": "probe", "data_set": {}}))
+    workdir = tmp_path / "run"
+    done = run(
+        "infmae_jax.finetune", f"--config={masks_tiny_cpu.__file__}:smoke", f"--checkpoint={tmp_path / 'probe'}",
+        f"--workdir={workdir}", "--config.compilation_cache=",
+    )  # fmt: skip
+    assert done.returncode == 2 and "give the run of its encoder" in done.stderr and not workdir.exists()
+
+
 def test_shards_without_masks_or_with_other_classes_are_named(runs, shards, encoder, labelled, tmp_path):
     module, _ = CASES["segment"]
     config = from_config(KINDS["segment"].config, module.get_config("smoke"))
