@@ -8,6 +8,7 @@ Prints a table with the protocol that its numbers follow. DIR gets scores.json, 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,7 @@ _WRITTEN = r"scores\.(json|txt)|detections\.json|\w+\.png"
 _LARGEST_SCORES = 1 << 24  # bytes
 
 
-def evaluate(
-    run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", **options: Any
-) -> str:
+def evaluate(run: str | Path, output: str | Path, shards: Sequence[str] = (), split: str = "", **options: Any) -> str:
     """Writes the measures of a run on a split, and returns them as a table.
 
     The processes of a job share the images, and the first one writes.
@@ -53,7 +52,7 @@ def evaluate(
         _written_before(output)
     model, params, step = load_finetuned(run, **options)
     config = model.config
-    shards, split = tuple(shards) or config.data.shards, split or config.data.val_split
+    shards, split = tuple(shards) or _own_shards(run, config.data.shards), split or config.data.val_split
     if not shards:
         raise InputError(f"{run} names no labelled shard set: give --shards")
     for name, folder in zip(shards, local_folders(shards), strict=True):
@@ -86,6 +85,15 @@ def _written_before(folder: Path) -> set[str]:
     if not ours:
         raise InputError(f"{folder} holds other files than scores: name another --output")
     return names
+
+
+def _own_shards(run: str | Path, shards: tuple[str, ...]) -> tuple[str, ...]:
+    """A run's own shard sets; InputError where one has gone since."""
+    for name in shards:
+        if "://" not in name and not os.path.isdir(os.path.expanduser(name)):
+            place = local_path(Path(run, os.path.expanduser(name)), "shard set")
+            raise InputError(f"the run's own shard set {place} is not there: give --shards=SHARDS, or bring it back")
+    return shards
 
 
 def _write(folder: Path, texts: dict[str, str], drawn: dict[str, np.ndarray]) -> None:

@@ -21,6 +21,7 @@ from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
 from infmae_jax.evaluation.hosts import same_everywhere
 from infmae_jax.interop import checkpoint_flags
+from infmae_jax.interop.load import load_encoder
 from infmae_jax.tasks.finetune import (
     FineTuneConfig,
     fingerprint_of,
@@ -56,10 +57,13 @@ def main(argv: Sequence[str]) -> int:
         config = dataclasses.replace(config, checkpoint=flags.FLAGS.checkpoint)
     require_checkpoint(config)
     begin(config)
+    options, loaded = checkpoint_flags.load_options(), None
+    if config.embedded.images and not config.data.shards:  # one process; a bad checkpoint leaves no data behind
+        loaded = load_encoder(config.checkpoint, config.variant, **options)
     config = with_embedded(config, workdir)
 
     def make() -> tuple[FineTuneTask, FineTuneConfig]:
-        whole, trained = resolved(config, **checkpoint_flags.load_options())
+        whole, trained = resolved(config, loaded, **options)
         if not same_everywhere(trained.digest):
             raise InputError(f"checkpoint {config.checkpoint} is not the same encoder on all hosts; copy one to each")
         return kind.task(whole, trained), whole

@@ -212,6 +212,8 @@ def _described(run: str) -> TrainedModel:
     config = read_config(run)
     model = config.get("model", {"encoder": config.get("encoder")})
     if not isinstance(model, dict) or not model.get("encoder"):
+        if isinstance(config.get("task"), str) and "data_set" in config:  # see `run_folder.claim`
+            raise InputError(f"{run} is a run of the task {config['task']!r}: give the run of its encoder")
         weights = sorted(Path(run).glob("*.safetensors"))
         raise InputError(
             f"{run} is not a run folder of this project: its config.json has no section 'model'; give a run folder, or "

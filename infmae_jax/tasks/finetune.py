@@ -179,10 +179,11 @@ def with_embedded(config: Config, workdir: str | Path) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=(str(shards),)))
 
 
-def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
+def resolved(config: Config, trained: TrainedModel | None = None, **options: Any) -> tuple[Config, TrainedModel]:
     """Fills in what checkpoint and shards say: architecture, intensity mapping, classes, duration.
 
     Args:
+      trained: the encoder, where it is loaded already.
       options: of `interop.load.load`.
 
     Returns:
@@ -193,7 +194,7 @@ def resolved(config: Config, **options: Any) -> tuple[Config, TrainedModel]:
     """
     require_checkpoint(config)
     classes = class_names(config)
-    trained = load_encoder(config.checkpoint, config.variant, **options)
+    trained = trained or load_encoder(config.checkpoint, config.variant, **options)
     architecture = {name: getattr(trained.config.encoder, name) for name in ARCHITECTURE}
     architecture["position_grid"] = token_grid(*trained.image_size)
     data = config.data

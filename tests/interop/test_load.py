@@ -156,6 +156,13 @@ def test_a_folder_of_another_program_is_one_line(tmp_path):
             read(tmp_path)
 
 
+def test_a_run_without_an_encoder_is_named_by_its_task(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"task": "probe", "data_set": {}}))
+    for read in (infmae_jax.load, lambda path: load_encoder(str(path)), lambda p: load_encoder("random", like=str(p))):
+        with pytest.raises(InputError, match="is a run of the task 'probe': give the run of its encoder"):
+            read(tmp_path)
+
+
 def test_grafting_takes_what_fits_and_accounts_for_it(tmp_path):
     path = save(tmp_path / "c.pth", random_state(TINY, grid=(2, 2)))
     loaded = infmae_jax.load(path, **TINY_HEADS)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_evaluate_writes_over_its_own_files_alone(runs, tmp_path):
         done = run(*command[:2], f"--output={where}")
         assert done.returncode == 2 and f"{where} holds other files than scores: name another" in done.stderr
         assert sorted(path.name for path in where.iterdir()) == before
+
+
+def test_evaluate_says_where_the_run_s_own_shards_were(runs, tmp_path):
+    shutil.copytree(runs("segment")[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["shards"] = ["data/scenes"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    done = run("infmae_jax.evaluate", f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 2 and f"{tmp_path}/run/data/scenes is not there: give --shards=" in done.stderr
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -229,6 +239,17 @@ def test_mistakes_are_one_line(encoder, labelled, changes, message):
     with pytest.raises(InputError, match=message) as refused:
         resolved(config)
     assert "\n" not in str(refused.value)
+
+
+def test_a_bad_checkpoint_is_refused_before_data_are_made(tmp_path):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "config.json").write_text(json.dumps({"task": "probe", "data_set": {}}))
+    workdir = tmp_path / "run"
+    done = run(
+        "infmae_jax.finetune", f"--config={masks_tiny_cpu.__file__}:smoke", f"--checkpoint={tmp_path / 'probe'}",
+        f"--workdir={workdir}", "--config.compilation_cache=",
+    )  # fmt: skip
+    assert done.returncode == 2 and "give the run of its encoder" in done.stderr and not workdir.exists()
 
 
 def test_shards_without_masks_or_with_other_classes_are_named(runs, shards, encoder, labelled, tmp_path):

@@ -74,6 +74,12 @@ def joined(config: DistributedConfig, settings: ConfigDict, data: Mapping[str, A
     jax.distributed.shutdown()
 
 
+def require_method(config: DistributedConfig) -> None:
+    """InputError where the method is none of ours."""
+    if config.method not in METHODS:
+        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
+
+
 def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return error.exit_code, str(error)
@@ -84,8 +90,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 def _place(config: DistributedConfig) -> tuple[tuple[str, int], int, int, list[int] | None]:
     """(host, port) of the coordinator, number of processes, this one's index, its devices (None: all it sees)."""
-    if config.method not in METHODS:
-        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
+    require_method(config)
     if config.method == "addresses":
         coordinator, count, index, devices = config.coordinator, config.num_processes, config.process_id, None
     else:
@@ -105,17 +110,21 @@ def _detected(config: DistributedConfig) -> tuple[str, int, int, list[int] | Non
     from jax._src.clusters import ClusterEnv  # the only place that knows, with no public name
 
     logging.getLogger("jax._src.clusters").setLevel(logging.CRITICAL)  # our own message says it all
+    known = {kind.name: kind for kind in ClusterEnv._cluster_types}
     for method in _DETECTION[config.method]:
-        with contextlib.suppress(RuntimeError, KeyError, ValueError):
+        with contextlib.suppress(RuntimeError, KeyError, ValueError, OSError):  # the last: no metadata server
+            if not known[method].is_env_present():
+                continue  # JAX would ask all the same, and wait for hosts that are not there
             found = ClusterEnv.auto_detect_unset_distributed_params(
                 config.coordinator or None, None, None, None, method, config.timeout_seconds
             )
             if None not in found[:3]:
                 return found
-    raise InputError(
-        f"distributed.method={config.method} finds no such job around this process; start it with that launcher, or "
-        "use distributed.method=addresses"
-    )
+    if config.method == "tpu":
+        problem = "cannot be: this is not on a TPU VM (or libtpu or its metadata server is missing); start it on one"
+    else:
+        problem = "finds no such job around this process; start it with that launcher"
+    raise InputError(f"distributed.method={config.method} {problem}, or use distributed.method=addresses")
 
 
 def _facts(settings: ConfigDict, data: Mapping[str, Any]) -> dict[str, str]:

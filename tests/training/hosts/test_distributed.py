@@ -3,6 +3,8 @@
 import pytest
 
 from data_pipelines.errors import InputError
+from infmae_jax import train_command
+from infmae_jax.tasks.finetune import EmbeddedLabels, FineTuneConfig
 from infmae_jax.training.config import DistributedConfig
 from infmae_jax.training.hosts import distributed
 
@@ -40,6 +42,24 @@ def test_launchers_say_who_we_are(monkeypatch, method, environment, expected):
 def test_mistakes_are_named(config, message):
     with pytest.raises(InputError, match=message):
         distributed._place(config)
+
+
+def test_a_wrong_method_is_named_before_missing_shards():
+    config = FineTuneConfig(distributed=DistributedConfig(method="slum"), embedded=EmbeddedLabels(images=2))
+    with pytest.raises(InputError, match="'slum' is not one of none, tpu"):
+        train_command.begin(config)
+
+
+def test_off_a_tpu_vm_the_method_tpu_is_refused_in_one_line(monkeypatch):
+    def unreachable(key):
+        raise ConnectionError("metadata.google.internal")
+
+    monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.get_metadata", unreachable)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    for on_a_vm in (False, True):  # the second as where the metadata server is down
+        monkeypatch.setattr("jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm", on_a_vm)
+        with pytest.raises(InputError, match="not on a TPU VM.*addresses"):
+            distributed._place(DistributedConfig(method="tpu", timeout_seconds=1))
 
 
 def test_the_source_digest_tells_other_code_apart(tmp_path, monkeypatch):
