@@ -191,6 +191,11 @@ def test_scoring_convolution_of_a_changed_mask_is_not_kept(files, tmp_path):
     np.testing.assert_array_equal(weight, np.full_like(weight, 1 / 768))  # ascending, as the run
 
 
+def test_the_help_says_which_checkpoint_is_taken():
+    told = " ".join(command("--help").stdout.split())
+    assert "for --to=jax-export of a fine-tuned run the best on validation" in told
+
+
 def test_unknown_flags_and_arguments():
     for flags in (
         ["--from=onnx", "--input=a", "--output=b"],
