@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
 
 def test_an_output_that_cannot_be_written_is_one_line(model, folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file cannot be written"):
+    with pytest.raises(InputError, match="file is a file: name a folder"):
         embed(model, [folder], tmp_path / "file" / "f.npz", progress=False)
 
 
