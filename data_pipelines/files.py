@@ -89,7 +89,9 @@ def writing(output: str | os.PathLike) -> Iterator[None]:
         reason, file = error.strerror or error, error.filename
         if isinstance(file, str) and not os.path.abspath(output).startswith(os.path.dirname(os.path.abspath(file))):
             raise InputError(f"{file} cannot be used ({reason}): mend that and start again") from error
-        raise InputError(f"output {output} cannot be written ({reason}): make room or choose another") from error
+        blocked = isinstance(error, (NotADirectoryError, FileExistsError))
+        remedy = "a file is in the way, choose another" if blocked else "make room or choose another"
+        raise InputError(f"output {output} cannot be written ({reason}): {remedy}") from error
 
 
 def local_path(given: str | os.PathLike, what: str) -> str:
@@ -144,6 +146,8 @@ def output_file(given: str | os.PathLike, what: str) -> Path:
 def require_writable(folder: Path) -> None:
     """InputError where files cannot be made in the folder, or in the nearest one above it that is there."""
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file: name a folder")
     with writing(folder), tempfile.TemporaryFile(dir=nearest):
         pass
 

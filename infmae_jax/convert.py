@@ -97,7 +97,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("input", None, "Checkpoint file, or run folder.", required=True)
     flags.DEFINE_string("output", None, "File (for --to=run: folder) to make; must not exist.", required=True)
     flags.DEFINE_list("image_size", None, "Rows,columns that --to=jax-export takes (default: the checkpoint's).")
-    checkpoint_flags.define_architecture()
+    checkpoint_flags.define_architecture("the latest; for --to=jax-export of a fine-tuned run the best on validation")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -146,7 +146,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", None, "File to write, .npz or .parquet; replaced if it exists.", required=True)
     flags.DEFINE_enum("feature", "pooled", FEATURES, "Which features; multi is the three stages together.")
     flags.DEFINE_enum("view", "stretch", VIEWS, "The input: the whole image squeezed, its centre, or as it is.")
-    flags.DEFINE_list("image_size", None, "Rows,columns of the model's input (default: the checkpoint's).")
+    flags.DEFINE_list("image_size", None, "Rows,columns that images are brought to (default: the checkpoint's).")
     flags.DEFINE_integer("batch_size", 32, "Images per device call.", lower_bound=1)
     checkpoint_flags.define_architecture()
     checkpoint_flags.define_intensity()
@@ -154,6 +154,8 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
+    if values.image_size and values.view == "original":
+        raise InputError("--image_size has no meaning with --view=original: leave one of them out")
     size, output = checkpoint_flags.image_size() or (0, 0), output_file(values.output, "output")
     trained = load_encoder(values.checkpoint, image_size=size, **checkpoint_flags.load_options())
     trained = checkpoint_flags.with_intensity(trained)

@@ -50,7 +50,10 @@ def _define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    clock, kind = Goodput(), kind_of(flags.FLAGS.config, "--config")
+    clock, given = Goodput(), flags.FLAGS.config
+    if "task" not in given:
+        raise InputError("--config is not of fine-tuning: give one of configs/segment, detect or small_target")
+    kind = kind_of(given, "--config")
     workdir = run_path(flags.FLAGS.workdir, kind.task.name)
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:

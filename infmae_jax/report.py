@@ -70,10 +70,12 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     """Writes the page of a run folder, whatever it holds so far, and returns where: RUN/report.html by default.
 
     Raises:
-      InputError: `run` is not a run folder, or the page cannot be written.
+      InputError: `run` is not a run folder, or the page cannot be written or does not end in .html.
     """
     history = read_history(run)
     path = Path(local_path(output or history.folder / NAME, "output"))
+    if path.suffix.lower() != ".html":  # it may be a file of the run itself
+        raise InputError(f"output {path} is no page: name a file that ends in .html")
     page = render(history)
     with writing(path), atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")

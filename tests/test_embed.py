@@ -96,6 +96,7 @@ def test_a_broken_file_is_named_and_the_rest_done(folder, tmp_path):
     (["EMPTY"], "no images in"), ([], "no images in nothing"), (["gone.png"], "none of the 1 images can be read"),
     (["EMPTY", "--output=x.csv"], "neither .npz nor .parquet"), (["EMPTY", "--low=3"], "--low and --high belong"),
     (["EMPTY", "--image_size=15,32"], "multiples of 16"),
+    (["EMPTY", "--image_size=64,64", "--view=original"], "--image_size has no meaning with --view=original"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
@@ -108,7 +109,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
 
 def test_an_output_that_cannot_be_written_is_one_line(model, folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file cannot be written"):
+    with pytest.raises(InputError, match="file is a file: name a folder"):
         embed(model, [folder], tmp_path / "file" / "f.npz", progress=False)
 
 

@@ -15,7 +15,7 @@ import pytest
 from configs.pretrain import demo
 from configs.segment import masks_tiny_cpu
 from data_pipelines.errors import InputError
-from data_pipelines.files import output_file
+from data_pipelines.files import output_file, writing
 from data_pipelines.synthetic import write_dataset, write_shards
 from infmae_jax import compile_ahead
 from infmae_jax.ahead import targets
@@ -163,6 +163,11 @@ def test_files_to_write_are_looked_at_first(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="is a folder: name a file"):
         output_file(tmp_path, "output")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file is a file: name a folder"):
+        output_file(tmp_path / "file" / "scores.json", "output")
+    with pytest.raises(InputError, match="a file is in the way, choose another"), writing(tmp_path / "file"):
+        (tmp_path / "file" / "x").mkdir()
 
 
 def test_nothing_that_is_written_names_a_folder_a_user_or_a_host(made, tmp_path):

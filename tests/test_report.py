@@ -29,6 +29,15 @@ def test_command(tmp_path, command):
     assert parse(tmp_path / "page.html").count("figure") == 8 + 4
 
 
+@pytest.mark.parametrize("name", ["config.json", "x.txt"])
+def test_the_page_replaces_no_file_of_the_run(name, tmp_path, command):
+    eventful = make_eventful_run(tmp_path / "run")
+    before = {path: path.read_bytes() for path in eventful.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"{name} is no page: name a file that ends in .html"):
+        command(eventful, f"--output={eventful}/{name}")
+    assert {path: path.read_bytes() for path in eventful.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("arguments, message", [((), "give one run folder"), (("nowhere",), "nowhere is not a run")])
 def test_command_mistakes(arguments, message, command):
     with pytest.raises(InputError, match=message):

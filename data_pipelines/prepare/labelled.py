@@ -179,7 +179,9 @@ def _read_table(given: str | os.PathLike, columns: Sequence[str]) -> tuple[Path,
         if not SPLIT_NAME.fullmatch(split):
             raise InputError(f"{where}: the split {split!r} cannot be a file name; use letters, digits, dots, dashes")
         path = table.parent / file
-        if not path.is_file() or PurePosixPath(file).is_absolute():
+        if PurePosixPath(file).is_absolute():
+            raise InputError(f"{where}: {file} is absolute: give paths from the table's folder, {table.parent}")
+        if not path.is_file():
             raise InputError(f"{where}: no image {path}; give paths from the table's folder")
         rows.append(_Row(line, file, split, tuple(labels)))
         # By its real path: links and `..` lead to the same file.

@@ -12,9 +12,9 @@ from infmae_jax.interop.trained_model import TrainedModel
 _ARCHITECTURE = ("heads", "decoder_heads", "norm_pix_loss", "step")
 
 
-def define_architecture() -> None:
-    """`--step`, `--heads`, `--decoder_heads`, `--norm_pix_loss`."""
-    flags.DEFINE_integer("step", None, "Checkpoint of a run (default: the latest).", lower_bound=0)
+def define_architecture(step: str = "the latest") -> None:
+    """`--step` (by default what `step` says), `--heads`, `--decoder_heads`, `--norm_pix_loss`."""
+    flags.DEFINE_integer("step", None, f"Checkpoint of a run (default: {step}).", lower_bound=0)
     flags.DEFINE_integer("heads", None, "Attention heads of the encoder (default: as noted in the file, else 12).", 1)
     flags.DEFINE_integer("decoder_heads", None, "Attention heads of the decoder (default: as noted, else 16).", 1)
     flags.DEFINE_bool("norm_pix_loss", None, "Pixels are predicted normalised per patch (default: as noted, else no).")

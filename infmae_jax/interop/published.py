@@ -77,7 +77,10 @@ def to_state(checkpoint: TrainedModel) -> tuple[dict[str, np.ndarray], str]:
     entries = names.table(config)
     absent = [entry.name for entry in entries if entry.path not in params]
     if absent:
-        raise InputError(f"the checkpoint lacks {_listing(absent)}, so it cannot be written in the published format")
+        raise InputError(
+            f"the checkpoint lacks {_listing(absent)}, so it cannot be written in the published format: convert it "
+            "with --to=jax-export, or the run that pretrained its encoder"
+        )
     state = {}
     if config.encoder.kind == "hybrid":
         state[_SCORE_WEIGHT], state[_SCORE_BIAS] = checkpoint.score_filters or score_filters(config, checkpoint.mask)

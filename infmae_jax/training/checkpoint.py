@@ -29,7 +29,7 @@ _THERE, _UNREADABLE = "it is there", "!"  # the second begins what says nothing 
 
 
 class SaveFailed(InputError):
-    """A checkpoint could not be written; earlier ones are intact, and later saves may work again.
+    """A checkpoint could not be written; any earlier ones are intact, and later saves may work again.
 
     Attributes:
       step: of the checkpoint.
@@ -37,7 +37,7 @@ class SaveFailed(InputError):
     """
 
     def __init__(self, path: Path, step: int, reason: str):
-        super().__init__(f"checkpoint {path} could not be saved: {reason}; earlier checkpoints are intact")
+        super().__init__(f"checkpoint {path} could not be saved: {reason}; any earlier checkpoint is intact")
         self.step = step
         self.reason = reason
 

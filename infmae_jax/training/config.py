@@ -248,12 +248,15 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     """A mapping (ConfigDict or parsed JSON) as dataclass `cls`; keys left out take their defaults.
 
     Raises:
-      InputError: an unknown key (with the nearest known one), a value of the wrong type or out of range.
+      InputError: a config of fine-tuning for another `cls`, an unknown key (with the nearest known one), a value of the
+        wrong type or out of range.
     """
     fields = _fields(cls)
     if not isinstance(config, (Mapping, ConfigDict)):
         name = path.rstrip(".") or cls.__name__
         raise InputError(f"config {name} must be a section of keys, got {reprlib.repr(config)}")
+    if not path and "task" in config and "task" not in fields:
+        raise InputError(f"config is of fine-tuning (task {reprlib.repr(config['task'])}): use infmae finetune for it")
     for key in config:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)

@@ -68,7 +68,7 @@ def run_path(given: str | os.PathLike, task: str) -> Path:
     """
     folder = Path(local_path(given, "--workdir"))
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--workdir={folder} is a file; name a folder")
+        raise InputError(f"--workdir={folder} is a file: name a folder")
     require_writable(folder)
     if (folder / CONFIG_NAME).is_file():
         _require_task(folder, read_config(folder), task)

@@ -78,6 +78,7 @@ def test_several_label_columns_have_their_own_names(images):
         (["img/0.png,train"], "line 2 has 2 fields, the header 3"),
         (["img/0.png,train,"], "line 2: column 'label' is empty"),
         (["img/9.png,train,a"], "line 2: no image .*9.png"),
+        (["/img/0.png,train,a"], "line 2: /img/0.png is absolute: give paths from the table's folder, /"),
         (["img/0.png,train,a", "img/../img/0.png,val,a"], r"line 3: img/../img/0.png is in line 2 \(split train\) too"),
         (["img/0.png,train,a", "link.png,val,a"], r"line 3: link.png is in line 2 \(split train\) too"),
         (["img/0.png,train,a", "copy.png,val,a"], "line 3: image copy.png of split val has the pixels of img/0.png"),

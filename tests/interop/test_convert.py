@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from absl import flags
 
 import infmae_jax
 from data_pipelines.errors import InputError
-from infmae_jax.convert import convert
+from infmae_jax.convert import _define_flags, convert
 from infmae_jax.interop import safetensors_file, torch_file
 from tests import commands
 from tests.interop import torch_like
@@ -35,8 +36,8 @@ def files(tmp_path_factory):
         ("--from=torch", f"--input={folder}/published.pth", f"--output={folder}/run", *HEAD_FLAGS),
         ("--from=run", f"--input={folder}/run", "--to=safetensors", f"--output={folder}/model.safetensors"),
     ]
-    for flags in steps:
-        done = command(*flags)
+    for arguments in steps:
+        done = command(*arguments)
         assert done.returncode == 0, done.stderr
         assert "hybrid encoder" in done.stdout and len(done.stdout.splitlines()) == 1
     return folder
@@ -191,11 +192,21 @@ def test_scoring_convolution_of_a_changed_mask_is_not_kept(files, tmp_path):
     np.testing.assert_array_equal(weight, np.full_like(weight, 1 / 768))  # ascending, as the run
 
 
+def test_the_help_says_which_checkpoint_is_taken():
+    before = set(flags.FLAGS)
+    try:
+        _define_flags()
+        assert "for --to=jax-export of a fine-tuned run the best on validation" in flags.FLAGS["step"].help
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+
+
 def test_unknown_flags_and_arguments():
-    for flags in (
+    for arguments in (
         ["--from=onnx", "--input=a", "--output=b"],
         ["--input=a"],
         ["--from=run", "--input=a", "--output=b", "c"],
     ):
-        done = command(*flags)
+        done = command(*arguments)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr

@@ -192,5 +192,5 @@ def test_damaged_metadata():
 def test_an_encoder_alone_cannot_be_published():
     checkpoint = published.from_state(random_state(TINY), **TINY_HEADS)
     encoder = dataclasses.replace(checkpoint, params={"encoder": checkpoint.params["encoder"]})
-    with pytest.raises(InputError, match="lacks decoder_"):
+    with pytest.raises(InputError, match="lacks decoder_.*: convert it with --to=jax-export, or the run that"):
         published.to_state(encoder)

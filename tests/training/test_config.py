@@ -8,13 +8,16 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs.pretrain import demo
 from configs.segment import masks_tiny_cpu
 from data_pipelines.errors import InputError
 from data_pipelines.pipeline import PipelineConfig
 from infmae_jax.models.config import variant
 from infmae_jax.tasks.pretrain import PretrainConfig
+from infmae_jax.tasks.probe import ProbeConfig
 from infmae_jax.tasks.segment import SegmentConfig
 from infmae_jax.training.config import MeshConfig, define_config, differences, from_config, to_config
+from tests import commands
 
 
 @pytest.mark.parametrize("names", [(), ("car",), ("car", "person"), ("person, sitting", "car"), (" a",), ("",)])
@@ -56,6 +59,14 @@ def test_mistakes_are_named(change, message):
     with pytest.raises(InputError, match=message) as caught:
         from_config(PretrainConfig, change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_another_command_is_refused_in_one_line():
+    for kind in (PretrainConfig, ProbeConfig):
+        with pytest.raises(InputError, match=r"of fine-tuning \(task 'segment'\): use infmae finetune for it"):
+            from_config(kind, masks_tiny_cpu.get_config())
+    done = commands.run("infmae_jax.finetune", f"--config={demo.__file__}", "--workdir=unused")
+    assert done.returncode == 2 and "--config is not of fine-tuning: give one of configs/segment" in done.stderr
 
 
 def test_values_are_converted():

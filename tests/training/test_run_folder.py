@@ -124,7 +124,7 @@ def test_a_folder_of_another_task_is_refused_in_one_short_line_before_any_work(t
     for folder, task, message in (
         ("run", "segment", "run holds a run of the task 'pretrain', not of 'segment'; use another --workdir"),
         ("converted", "pretrain", "converted holds a checkpoint from elsewhere"),
-        ("file", "pretrain", "file is a file"), ("file/run", "pretrain", "Not a directory"),
+        ("file", "pretrain", "file is a file"), ("file/run", "pretrain", "file is a file: name a folder"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             run_folder.run_path(tmp_path / folder, task)
