@@ -7,6 +7,7 @@ import bz2
 import contextlib
 import copy
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -198,16 +199,25 @@ def test_annotations(tmp_path, tries):
 
 def test_predictions_of_before(tmp_path, tries):
     tuned = SimpleNamespace(model=SimpleNamespace(config="", classes=()), params={}, step=0)
-    _begun(tmp_path, tuned)
+    image = tmp_path.parent / "a.png"
+    image.write_bytes(b"an image")
+    _begun(tmp_path, tuned, {"a": image})
     good = (tmp_path / "settings.json").read_text()
-    row = {"image": "a", "height": 3, "width": 4, "class_map": "classes/a.png", "shares": {"sky": 1.0}}
+    row = {
+        "image": "a",
+        "sha256": hashlib.sha256(b"an image").hexdigest(),
+        "height": 3,
+        "width": 4,
+        "class_map": "classes/a.png",
+        "shares": {"sky": 1.0},
+    }
 
     def check(texts):
         settings, rows = texts
         (tmp_path / "settings.json").write_text(settings)
         (tmp_path / "predictions.jsonl").write_text(f"{rows}\n")
         with bounded():
-            _begun(tmp_path, tuned)
+            _begun(tmp_path, tuned, {"a": image})
 
     tries(st.tuples(spoiled(json.loads(good)) | st.just(good), spoiled(row)), check)
 

@@ -131,11 +131,12 @@ def _wide(x: jax.Array) -> jnp.dtype:
 
 def _one_at_a_time(x: jax.Array, heads: int, first: int) -> bool:
     """Whether the logits of all heads are too many for a device. Where a program is traced for a mesh, batches are cut
-    over all its axes but `tensor`."""
+    over all its axes but `tensor`; one that is exported for any batch is judged by one image."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = math.prod(size for name, size in mesh.shape.items() if name != "tensor")
     batch, n = x.shape[:2]
-    return heads * batch / parts * (n - first) * n * _wide(x).itemsize > _MOST_LOGITS
+    images = batch / parts if isinstance(batch, int) else 1
+    return heads * images * (n - first) * n * _wide(x).itemsize > _MOST_LOGITS
 
 
 class TransformerBlock(nn.Module):
