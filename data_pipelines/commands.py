@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import multiprocessing
@@ -78,8 +79,9 @@ def _leave_at_once() -> NoReturn:
     print("interrupted", file=sys.stderr)
     for child in multiprocessing.active_children():
         child.terminate()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # whoever read it is gone too
+            stream.flush()
     os._exit(EXIT_INTERRUPTED)
 
 

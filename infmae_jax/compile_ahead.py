@@ -118,14 +118,14 @@ def compile_ahead(
             "fits": False,
             "memory_bytes": needed,
             "chip_memory_bytes": error.capacity or target.chip.memory,
-            "help": _helps(config, each, len(devices)),
+            "help": _helps(config, each, len(devices), features),
         }
     if features:
         useful = _counted_gflop(_Features(config, _mesh(config, jax.devices("cpu")[:1])))
     else:
         useful = _useful_gflop(config) * images / len(devices)
     told |= account.account(compiled, target, useful, _encoder(config).dtype)
-    return told if told["fits"] else told | {"help": _helps(config, each, len(devices))}
+    return told if told["fits"] else told | {"help": _helps(config, each, len(devices), features)}
 
 
 def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -200,14 +200,17 @@ def _counted_gflop(program: Program | _Features) -> float:
     return program.lowered().cost_analysis()["flops"] / 1e9
 
 
-def _helps(config: Config, each: int, devices: int) -> list[str]:
+def _helps(config: Config, each: int, devices: int, features: bool = False) -> list[str]:
     """What would make a program smaller, the cheapest first."""
+    smaller = ["a smaller --batch"] if each > 1 else []
+    if features:
+        return [*smaller, "smaller --features"]
     key = "model.encoder.remat" if isinstance(config, PretrainConfig) else "encoder.remat"
     remat = [] if _encoder(config).remat else [f"--config.{key}=True (recomputes activations)"]
     cut = min(8, devices)
     fsdp = [] if cut == 1 or config.mesh.fsdp > 1 else [f"--config.mesh.fsdp={cut} (cuts weights and optimizer state)"]
     accumulate = ["--config.optimizer.accumulate=2 (half the activations)"] if each > 1 else []
-    return [*(["a smaller --batch"] if each > 1 else []), *accumulate, *remat, *fsdp]
+    return [*smaller, *accumulate, *remat, *fsdp]
 
 
 def _gib(size: float) -> str:

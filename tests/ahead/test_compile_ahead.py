@@ -70,3 +70,6 @@ def test_features_on_one_chip():
     for line in ("1 x TPU v5 lite", "batch 3, 3 a device", "exchanges a step: none", "convolution stage 1"):
         assert line in result.stdout
     assert "decoder" not in result.stdout
+    result = run(COMMAND, SMOKE, "--topology=v5e-4", "--features=64x96", "--batch=1048576")
+    last = result.stdout.splitlines()[-1]
+    assert result.returncode == 1 and "does not fit" in last and "try a smaller --batch; smaller --features" in last

@@ -36,9 +36,7 @@ def test_the_work_counted_grows_with_the_image_and_not_with_the_batch():
 
 
 @needs_libtpu
-def test_the_smallest_program_for_a_slice(request):
-    if not request.config.getoption("--long"):
-        pytest.skip("pretraining's program is compiled in test_compile_ahead.py: --long")
+def test_the_smallest_program_for_a_slice():
     result = run(COMMAND, f"--config={masks_tiny_cpu.__file__}:smoke", "--topology=v5e-4")
     assert result.returncode == 0, result.stderr
     assert "batch 8, 2 a device" in result.stdout and "decoder or head" in result.stdout
