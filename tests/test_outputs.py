@@ -137,8 +137,9 @@ def test_a_full_disk_is_one_line(made, name, tmp_path):
     out.mkdir()
     with full_disk():
         refused(run(*commands(made, out)[name]), str(out))
-    left = [path.name for path in out.rglob("*") if path.is_file() and path.stat().st_size]
-    assert not left, left
+    left = [path for path in out.rglob("*") if path.is_file() and path.stat().st_size]
+    # Orbax's threads may write a moment longer, once there is room again: into what nobody takes for a result.
+    assert not [path for path in left if ".partial-" not in str(path.relative_to(out))], left
 
 
 def test_a_disk_that_fills_up_in_the_middle_is_one_line(made, tmp_path):
