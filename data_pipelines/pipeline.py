@@ -29,7 +29,6 @@ from data_pipelines.masking import MaskConfig, num_visible, token_grid
 from data_pipelines.order import RecordOrder
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.shards import split_counts
 from data_pipelines.transforms import Geometry, InfraredAugment
 from data_pipelines.views import PretrainView, View
 
@@ -242,12 +241,12 @@ def num_examples(config: PipelineConfig) -> int:
     Raises:
       InputError: a shard set is missing, unreadable or empty.
     """
-    return sum(_counts(config))
+    return len(_reader(config))
 
 
 def record_indices(config: PipelineConfig, step: int) -> np.ndarray:
     """Indices of the records, into the joined shard sets, in the global batch of a step: (B,) int64."""
-    return _order(config).indices(step * config.batch_size, config.batch_size)
+    return _order(config, _reader(config)).indices(step * config.batch_size, config.batch_size)
 
 
 def sample_generator(config: PipelineConfig, position: int) -> np.random.Generator:
@@ -277,18 +276,17 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
 
 
 def _reader(config: PipelineConfig) -> ExampleReader:
-    _counts(config)
-    return ExampleReader(local_folders(config.shards), config.split)
-
-
-def _counts(config: PipelineConfig) -> list[int]:
     if not config.shards:
         raise InputError("data.shards is empty; name a folder made by `python -m data_pipelines.prepare`")
-    return split_counts(local_folders(config.shards), config.split)
+    reader = ExampleReader(local_folders(config.shards), config.split)
+    if 0 in reader.counts:
+        empty = config.shards[reader.counts.index(0)]
+        raise InputError(f"shard set {empty} holds no records; prepare it again or leave it out")
+    return reader
 
 
-def _order(config: PipelineConfig) -> RecordOrder:
-    return RecordOrder(_counts(config), config.weights, config.seed)
+def _order(config: PipelineConfig, reader: ExampleReader) -> RecordOrder:
+    return RecordOrder(reader.counts, config.weights, config.seed)
 
 
 class _Maker:
@@ -367,7 +365,7 @@ class _TrainMaker(_Maker):
 
     @functools.cached_property
     def _order(self) -> RecordOrder:
-        return _order(self.config)
+        return _order(self.config, self.reader)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
