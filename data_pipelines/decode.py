@@ -109,39 +109,33 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         kind = ""
     if kind:
         raise ImageRefused("not_an_image", f"{kind}, not one of {', '.join(_FORMATS)}")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns about metadata that it cannot read; the pixels are judged by themselves.
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        # Pillow warns about metadata that it cannot read; the pixels are judged by themselves.
+        warnings.simplefilter("ignore")
+        try:
             return _decode_supported(data, max_pixels)
-    except ImageRefused:
-        raise
-    except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal here.
-        raise _refusal_of(data, error) from error
+        except ImageRefused:
+            raise
+        except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal.
+            if (bare := _without_metadata(data)) != data:
+                with contextlib.suppress(Exception):  # The first error is the one to report.
+                    return _decode_supported(bare, max_pixels)
+            raise _refusal_of(data, error) from error
 
 
 def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:
-    page = None
-    if data.startswith(tiff.SIGNATURES):
-        page = tiff.read_tiff(data, max_pixels)
-        if page.pixels is not None:
-            return _upright(page.pixels, {"format": "TIFF", **page.attributes}, page.orientation)
+    if not data.startswith(tiff.SIGNATURES):
+        return _decode_with_pillow(data, max_pixels)
+    page = tiff.read_tiff(data, max_pixels)
+    if page.pixels is not None:
+        return _upright(page.pixels, {"format": "TIFF", **page.attributes}, page.orientation)
     try:
         return _decode_with_pillow(data, max_pixels, page)
-    except ImageRefused:
-        raise
-    except Exception as error:
-        if page is not None and isinstance(error, UnidentifiedImageError):
-            raise ImageRefused("unsupported_layout", f"{page.description}; store it gray") from error
-        bare = _without_metadata(data)
-        if bare == data:
-            raise
-        with contextlib.suppress(Exception):  # The first error is the one to report.
-            return _decode_with_pillow(bare, max_pixels, page)
-        raise
+    except UnidentifiedImageError as error:
+        raise ImageRefused("unsupported_layout", f"{page.description}; store it gray") from error
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int, page: tiff.TiffPicture | None) -> DecodedImage:
+def _decode_with_pillow(data: bytes, max_pixels: int, page: tiff.TiffPicture | None = None) -> DecodedImage:
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         attributes: dict[str, Any] = {"format": image.format, "mode": image.mode}
         if page is not None:
@@ -184,14 +178,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], ma
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    faultless = True
     if image.mode == "CMYK":
-        pixels = np.asarray(image.convert("L"))
-    else:
-        pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
-    decoded = _upright(pixels, attributes, orientation)
-    verbatim = faultless and image.mode == "L" and decoded.attributes.get("orientation", 1) == 1
-    return dataclasses.replace(decoded, verbatim=verbatim)
+        return _upright(np.asarray(image.convert("L")), attributes, orientation)
+    pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
+    return _upright(pixels, attributes, orientation, faultless and image.mode == "L")
 
 
 def _decode_gray_jpeg(data: bytes, pixel_count: int) -> tuple[np.ndarray, bool]:
@@ -255,10 +245,10 @@ def _one_channel(image: Image.Image) -> tuple[np.ndarray, dict[str, Any]]:
     return np.asarray(image.convert("L")), {}
 
 
-def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any) -> DecodedImage:
-    """Applies an EXIF orientation (1 to 8; anything else counts as 1)."""
+def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any, verbatim: bool = False) -> DecodedImage:
+    """Applies an EXIF orientation (1 to 8; anything else counts as 1); turned images are stored anew."""
     if orientation not in range(2, 9):
-        return DecodedImage(np.ascontiguousarray(pixels), attributes)
+        return DecodedImage(np.ascontiguousarray(pixels), attributes, verbatim)
     pixels = pixels.T if orientation >= 5 else pixels
     pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
