@@ -162,9 +162,8 @@ def _close(iterators: list[Any]) -> None:
         iterators.pop().close()
 
 
-def _start_worker(number: int, count: int) -> None:
+def _start_worker(*_: int) -> None:
     """A cluster's scheduler signals all processes of a job; when to end is the parent's to decide."""
-    del number, count
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     follow_parent()
 

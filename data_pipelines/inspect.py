@@ -23,7 +23,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, CorruptExample, Example, decode_mask, decode_pixels
 from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
-from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
+from data_pipelines.pipeline import PipelineConfig, batch_examples, sample_generator, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import Manifest, read_manifest, verify_shards
@@ -108,10 +108,8 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     """The samples of the first batch, together with the images that they were cut from."""
     with train_batches(config) as batches:
         batch = next(batches)
-    reader = ExampleReader(local_folders(config.shards), config.split)
     samples = []
-    for position, index in enumerate(record_indices(config, 0)):
-        example = reader.first_whole(int(index))
+    for position, example in enumerate(batch_examples(config, 0)):
         stored = config.intensity.apply(decode_pixels(example), example.attributes)
         # The box is what a sample's generator is asked for first.
         box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)

@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -166,9 +166,11 @@ def num_examples(config: PipelineConfig) -> int:
     return len(_reader(config))
 
 
-def record_indices(config: PipelineConfig, step: int) -> np.ndarray:
-    """Indices of the records, into the joined shard sets, in the global batch of a step: (B,) int64."""
-    return _order(config, _reader(config)).indices(step * config.batch_size, config.batch_size)
+def batch_examples(config: PipelineConfig, step: int) -> Iterator[Example]:
+    """The examples of the global batch of a step, in order (of a damaged record: its substitute)."""
+    reader = _reader(config)
+    order = RecordOrder(reader.counts, config.weights, config.seed)
+    return map(reader.first_whole, order.indices(step * config.batch_size, config.batch_size).tolist())
 
 
 def sample_generator(config: PipelineConfig, position: int) -> np.random.Generator:
@@ -178,8 +180,7 @@ def sample_generator(config: PipelineConfig, position: int) -> np.random.Generat
 
 def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
-    reader = _reader(config)
-    return [reader.first_whole(int(index)).key for index in record_indices(config, step)]
+    return [example.key for example in batch_examples(config, step)]
 
 
 def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
@@ -205,10 +206,6 @@ def _reader(config: PipelineConfig) -> ExampleReader:
         empty = config.shards[reader.counts.index(0)]
         raise InputError(f"shard set {empty} holds no records; prepare it again or leave it out")
     return reader
-
-
-def _order(config: PipelineConfig, reader: ExampleReader) -> RecordOrder:
-    return RecordOrder(reader.counts, config.weights, config.seed)
 
 
 class _Maker:
@@ -283,7 +280,7 @@ class _TrainMaker(_Maker):
 
     @functools.cached_property
     def _order(self) -> RecordOrder:
-        return _order(self.config, self.reader)
+        return RecordOrder(self.reader.counts, self.config.weights, self.config.seed)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
