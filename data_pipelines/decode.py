@@ -36,7 +36,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines import tiff
-from data_pipelines.errors import OF_THE_MACHINE, InputError
+from data_pipelines.errors import OF_THE_MACHINE, InputError, refusing
 from data_pipelines.examples import Example
 from data_pipelines.intensity import Intensity
 from data_pipelines.radiometric import read_raw_array
@@ -311,10 +311,6 @@ def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None)
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the path") from error
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{os.fspath(path)} is larger than {MAX_FILE_BYTES >> 20} MiB; remove it or make it smaller")
-    try:
+    with refusing(f"{os.fspath(path)} is not usable", "remove it or replace it", ImageRefused):
         image = decode_image(data)
-    except ImageRefused as refusal:
-        raise InputError(
-            f"{os.fspath(path)} is not usable ({refusal.reason}: {refusal.detail}); remove it or replace it"
-        ) from refusal
     return (intensity or Intensity()).apply(image.pixels, image.attributes)

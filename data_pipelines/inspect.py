@@ -19,7 +19,7 @@ from absl import flags
 from PIL import Image, ImageDraw
 
 from data_pipelines.commands import printable, run_command
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import IGNORE, CorruptExample, Example, decode_mask, decode_pixels
 from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
@@ -206,7 +206,7 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
     if samples < 1:
         raise InputError(f"--samples={samples} must be at least 1")
     lines = []
-    try:
+    with refusing("the samples cannot be shown", "prepare the shards again", CorruptExample):
         for folder, local in zip(config.shards, local_folders(config.shards), strict=True):
             lines += describe(folder, local)
             if verify:
@@ -217,8 +217,6 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
         lines += describe_samples(drawn, config)
         with writing(output), atomic_write(output) as partial:
             draw_samples(drawn[:samples], config).save(partial, "PNG")
-    except CorruptExample as error:
-        raise InputError(f"{error}: prepare the shards again") from error
     return [*map(printable, lines), f"picture of {samples} samples: {printable(output)}"]
 
 

@@ -347,13 +347,11 @@ class ShardReader:
         if number in self._damaged:
             return
         path, shard = self._shards[number]
-        try:
-            whole = describe_shard(path, shard.count) == shard
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}; {_limit_remedy()}") from error
-        if whole:
-            text = " ".join(str(cause).split())
-            raise InputError(f"{path} is whole but cannot be read ({text}); {_limit_remedy()}") from cause
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        remedy = f"check the disk, permissions and the limit of open files ({limit}; raise it with `ulimit -n`)"
+        with refusing(f"{path} cannot be read", remedy, OSError, RuntimeError):
+            if describe_shard(path, shard.count) == shard:
+                raise RuntimeError(f"though it is whole: {cause}")
         self._damaged.add(number)
 
 
@@ -366,8 +364,3 @@ def _open(path: str, count: int) -> Any:
     if reader.num_records() != count:
         raise RuntimeError(f"{reader.num_records()} records can be found, not {count}")
     return reader
-
-
-def _limit_remedy() -> str:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"check the disk, permissions and the limit of open files ({limit}; raise it with `ulimit -n`)"
