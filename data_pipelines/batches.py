@@ -103,16 +103,13 @@ class Batches(contextlib.AbstractContextManager, Iterator):
         self.damaged += 1
         if index not in self._named:
             self._named.add(index)
-            logging.warning("damaged record replaced or left out: %s", self._damage(index))
+            logging.warning("damaged record replaced or left out: %s", self._source.reader.damage(index))
         if self.damaged > self._config.max_corrupt * self._source.judged(self.samples):
             raise DamagedShards(
                 f"{self.damaged} of {self.samples} samples came from damaged records, more than "
-                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is {self._damage(index)}; "
-                "prepare the shards again"
+                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is "
+                f"{self._source.reader.damage(index)}; prepare the shards again"
             )
-
-    def _damage(self, index: int) -> str:
-        return self._source.reader.damage(index) or f"record {index}: damaged when it was read, whole now"
 
     def _read(self) -> dict[str, np.ndarray]:
         try:

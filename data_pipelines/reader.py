@@ -42,7 +42,7 @@ class ExampleReader(ShardReader):
         raise self.all_damaged(index)
 
     def damage(self, index: int) -> str:
-        """Says in one line what is wrong with the example `index`; empty when nothing is."""
+        """Says in one line what is wrong with the example `index`, which was damaged when it was read."""
         try:
             example = self[index]
             decode_pixels(example)
@@ -50,7 +50,7 @@ class ExampleReader(ShardReader):
                 decode_mask(example)
         except CorruptExample as error:
             return f"record {index}: {error}"
-        return ""
+        return f"record {index}: damaged when it was read, whole now"
 
     def all_damaged(self, index: int) -> CorruptExample:
         """The error that says that nothing can stand in for the damaged example `index`."""
