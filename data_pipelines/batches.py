@@ -4,8 +4,6 @@ Grain's elements are batches because its bookkeeping (measured: 120 us per eleme
 would otherwise cost a tenth of the time that an image takes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """How every command starts, shows progress and ends: flags, progress bars, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools

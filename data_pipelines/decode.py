@@ -19,8 +19,6 @@ One image of one channel comes out of a file by these rules:
     damage        judged by the pixels: unreadable metadata and stray bytes between the parts of a file do not matter
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

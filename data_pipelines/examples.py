@@ -14,8 +14,6 @@ Other features are stepped over. TensorFlow is not needed: the messages are decl
 The bytes are guarded by the hash that ArrayRecord keeps of every record on disk.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -7,8 +7,6 @@ stored image with its labels in colour and the box of the random crop; the crop;
 bright high) with the kept ones framed; what the encoder sees.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections import Counter

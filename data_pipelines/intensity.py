@@ -10,8 +10,6 @@ Shards keep what the sensor said (8 or 16 bit); how that becomes 0..255 is a cho
                   the same temperature is the same gray in every frame
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -7,8 +7,6 @@ on every machine and the stable sort breaks ties by token index.
 Shape letters: H W pixel rows and columns, h w token rows and columns, N = h*w tokens, K visible tokens, C channels.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Coordinates are pixels of the stored image, (0, 0) the outer corner of the first pixel, as in `transforms.Geometry`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -10,8 +10,6 @@ slicing, not from saved iterator state. So hosts, workers, threads and restarts 
 Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K visible tokens.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -4,8 +4,6 @@ FLIR's application segments hold a file of its own ("FFF"): a header, a director
 constants of the camera among them. Sources: the field tables of ExifTool's documentation (FLIR tags), and the files.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 from typing import Any

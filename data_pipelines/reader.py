@@ -1,7 +1,5 @@
 """Random access to the examples of shard sets, and which of them stands in for a damaged one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_mask, decode_pixels

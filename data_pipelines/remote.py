@@ -5,8 +5,6 @@ instead of one an epoch. Anything that fsspec opens will do (gs://, s3://, https
 installed). Mounted paths are read in place.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os

@@ -10,8 +10,6 @@ exact in float32. So the result does not depend on the order of additions: it is
 number of threads, and whichever version of Pillow is installed (the order of its passes changed in 13.0).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

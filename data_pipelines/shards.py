@@ -4,8 +4,6 @@
 their digests. What a manifest says is checked before anything is done with it: it may come from a stranger.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import dataclasses

@@ -12,8 +12,6 @@ name. A hostile file costs at most about three times 4 bytes for each allowed pi
 of compressed strips are bounded before anything is unpacked, and every codec gets the size that it may fill.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -3,8 +3,6 @@
 Shape letters: b samples, H W rows and columns of the canvas, K visible tokens, M most objects per image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
