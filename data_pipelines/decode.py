@@ -27,6 +27,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -124,22 +125,23 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
 def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:
     if not data.startswith(tiff.SIGNATURES):
         return _decode_with_pillow(data, max_pixels)
-    page = tiff.read_tiff(data, max_pixels)
-    if page.pixels is not None:
-        return _upright(page.pixels, {"format": "TIFF", **page.attributes}, page.orientation)
+    page, pixels, attributes = tiff.read_tiff(data, max_pixels)
+    if pixels is not None:
+        return _upright(pixels, {"format": "TIFF", **attributes}, page.tags.valueof(_ORIENTATION_TAG))
     try:
-        return _decode_with_pillow(data, max_pixels, page)
+        return _decode_with_pillow(data, max_pixels, page.index, attributes)
     except UnidentifiedImageError as error:
-        raise ImageRefused("unsupported_layout", f"{page.description}; store it gray") from error
+        raise ImageRefused("unsupported_layout", f"{tiff.described(page)}; store it gray") from error
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int, page: tiff.TiffPicture | None = None) -> DecodedImage:
+def _decode_with_pillow(
+    data: bytes, max_pixels: int, page: int = 0, known: Mapping[str, Any] = MappingProxyType({})
+) -> DecodedImage:
+    """`page` of a TIFF file, of which these attributes are known; the first frame of others."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        attributes: dict[str, Any] = {"format": image.format, "mode": image.mode}
-        if page is not None:
-            image.seek(page.index)
-            attributes = {**attributes, "mode": image.mode, **page.attributes}
-        elif getattr(image, "n_frames", 1) > 1:
+        image.seek(page)
+        attributes: dict[str, Any] = {"format": image.format, "mode": image.mode, **known}
+        if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
             attributes["frames"] = image.n_frames
         width, height = image.size
         if width * height > max_pixels:
