@@ -136,21 +136,6 @@ class Geometry:
     mirrored: bool = False
 
     @classmethod
-    def random(
-        cls,
-        rng: np.random.Generator,
-        height: int,
-        width: int,
-        size: tuple[int, int],
-        scale: tuple[float, float] = (0.2, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: bool = True,
-    ) -> Self:
-        """A RandomResizedCrop (see `draw_crop`), mirrored half of the time where `flip` is set."""
-        crop = draw_crop(rng, height, width, scale, ratio)
-        return cls(crop, size, size, mirrored=flip and rng.random() < 0.5)
-
-    @classmethod
     def zoomed(
         cls,
         rng: np.random.Generator,
