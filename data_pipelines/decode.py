@@ -235,12 +235,10 @@ def _one_channel(image: Image.Image) -> tuple[np.ndarray, dict[str, Any]]:
     """Returns (H, W) uint8 or uint16 pixels of a loaded Pillow image, and how they stand for source values."""
     if image.mode.startswith("I"):
         return np.asarray(image).astype(np.uint16), {"unit": "count"}
-    if image.mode == "LA":
-        return np.asarray(image)[..., 0], {}
     transparent = image.mode == "P" and "transparency" in image.info
     if transparent or image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
         image = image.convert("RGBA").convert("RGB")
-    elif image.mode not in ("1", "L", "RGB", "P", "CMYK"):
+    elif image.mode not in ("1", "L", "LA", "RGB", "P", "CMYK"):
         image = image.convert("RGB")
     return np.asarray(image.convert("L")), {}
 
