@@ -23,7 +23,7 @@ from data_pipelines.examples import source_units
 MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed")
 
 _AUTO_PERCENTILES = (0.1, 99.9)
-_DEFAULT_PERCENTILES = (1.0, 99.0)
+_DEFAULT_LOW, _DEFAULT_HIGH = 1.0, 99.0
 _COUNTED_BLOCK = 1 << 22
 
 
@@ -67,8 +67,7 @@ class Intensity:
         if self.mapping == "min_max":
             return _map_linearly(pixels, float(pixels.min()), float(pixels.max()))
         if self.mapping == "percentile":
-            default_low, default_high = _DEFAULT_PERCENTILES
-            low, high = (default_low if low is None else low), (default_high if high is None else high)
+            low, high = (_DEFAULT_LOW if low is None else low), (_DEFAULT_HIGH if high is None else high)
             if not 0 <= low < high <= 100:
                 raise InputError(f"percentile({low:g}, {high:g}): give 0 <= low < high <= 100")
             return _map_percentiles(pixels, low, high)

@@ -217,10 +217,8 @@ class _Maker:
         self.config, self.view, self.reader = config, view, _reader(config)
         self.size = config.batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
-
-    @property
-    def batch_bytes(self) -> int:
-        return self.size * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.view.spec.values())
+        sample_bytes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in view.spec.values())
+        self.batch_bytes = self.size * sum(sample_bytes)
 
     def make(
         self, indices: Sequence[int], positions: Sequence[int], substitute: bool
