@@ -189,7 +189,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             ) from None
     if not isinstance(content, dict) or content.pop("version", None) != MANIFEST_VERSION:
         raise InputError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_REMEDY}")
-    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError):
+    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return _checked_manifest(content)
 
 
