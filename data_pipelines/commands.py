@@ -1,7 +1,5 @@
 """How every command starts, shows progress and ends: flags, progress bars, one-line errors, exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import functools
@@ -85,16 +83,11 @@ def _leave_at_once() -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
-def run_command(
-    main: Callable[[Sequence[str]], int | None],
-    argv: Sequence[str] | None = None,
-    define_flags: Callable[[], None] | None = None,
-) -> None:
+def run_command(main: Callable[[Sequence[str]], int | None], define_flags: Callable[[], None] | None = None) -> None:
     """Parses absl flags, runs `main` and exits the process.
 
     Args:
       main: takes what is left after flag parsing (program name first) and returns an exit code or None.
-      argv: command line, by default `sys.argv`.
       define_flags: called first. Config flags read their overrides as they are defined: mistakes there end in one line
         too.
 
@@ -136,8 +129,7 @@ def run_command(
         told(define_flags)
         for name in set(flags.FLAGS) - before:  # listed by --help, whichever module defines them
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
-    argv = list(argv) if argv is not None else None
     try:
-        app.run(guarded, argv=argv, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))
+        app.run(guarded, flags_parser=lambda arguments: told(lambda: flags.FLAGS(arguments)))
     finally:
         sys.unraisablehook = previous

@@ -19,8 +19,6 @@ One image of one channel comes out of a file by these rules:
     damage        judged by the pixels: unreadable metadata and stray bytes between the parts of a file do not matter
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io
@@ -29,6 +27,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from data_pipelines import tiff
-from data_pipelines.errors import OF_THE_MACHINE, InputError
+from data_pipelines.errors import OF_THE_MACHINE, InputError, refusing
 from data_pipelines.examples import Example
 from data_pipelines.intensity import Intensity
 from data_pipelines.radiometric import read_raw_array
@@ -109,45 +108,40 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> DecodedImage:
         kind = ""
     if kind:
         raise ImageRefused("not_an_image", f"{kind}, not one of {', '.join(_FORMATS)}")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns about metadata that it cannot read; the pixels are judged by themselves.
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        # Pillow warns about metadata that it cannot read; the pixels are judged by themselves.
+        warnings.simplefilter("ignore")
+        try:
             return _decode_supported(data, max_pixels)
-    except ImageRefused:
-        raise
-    except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal here.
-        raise _refusal_of(data, error) from error
+        except ImageRefused:
+            raise
+        except Exception as error:  # Pillow meets damaged bytes with many kinds of exceptions, all of them a refusal.
+            if (bare := _without_metadata(data)) != data:
+                with contextlib.suppress(Exception):  # The first error is the one to report.
+                    return _decode_supported(bare, max_pixels)
+            raise _refusal_of(data, error) from error
 
 
 def _decode_supported(data: bytes, max_pixels: int) -> DecodedImage:
-    page = None
-    if data.startswith(tiff.SIGNATURES):
-        page = tiff.read_tiff(data, max_pixels)
-        if page.pixels is not None:
-            return _upright(page.pixels, {"format": "TIFF", **page.attributes}, page.orientation)
+    if not data.startswith(tiff.SIGNATURES):
+        return _decode_with_pillow(data, max_pixels)
+    page, pixels, attributes = tiff.read_tiff(data, max_pixels)
+    if pixels is not None:
+        return _upright(pixels, {"format": "TIFF", **attributes}, page.tags.valueof(_ORIENTATION_TAG))
     try:
-        return _decode_with_pillow(data, max_pixels, page)
-    except ImageRefused:
-        raise
-    except Exception as error:
-        if page is not None and isinstance(error, UnidentifiedImageError):
-            raise ImageRefused("unsupported_layout", f"{page.description}; store it gray") from error
-        bare = _without_metadata(data)
-        if bare == data:
-            raise
-        with contextlib.suppress(Exception):  # The first error is the one to report.
-            return _decode_with_pillow(bare, max_pixels, page)
-        raise
+        return _decode_with_pillow(data, max_pixels, page.index, attributes)
+    except UnidentifiedImageError as error:
+        raise ImageRefused("unsupported_layout", f"{tiff.described(page)}; store it gray") from error
 
 
-def _decode_with_pillow(data: bytes, max_pixels: int, page: tiff.TiffPicture | None) -> DecodedImage:
+def _decode_with_pillow(
+    data: bytes, max_pixels: int, page: int = 0, known: Mapping[str, Any] = MappingProxyType({})
+) -> DecodedImage:
+    """`page` of a TIFF file, of which these attributes are known; the first frame of others."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        attributes: dict[str, Any] = {"format": image.format, "mode": image.mode}
-        if page is not None:
-            image.seek(page.index)
-            attributes = {**attributes, "mode": image.mode, **page.attributes}
-        elif getattr(image, "n_frames", 1) > 1:
+        image.seek(page)
+        attributes: dict[str, Any] = {"format": image.format, "mode": image.mode, **known}
+        if image.format != "TIFF" and getattr(image, "n_frames", 1) > 1:
             attributes["frames"] = image.n_frames
         width, height = image.size
         if width * height > max_pixels:
@@ -184,14 +178,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, attributes: dict[str, Any], ma
         counts, facts = raw
         return DecodedImage(counts, {**attributes, "format": "FLIR", "mode": "raw", **facts})
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    faultless = True
     if image.mode == "CMYK":
-        pixels = np.asarray(image.convert("L"))
-    else:
-        pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
-    decoded = _upright(pixels, attributes, orientation)
-    verbatim = faultless and image.mode == "L" and decoded.attributes.get("orientation", 1) == 1
-    return dataclasses.replace(decoded, verbatim=verbatim)
+        return _upright(np.asarray(image.convert("L")), attributes, orientation)
+    pixels, faultless = _decode_gray_jpeg(data, max(1, image.width * image.height))
+    return _upright(pixels, attributes, orientation, faultless and image.mode == "L")
 
 
 def _decode_gray_jpeg(data: bytes, pixel_count: int) -> tuple[np.ndarray, bool]:
@@ -245,20 +235,18 @@ def _one_channel(image: Image.Image) -> tuple[np.ndarray, dict[str, Any]]:
     """Returns (H, W) uint8 or uint16 pixels of a loaded Pillow image, and how they stand for source values."""
     if image.mode.startswith("I"):
         return np.asarray(image).astype(np.uint16), {"unit": "count"}
-    if image.mode == "LA":
-        return np.asarray(image)[..., 0], {}
     transparent = image.mode == "P" and "transparency" in image.info
     if transparent or image.mode in ("RGBA", "PA", "RGBX", "RGBa", "La"):
         image = image.convert("RGBA").convert("RGB")
-    elif image.mode not in ("1", "L", "RGB", "P", "CMYK"):
+    elif image.mode not in ("1", "L", "LA", "RGB", "P", "CMYK"):
         image = image.convert("RGB")
     return np.asarray(image.convert("L")), {}
 
 
-def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any) -> DecodedImage:
-    """Applies an EXIF orientation (1 to 8; anything else counts as 1)."""
+def _upright(pixels: np.ndarray, attributes: dict[str, Any], orientation: Any, verbatim: bool = False) -> DecodedImage:
+    """Applies an EXIF orientation (1 to 8; anything else counts as 1); turned images are stored anew."""
     if orientation not in range(2, 9):
-        return DecodedImage(np.ascontiguousarray(pixels), attributes)
+        return DecodedImage(np.ascontiguousarray(pixels), attributes, verbatim)
     pixels = pixels.T if orientation >= 5 else pixels
     pixels = pixels[:, ::-1] if orientation in (2, 3, 6, 7) else pixels
     pixels = pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
@@ -321,10 +309,6 @@ def read_image_file(path: str | os.PathLike, intensity: Intensity | None = None)
         raise InputError(f"cannot read {os.fspath(path)}: {error.strerror}; check the path") from error
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"{os.fspath(path)} is larger than {MAX_FILE_BYTES >> 20} MiB; remove it or make it smaller")
-    try:
+    with refusing(f"{os.fspath(path)} is not usable", "remove it or replace it", ImageRefused):
         image = decode_image(data)
-    except ImageRefused as refusal:
-        raise InputError(
-            f"{os.fspath(path)} is not usable ({refusal.reason}: {refusal.detail}); remove it or replace it"
-        ) from refusal
     return (intensity or Intensity()).apply(image.pixels, image.attributes)

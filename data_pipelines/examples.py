@@ -14,8 +14,6 @@ Other features are stepped over. TensorFlow is not needed: the messages are decl
 The bytes are guarded by the hash that ArrayRecord keeps of every record on disk.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json
@@ -171,33 +169,28 @@ def decode_example(data: bytes) -> Example:
         features = _Message.FromString(data).features.feature
         image, key, source = (_first_bytes(features, name) for name in (IMAGE, KEY, SOURCE))
         header = json.loads(source)
-        example = Example(
+        sides = header["height"], header["width"]
+        if header["encoding"] not in ENCODINGS or header["bit_depth"] not in BIT_DEPTHS:
+            raise ValueError(f"unknown encoding {header['encoding']!r} or bit depth {header['bit_depth']!r}")
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(f"size {header['width']!r}x{header['height']!r}")
+        if not isinstance(header["attributes"], dict):
+            raise ValueError("its attributes are not a JSON object")
+        return Example(
             key=key.decode(),
             image=image,
             **{name: header[name] for name in _SOURCE_NAMES},
             attributes=header["attributes"],
             mask=_first_bytes(features, MASK) if MASK in features else None,
+            objects=_objects(features, *sides) if BOXES in features else None,
             labels={
                 name.removeprefix(_LABEL_PREFIX): int(features[name].int64_list.value[0])
                 for name in sorted(features)
                 if name == LABEL or name.startswith(_LABEL_PREFIX)
             },
         )
-        _check_source(example)
-        if BOXES in features:
-            example = dataclasses.replace(example, objects=_objects(features, example.height, example.width))
-        return example
     except (DecodeError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise CorruptExample(f"the example is not usable: {' '.join(str(error).split())}") from error
-
-
-def _check_source(example: Example) -> None:
-    if example.encoding not in ENCODINGS or example.bit_depth not in BIT_DEPTHS:
-        raise ValueError(f"unknown encoding {example.encoding!r} or bit depth {example.bit_depth!r}")
-    if not all(type(side) is int and side > 0 for side in (example.height, example.width)):
-        raise ValueError(f"size {example.width!r}x{example.height!r}")
-    if not isinstance(example.attributes, dict):
-        raise ValueError("its attributes are not a JSON object")
 
 
 def _first_bytes(features: Mapping[str, Message], name: str) -> bytes:

@@ -1,7 +1,5 @@
 """Files: the one way in which this project writes them, whole or absent, and finds images in folders."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import os

@@ -7,8 +7,6 @@ stored image with its labels in colour and the box of the random crop; the crop;
 bright high) with the kept ones framed; what the encoder sees.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections import Counter
@@ -19,11 +17,11 @@ from absl import flags
 from PIL import Image, ImageDraw
 
 from data_pipelines.commands import printable, run_command
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.examples import IGNORE, CorruptExample, Example, decode_mask, decode_pixels
 from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.masking import PATCH, MaskConfig, mask_from_ids, token_grid, token_scores
-from data_pipelines.pipeline import PipelineConfig, record_indices, sample_generator, train_batches
+from data_pipelines.pipeline import PipelineConfig, batch_examples, sample_generator, train_batches
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import Manifest, read_manifest, verify_shards
@@ -108,10 +106,8 @@ def training_samples(config: PipelineConfig) -> list[Sample]:
     """The samples of the first batch, together with the images that they were cut from."""
     with train_batches(config) as batches:
         batch = next(batches)
-    reader = ExampleReader(local_folders(config.shards), config.split)
     samples = []
-    for position, index in enumerate(record_indices(config, 0)):
-        example = reader.first_whole(int(index))
+    for position, example in enumerate(batch_examples(config, 0)):
         stored = config.intensity.apply(decode_pixels(example), example.attributes)
         # The box is what a sample's generator is asked for first.
         box = draw_crop(sample_generator(config, position), *stored.shape, config.scale, config.ratio)
@@ -208,7 +204,7 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
     if samples < 1:
         raise InputError(f"--samples={samples} must be at least 1")
     lines = []
-    try:
+    with refusing("the samples cannot be shown", "prepare the shards again", CorruptExample):
         for folder, local in zip(config.shards, local_folders(config.shards), strict=True):
             lines += describe(folder, local)
             if verify:
@@ -219,8 +215,6 @@ def inspect(config: PipelineConfig, output: str | os.PathLike, samples: int, ver
         lines += describe_samples(drawn, config)
         with writing(output), atomic_write(output) as partial:
             draw_samples(drawn[:samples], config).save(partial, "PNG")
-    except CorruptExample as error:
-        raise InputError(f"{error}: prepare the shards again") from error
     return [*map(printable, lines), f"picture of {samples} samples: {printable(output)}"]
 
 

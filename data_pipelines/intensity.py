@@ -10,8 +10,6 @@ Shards keep what the sensor said (8 or 16 bit); how that becomes 0..255 is a cho
                   the same temperature is the same gray in every frame
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -25,7 +23,7 @@ from data_pipelines.examples import source_units
 MAPPINGS = ("auto", "full_range", "min_max", "percentile", "fixed")
 
 _AUTO_PERCENTILES = (0.1, 99.9)
-_DEFAULT_PERCENTILES = (1.0, 99.0)
+_DEFAULT_LOW, _DEFAULT_HIGH = 1.0, 99.0
 _COUNTED_BLOCK = 1 << 22
 
 
@@ -35,7 +33,7 @@ class Intensity:
 
     Attributes:
       mapping: `auto`, `full_range`, `min_max`, `percentile` or `fixed`.
-      low, high: the mapping's arguments (percentiles, or bounds in source units); None is its default.
+      low, high: `percentile`: the percentiles (1 and 99 by default); `fixed`: bounds in the source's unit (required).
     """
 
     mapping: str = "auto"
@@ -44,56 +42,41 @@ class Intensity:
 
     def __post_init__(self):
         # Unusable arguments must end a run before its first batch.
-        to_uint8(np.zeros((1, 1), np.uint8), self.mapping, self.low, self.high)
+        self.apply(np.zeros((1, 1), np.uint8))
 
-    def apply(self, pixels: np.ndarray, attributes: Mapping[str, Any]) -> np.ndarray:
-        """(H, W) stored integers of an example with these attributes -> (H, W) uint8."""
-        scale, offset, _ = source_units(attributes)
-        return to_uint8(pixels, self.mapping, self.low, self.high, scale, offset)
+    def apply(self, pixels: np.ndarray, attributes: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Maps stored pixels to the network's 8-bit range (the mappings are described at the top of this module).
 
+        Args:
+          pixels: (H, W) uint8 or uint16.
+          attributes: of the example, with scale and offset of the source's unit; used by `fixed` only.
 
-def to_uint8(
-    pixels: np.ndarray,
-    mapping: str = "auto",
-    low: float | None = None,
-    high: float | None = None,
-    scale: float = 1.0,
-    offset: float = 0.0,
-) -> np.ndarray:
-    """Maps stored pixels to the network's 8-bit range (the mappings are described at the top of this module).
+        Returns:
+          (H, W) uint8. An image without contrast maps to zeros (except under `full_range`, `fixed` and 8-bit `auto`).
 
-    Args:
-      pixels: (H, W) uint8 or uint16.
-      mapping: one of `MAPPINGS`.
-      low: `percentile`: lower percentile (default 1); `fixed`: lower bound in the source's unit (required).
-      high: `percentile`: upper percentile (default 99); `fixed`: upper bound in the source's unit (required).
-      scale, offset: a stored integer v stands for v * scale + offset in the source's unit; used by `fixed` only.
-
-    Returns:
-      (H, W) uint8. An image without contrast maps to zeros (except under `full_range`, `fixed` and 8-bit `auto`).
-
-    Raises:
-      InputError: unknown mapping or unusable bounds.
-    """
-    if mapping == "auto":
-        if pixels.dtype == np.uint8:
+        Raises:
+          InputError: unknown mapping or unusable bounds.
+        """
+        low, high = self.low, self.high
+        if self.mapping in ("auto", "full_range") and pixels.dtype == np.uint8:
             return pixels
-        return _map_percentiles(pixels, *_AUTO_PERCENTILES)
-    if mapping == "full_range":
-        return pixels if pixels.dtype == np.uint8 else _map_linearly(pixels, 0.0, 65535.0)
-    if mapping == "min_max":
-        return _map_linearly(pixels, float(pixels.min()), float(pixels.max()))
-    if mapping == "percentile":
-        default_low, default_high = _DEFAULT_PERCENTILES
-        low, high = (default_low if low is None else low), (default_high if high is None else high)
-        if not 0 <= low < high <= 100:
-            raise InputError(f"percentile({low:g}, {high:g}): give 0 <= low < high <= 100")
-        return _map_percentiles(pixels, low, high)
-    if mapping == "fixed":
-        if low is None or high is None or not -math.inf < low < high < math.inf:
-            raise InputError(f"fixed({low}, {high}): give finite low < high in the source's unit")
-        return _map_linearly(pixels, (low - offset) / scale, (high - offset) / scale)
-    raise InputError(f"unknown intensity mapping {mapping!r}: choose one of {', '.join(MAPPINGS)}")
+        if self.mapping == "auto":
+            return _map_percentiles(pixels, *_AUTO_PERCENTILES)
+        if self.mapping == "full_range":
+            return _map_linearly(pixels, 0.0, 65535.0)
+        if self.mapping == "min_max":
+            return _map_linearly(pixels, float(pixels.min()), float(pixels.max()))
+        if self.mapping == "percentile":
+            low, high = (_DEFAULT_LOW if low is None else low), (_DEFAULT_HIGH if high is None else high)
+            if not 0 <= low < high <= 100:
+                raise InputError(f"percentile({low:g}, {high:g}): give 0 <= low < high <= 100")
+            return _map_percentiles(pixels, low, high)
+        if self.mapping == "fixed":
+            if low is None or high is None or not -math.inf < low < high < math.inf:
+                raise InputError(f"fixed({low}, {high}): give finite low < high in the source's unit")
+            scale, offset, _ = source_units(attributes or {})
+            return _map_linearly(pixels, (low - offset) / scale, (high - offset) / scale)
+        raise InputError(f"unknown intensity mapping {self.mapping!r}: choose one of {', '.join(MAPPINGS)}")
 
 
 def count_values(pixels: np.ndarray) -> np.ndarray:

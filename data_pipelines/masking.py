@@ -7,9 +7,6 @@ on every machine and the stable sort breaks ties by token index.
 Shape letters: H W pixel rows and columns, h w token rows and columns, N = h*w tokens, K visible tokens, C channels.
 """
 
-from __future__ import annotations
-
-import functools
 import math
 from dataclasses import dataclass
 
@@ -185,16 +182,11 @@ def _gray_sums(images: np.ndarray, config: MaskConfig) -> np.ndarray:
 
 
 def _kernel_responses(images: np.ndarray, config: MaskConfig) -> np.ndarray:
-    weights, bias = _gray_kernel(config.kernel, config.bias)
+    # Channels and normalisation folded into one filter over raw gray levels.
+    per_pixel = np.asarray(config.kernel, np.float64).sum(-1).ravel()
+    weights, bias = per_pixel / (255.0 * STD), config.bias - MEAN / STD * float(per_pixel.sum())
     # Rounded to float32 so that equal patches tie whatever order the products were added in.
     return (_patches(images).astype(np.float64) @ weights + bias).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=8)
-def _gray_kernel(kernel: tuple, bias: float) -> tuple[np.ndarray, float]:
-    """Folds channels and normalisation into one filter over raw gray levels: weights (256,), bias."""
-    per_pixel = np.asarray(kernel, np.float64).sum(-1).ravel()
-    return per_pixel / (255.0 * STD), bias - MEAN / STD * float(per_pixel.sum())
 
 
 def _variances(images: np.ndarray, config: MaskConfig) -> np.ndarray:

@@ -1,7 +1,5 @@
 """Which record is sample g of a run: shuffled anew every epoch, shard sets mixed by weight. A pure function of g."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -3,8 +3,6 @@
 Coordinates are pixels of the stored image, (0, 0) the outer corner of the first pixel, as in `transforms.Geometry`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -139,10 +137,8 @@ def _runs_of_text(text: str) -> list[int]:
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """COCO's compressed run-length code of a mask, (H, W) bool."""
-    flat = np.ascontiguousarray(mask.T).reshape(-1)
-    ends = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff([0, *ends.tolist(), flat.size]).tolist()
-    runs = [0, *runs] if flat.size and flat[0] else runs
+    changes = np.flatnonzero(np.diff(mask.T.reshape(-1), prepend=False))
+    runs = np.diff(changes, prepend=0, append=mask.size).tolist()
     text = []
     for place, run in enumerate(runs):
         value, more = run - (runs[place - 2] if place > 2 else 0), True

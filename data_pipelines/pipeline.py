@@ -10,18 +10,16 @@ slicing, not from saved iterator state. So hosts, workers, threads and restarts 
 Shape letters: B batch (global), b = B / hosts, H W pixel rows and columns, K visible tokens.
 """
 
-from __future__ import annotations
-
+import contextlib
 import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from absl import logging
 
-from data_pipelines.batches import Batches, DamagedShards
+from data_pipelines.batches import Batches
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example
 from data_pipelines.intensity import Intensity
@@ -29,7 +27,6 @@ from data_pipelines.masking import MaskConfig, num_visible, token_grid
 from data_pipelines.order import RecordOrder
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from data_pipelines.shards import split_counts
 from data_pipelines.transforms import Geometry, InfraredAugment
 from data_pipelines.views import PretrainView, View
 
@@ -103,95 +100,14 @@ _RANGES = {
 }  # fmt: skip
 
 
-class TrainBatches(Batches):
-    """Endless.
-
-    Attributes:
-      samples: number of samples given out.
-      substituted: how many of them stand in for a damaged record.
-    """
-
-    def __init__(self, maker: _TrainMaker, start: int):
-        super().__init__(maker, start)
-        self._reader = maker.reader
-        self._named: set[int] = set()
-        self.samples = 0
-        self.substituted = 0
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch: the arrays of the view's `spec` with a leading dimension b.
-
-        Raises:
-          DamagedShards: too many damaged records; names one.
-          WorkerDied: a reading process is gone.
-          InputError: the shards cannot be read now, or an example lacks what the view asks for.
-        """
-        batch = self._next()
-        corrupt = batch.pop("corrupt")
-        self.samples += len(corrupt)
-        self._count_damage([int(index) for index in corrupt if index >= 0])
-        return batch
-
-    def _count_damage(self, indices: list[int]) -> None:
-        for index in indices:
-            self.substituted += 1
-            if index not in self._named:
-                self._named.add(index)
-                logging.warning("damaged record replaced by the next good one: %s", self._damage(index))
-        if indices and self.substituted > self._config.max_corrupt * max(self.samples, MIN_SAMPLES_JUDGED):
-            raise DamagedShards(
-                f"{self.substituted} of {self.samples} samples came from damaged records, more than "
-                f"data.max_corrupt={self._config.max_corrupt:g} allows; the last is "
-                f"{self._damage(indices[-1])}; prepare the shards again"
-            )
-
-    def _damage(self, index: int) -> str:
-        return self._reader.damage(index) or f"record {index}: damaged when it was read, whole now"
-
-
-class EvalBatches(Batches):
-    """Every example once, in file order; finite.
-
-    Attributes:
-      damaged: number of damaged records met so far, left out as not `valid`.
-    """
-
-    def __init__(self, maker: _EvalMaker):
-        super().__init__(maker)
-        self._reader, self._count = maker.reader, len(maker)
-        self.damaged = 0
-
-    def __len__(self) -> int:
-        """Number of batches, the same on all hosts."""
-        return self._count
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch: the arrays of the view's `spec`, `valid` (b,) bool and `index` (b,) int64, -1 for padding.
-
-        Raises:
-          StopIteration: all examples have been given out.
-          DamagedShards: more damaged records than `max_corrupt` allows; names one.
-          WorkerDied, InputError: as `TrainBatches`.
-        """
-        batch = self._next()
-        missing = batch["index"][~batch["valid"] & (batch["index"] >= 0)]
-        self.damaged += len(missing)
-        if len(missing) and self.damaged > self._config.max_corrupt * len(self._reader):
-            raise DamagedShards(
-                f"{self._reader.damage(int(missing[-1]))}; data.max_corrupt={self._config.max_corrupt:g} of "
-                f"{len(self._reader)} examples allows no more than {self.damaged - 1}: prepare the shards again"
-            )
-        return batch
-
-
 def train_batches(
     config: PipelineConfig,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     view: View | None = None,
-) -> TrainBatches:
-    """The batches of one host from `start_step` on, without end.
+) -> Batches:
+    """The batches of one host from `start_step` on, without end: the arrays of the view's `spec`.
 
     The global batch of step s is that of all hosts, concatenated in process order: the same samples in the same order
     for any number of hosts and workers.
@@ -205,16 +121,19 @@ def train_batches(
     Raises:
       InputError: shards missing or unreadable, or a batch that the hosts cannot share evenly.
     """
-    return TrainBatches(_TrainMaker(config, view or pretrain_view(config), process_index, process_count), start_step)
+    return Batches(_TrainMaker(config, view or pretrain_view(config), process_index, process_count), start_step)
 
 
 def eval_batches(
     config: PipelineConfig, split: str, view: View, process_index: int = 0, process_count: int = 1
-) -> EvalBatches:
+) -> Batches:
     """Every example of a split once, in file order: for evaluation.
 
     Each host gets a contiguous share and as many batches as every other host; samples beyond its share are zeros and
     not `valid`. The batch of a step is a function of (config, split, step, host).
+
+    Beside the arrays of the view's `spec`, batches have `valid` (b,) bool and `index` (b,) int64, -1 for padding.
+    Damaged records are zeros and not `valid`, either; more than `max_corrupt` of the split end the evaluation.
 
     Args:
       config: where to read; order, weights and seed do not matter, except that random views and masks draw from the
@@ -226,7 +145,7 @@ def eval_batches(
     Raises:
       InputError: as `train_batches`.
     """
-    return EvalBatches(_EvalMaker(dataclasses.replace(config, split=split), view, process_index, process_count))
+    return Batches(_EvalMaker(dataclasses.replace(config, split=split), view, process_index, process_count))
 
 
 def pretrain_view(config: PipelineConfig, centered: bool = False) -> PretrainView:
@@ -242,12 +161,14 @@ def num_examples(config: PipelineConfig) -> int:
     Raises:
       InputError: a shard set is missing, unreadable or empty.
     """
-    return sum(_counts(config))
+    return len(_reader(config))
 
 
-def record_indices(config: PipelineConfig, step: int) -> np.ndarray:
-    """Indices of the records, into the joined shard sets, in the global batch of a step: (B,) int64."""
-    return _order(config).indices(step * config.batch_size, config.batch_size)
+def batch_examples(config: PipelineConfig, step: int) -> Iterator[Example]:
+    """The examples of the global batch of a step, in order (of a damaged record: its substitute)."""
+    reader = _reader(config)
+    order = RecordOrder(reader.counts, config.weights, config.seed)
+    return map(reader.first_whole, order.indices(step * config.batch_size, config.batch_size).tolist())
 
 
 def sample_generator(config: PipelineConfig, position: int) -> np.random.Generator:
@@ -257,8 +178,7 @@ def sample_generator(config: PipelineConfig, position: int) -> np.random.Generat
 
 def record_keys(config: PipelineConfig, step: int) -> list[str]:
     """Keys of the records in the global batch of a step, in order (of a damaged record: of its substitute)."""
-    reader = _reader(config)
-    return [reader.first_whole(int(index)).key for index in record_indices(config, step)]
+    return [example.key for example in batch_examples(config, step)]
 
 
 def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
@@ -277,18 +197,13 @@ def fixed_batch(config: PipelineConfig, count: int) -> dict[str, np.ndarray]:
 
 
 def _reader(config: PipelineConfig) -> ExampleReader:
-    _counts(config)
-    return ExampleReader(local_folders(config.shards), config.split)
-
-
-def _counts(config: PipelineConfig) -> list[int]:
     if not config.shards:
         raise InputError("data.shards is empty; name a folder made by `python -m data_pipelines.prepare`")
-    return split_counts(local_folders(config.shards), config.split)
-
-
-def _order(config: PipelineConfig) -> RecordOrder:
-    return RecordOrder(_counts(config), config.weights, config.seed)
+    reader = ExampleReader(local_folders(config.shards), config.split)
+    if 0 in reader.counts:
+        empty = config.shards[reader.counts.index(0)]
+        raise InputError(f"shard set {empty} holds no records; prepare it again or leave it out")
+    return reader
 
 
 class _Maker:
@@ -302,10 +217,8 @@ class _Maker:
         self.config, self.view, self.reader = config, view, _reader(config)
         self.size = config.batch_size // process_count
         self._process_index, self._process_count = process_index, process_count
-
-    @property
-    def batch_bytes(self) -> int:
-        return self.size * sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self.view.spec.values())
+        sample_bytes = (math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in view.spec.values())
+        self.batch_bytes = self.size * sum(sample_bytes)
 
     def make(
         self, indices: Sequence[int], positions: Sequence[int], substitute: bool
@@ -324,12 +237,14 @@ class _Maker:
         used = np.full(self.size, -1, np.int64)
         generators: list[np.random.Generator | None] = [None] * self.size
         # Several at once cost a third of what they cost between images, whose pixels drive all else out of the caches.
-        ahead = [self._draw_ahead(index, position) for index, position in zip(indices, positions, strict=False)]
+        ahead = {}
+        for place, (index, position) in enumerate(zip(indices, positions, strict=False)):
+            with contextlib.suppress(CorruptExample):  # met again, and dealt with, in its turn
+                ahead[place] = self._draw(index, position)
         for place, index in enumerate(indices):
             for candidate in self.reader.candidates(index) if substitute else [index]:
                 try:
-                    drawn = ahead[place] if candidate == index else None
-                    example, geometry, rng = drawn or self._draw(candidate, positions[place])
+                    example, geometry, rng = ahead.pop(place, None) or self._draw(candidate, positions[place])
                     for name, value in self.view.sample(example, geometry, rng).items():
                         batch[name][place] = value
                     used[place], generators[place] = candidate, rng
@@ -352,12 +267,6 @@ class _Maker:
         example, rng = self.reader[index], sample_generator(self.config, position)
         return example, self.view.geometry(example.height, example.width, rng), rng
 
-    def _draw_ahead(self, index: int, position: int) -> tuple[Example, Geometry, np.random.Generator] | None:
-        try:
-            return self._draw(index, position)
-        except CorruptExample:
-            return None  # met again, and dealt with, in its turn
-
 
 class _TrainMaker(_Maker):
     """Random access to endless batches by step, as a Grain source."""
@@ -367,7 +276,7 @@ class _TrainMaker(_Maker):
 
     @functools.cached_property
     def _order(self) -> RecordOrder:
-        return _order(self.config)
+        return RecordOrder(self.reader.counts, self.config.weights, self.config.seed)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         """The view's arrays, and `corrupt` (b,) int64: the index of the damaged record that was replaced, or -1."""
@@ -375,6 +284,9 @@ class _TrainMaker(_Maker):
         indices = self._order.indices(first, self.size)
         batch, used = self.make(indices.tolist(), range(first, first + self.size), substitute=True)
         return batch | {"corrupt": np.where(used == indices, -1, indices)}
+
+    def judged(self, samples: int) -> int:
+        return max(samples, MIN_SAMPLES_JUDGED)
 
 
 class _EvalMaker(_Maker):
@@ -384,10 +296,13 @@ class _EvalMaker(_Maker):
         return -(-len(self.reader) // self._process_count // self.size)
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        """The view's arrays, `valid` (b,) bool and `index` (b,) int64, -1 for padding."""
+        """The view's arrays, `valid`, `index`, and `corrupt` (b,) int64: the index of the damaged record, or -1."""
         starts = (np.arange(2) + self._process_index) * len(self.reader) // self._process_count
         indices = range(*starts.tolist())[step * self.size : (step + 1) * self.size]
         index = np.full(self.size, -1, np.int64)
         index[: len(indices)] = indices
         batch, used = self.make(indices, np.maximum(index, 0).tolist(), substitute=False)
-        return batch | {"valid": used >= 0, "index": index}
+        return batch | {"valid": used >= 0, "index": index, "corrupt": np.where(used == index, -1, index)}
+
+    def judged(self, samples: int) -> int:
+        return len(self.reader)

@@ -4,8 +4,6 @@ FLIR's application segments hold a file of its own ("FFF"): a header, a director
 constants of the camera among them. Sources: the field tables of ExifTool's documentation (FLIR tags), and the files.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 from typing import Any
@@ -62,25 +60,21 @@ def read_raw_array(image: JpegImageFile, max_pixels: int) -> tuple[np.ndarray, d
         try:
             return _read_flir(b"".join(content[8:] for content in _in_order(flir)), max_pixels)
         except (struct.error, ValueError, OSError, SyntaxError, KeyError) as error:
-            if isinstance(error, ImageRefused):
-                raise
-            raise _unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+            detail = " ".join(str(error).split()) or type(error).__name__
+            raise ImageRefused("radiometric_unreadable", detail) from error
     largest = max(others, key=others.__getitem__)
     if others[largest] >= max(_SMALLEST_ARRAY, image.width * image.height // 2):
         place = f"{others[largest]} bytes in {largest}, as DJI writes"
-        raise _unreadable(f"the picture renders a raw array ({place}) that is not read; export it as TIFF")
+        detail = f"the picture renders a raw array ({place}) that is not read; export it as TIFF"
+        raise ImageRefused("radiometric_unreadable", detail)
     return None
-
-
-def _unreadable(detail: str) -> ImageRefused:
-    return ImageRefused("radiometric_unreadable", detail)
 
 
 def _in_order(segments: list[bytes]) -> list[bytes]:
     """FLIR's segments by their numbers, all of them there."""
     ordered = sorted(segments, key=lambda content: content[6])
     if [content[6] for content in ordered] != list(range(ordered[0][7] + 1)):
-        raise _unreadable(f"{len(segments)} of {ordered[0][7] + 1} parts of the metadata")
+        raise ValueError(f"{len(segments)} of {ordered[0][7] + 1} parts of the metadata")
     return ordered
 
 
@@ -105,7 +99,7 @@ def _read_flir(data: bytes, max_pixels: int) -> tuple[np.ndarray, dict[str, Any]
 def _byte_order(record: bytes) -> str:
     """A record begins with the number 2 in its byte order."""
     if record[:2] not in (b"\2\0", b"\0\2"):
-        raise _unreadable(f"a record with the byte order mark {record[:2].hex()}, which is none")
+        raise ValueError(f"a record with the byte order mark {record[:2].hex()}, which is none")
     return "<" if record[0] else ">"
 
 
@@ -113,19 +107,19 @@ def _read_counts(record: bytes, max_pixels: int) -> np.ndarray:
     order = _byte_order(record)
     width, height = struct.unpack_from(f"{order}HH", record, 2)
     if width * height > max_pixels:
-        raise _unreadable(f"the raw array of {width}x{height} is over {max_pixels} pixels")
+        raise ValueError(f"the raw array of {width}x{height} is over {max_pixels} pixels")
     payload = record[_RAW_HEADER_SIZE:]
     if not payload.startswith(_PNG_SIGNATURE):
         return np.frombuffer(payload, f"{order}u2", width * height).reshape(height, width).astype(np.uint16)
     with Image.open(io.BytesIO(payload), formats=("PNG",)) as image:
         if image.size != (width, height):
-            raise _unreadable(f"the metadata says {width}x{height}, the raw array is {'x'.join(map(str, image.size))}")
+            raise ValueError(f"the metadata says {width}x{height}, the raw array is {'x'.join(map(str, image.size))}")
         if not image.mode.startswith("I;16"):
-            raise _unreadable(f"the raw array is a PNG of mode {image.mode}, not of 16 bit")
+            raise ValueError(f"the raw array is a PNG of mode {image.mode}, not of 16 bit")
         counts = np.asarray(image).astype(np.uint16)
     # Cameras write PNG in both byte orders, whatever the record's: neighbours are alike in the right one.
     swapped = counts.byteswap()
     steps, swapped_steps = (float(np.abs(np.diff(array.astype(np.int32))).sum()) for array in (counts, swapped))
     if max(steps, swapped_steps) < _CLEARLY * min(steps, swapped_steps) or steps == swapped_steps:
-        raise _unreadable("the byte order of the raw array cannot be told")
+        raise ValueError("the byte order of the raw array cannot be told")
     return counts if steps < swapped_steps else swapped

@@ -1,7 +1,5 @@
 """Random access to the examples of shard sets, and which of them stands in for a damaged one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_mask, decode_pixels
@@ -42,7 +40,7 @@ class ExampleReader(ShardReader):
         raise self.all_damaged(index)
 
     def damage(self, index: int) -> str:
-        """Says in one line what is wrong with the example `index`; empty when nothing is."""
+        """Says in one line what is wrong with the example `index`, which was damaged when it was read."""
         try:
             example = self[index]
             decode_pixels(example)
@@ -50,7 +48,7 @@ class ExampleReader(ShardReader):
                 decode_mask(example)
         except CorruptExample as error:
             return f"record {index}: {error}"
-        return ""
+        return f"record {index}: damaged when it was read, whole now"
 
     def all_damaged(self, index: int) -> CorruptExample:
         """The error that says that nothing can stand in for the damaged example `index`."""

@@ -12,8 +12,6 @@
     radiometric_unreadable   a picture that renders another array, which cannot be read
 """
 
-from __future__ import annotations
-
 
 class ImageRefused(ValueError):
     """A file that is not usable as an image.

@@ -5,8 +5,6 @@ instead of one an epoch. Anything that fsspec opens will do (gs://, s3://, https
 installed). Mounted paths are read in place.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -16,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import atomic_write
 from data_pipelines.shards import MANIFEST_NAME, Shard, describe_shard, read_manifest
 
@@ -41,13 +39,12 @@ def local_folders(folders: Sequence[str]) -> tuple[str, ...]:
 def _copy_of(url: str) -> str:
     cache = Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    try:
+    with refusing(f"{url} cannot be read", "check the URL and the access", ImportError, ValueError, OSError):
         store, root = fsspec.core.url_to_fs(url)
-        manifest = store.cat_file(f"{root.rstrip('/')}/{MANIFEST_NAME}")
-    except FileNotFoundError:
-        raise InputError(f"{url} is not a shard set (no {MANIFEST_NAME} in it): check the URL") from None
-    except (ImportError, ValueError, OSError) as error:
-        raise InputError(f"{url} cannot be read: {' '.join(str(error).split())}") from error
+        try:
+            manifest = store.cat_file(f"{root.rstrip('/')}/{MANIFEST_NAME}")
+        except FileNotFoundError:
+            raise InputError(f"{url} is not a shard set (no {MANIFEST_NAME} in it): check the URL") from None
     final = cache / hashlib.sha256(manifest).hexdigest()
     if not final.exists():
         try:
@@ -64,9 +61,7 @@ def _copy_of(url: str) -> str:
 
 
 def _fetch(store: Any, source: str, shard: Shard, target: Path, url: str) -> None:
-    try:
+    with refusing(f"{url}/{shard.name} cannot be read", "check the store and start again", OSError):
         store.get_file(source, str(target))
-    except OSError as error:
-        raise InputError(f"{url}/{shard.name} cannot be read: {error}") from error
     if describe_shard(target, shard.count) != shard:
         raise InputError(f"{url}/{shard.name} differs from the digest in {MANIFEST_NAME}: upload the shard set again")

@@ -10,9 +10,6 @@ exact in float32. So the result does not depend on the order of additions: it is
 number of threads, and whichever version of Pillow is installed (the order of its passes changed in 13.0).
 """
 
-from __future__ import annotations
-
-import dataclasses
 import functools
 
 import numpy as np
@@ -30,6 +27,9 @@ BLOCK = 16
 ENLARGING_BLOCK = 32
 # Products above this (rows * inputs * outputs) would wake BLAS threads, which fight with those of the pipeline.
 SERIAL_PRODUCT = 1 << 19
+# A range of input pixels, one of output pixels, the weights (inputs, outputs) float32 between them, and how many rows
+# or columns of the image are to be multiplied at once.
+Block = tuple[slice, slice, np.ndarray, int]
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -61,37 +61,24 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(values, 0, 255, out=values).astype(np.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """Weights (inputs, outputs) float32 between a range of input pixels and one of output pixels.
-
-    At most `chunk` rows or columns of the image are to be multiplied at once.
-    """
-
-    inputs: slice
-    outputs: slice
-    weights: np.ndarray
-    chunk: int
-
-
-def _resize_axis(values: np.ndarray, along: int, blocks: list[_Block]) -> np.ndarray:
+def _resize_axis(values: np.ndarray, along: int, blocks: list[Block]) -> np.ndarray:
     """(H, W) float32, resized along axis 0 (rows) or 1 (columns)."""
     shape = list(values.shape)
-    shape[along] = blocks[-1].outputs.stop
+    shape[along] = blocks[-1][1].stop
     sums = np.empty(shape, np.float32)
-    for block in blocks:
-        for first in range(0, shape[1 - along], block.chunk):
-            some = slice(first, first + block.chunk)
+    for inputs, outputs, weights, chunk in blocks:
+        for first in range(0, shape[1 - along], chunk):
+            some = slice(first, first + chunk)
             if along:
-                np.matmul(values[some, block.inputs], block.weights, out=sums[some, block.outputs])
+                np.matmul(values[some, inputs], weights, out=sums[some, outputs])
             else:
-                np.matmul(block.weights.T, values[block.inputs, some], out=sums[block.outputs, some])
+                np.matmul(weights.T, values[inputs, some], out=sums[outputs, some])
     return sums
 
 
 # Crops have a few hundred heights and widths, of some 40 kB each; making one takes as long as half a resize.
 @functools.lru_cache(maxsize=2048)
-def _blocks(length: int, out: int, bits: int, gain_bits: int) -> list[_Block]:
+def _blocks(length: int, out: int, bits: int, gain_bits: int) -> list[Block]:
     """Weights from `length` to `out` pixels, rounded to `bits` binary digits, times 2**gain_bits."""
     step = length / out
     widen = max(step, 1.0)
@@ -112,7 +99,7 @@ def _blocks(length: int, out: int, bits: int, gain_bits: int) -> list[_Block]:
     for number, (low, high) in enumerate(zip(lows.tolist(), highs.tolist(), strict=True)):
         start, end = number * size, min((number + 1) * size, out)
         dense = weights[number, : high - low, : end - start]
-        blocks.append(_Block(slice(low, high), slice(start, end), dense, max(1, SERIAL_PRODUCT // dense.size)))
+        blocks.append((slice(low, high), slice(start, end), dense, max(1, SERIAL_PRODUCT // dense.size)))
     return blocks
 
 

@@ -4,8 +4,6 @@
 their digests. What a manifest says is checked before anything is done with it: it may come from a stranger.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import dataclasses
@@ -18,7 +16,7 @@ import math
 import os
 import re
 import resource
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 from array_record.python import array_record_module
@@ -191,7 +189,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             ) from None
     if not isinstance(content, dict) or content.pop("version", None) != MANIFEST_VERSION:
         raise InputError(f"{path} is not a manifest of version {MANIFEST_VERSION}: {_REMEDY}")
-    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError):
+    with refusing(f"{path} is not usable", _REMEDY, KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return _checked_manifest(content)
 
 
@@ -270,19 +268,6 @@ def verify_shards(folder: str | os.PathLike) -> None:
             raise InputError(f"{path} differs from the digest in {MANIFEST_NAME}: {_REMEDY}")
 
 
-def split_counts(folders: Sequence[str | os.PathLike], split: str) -> list[int]:
-    """Returns the number of records of a split in each shard set.
-
-    Raises:
-      InputError: a set is not readable, lacks the split, or the split is empty.
-    """
-    counts = [_find_split(folder, split).count for folder in folders]
-    for folder, count in zip(folders, counts, strict=True):
-        if count == 0:
-            raise InputError(f"shard set {folder} holds no records; prepare it again or leave it out")
-    return counts
-
-
 def _find_split(folder: str | os.PathLike, split: str) -> Split:
     splits = read_manifest(folder).splits
     if split not in splits:
@@ -296,6 +281,9 @@ class ShardReader:
 
     `len(reader)`, `reader[i] -> bytes`. Safe to pickle (worker processes open their own files) and to read from
     several threads. Shards are opened when they are needed and only so many at a time.
+
+    Attributes:
+      counts: number of records of each set.
     """
 
     def __init__(self, folders: Sequence[str | os.PathLike] | str | os.PathLike, split: str = "train"):
@@ -305,28 +293,27 @@ class ShardReader:
           InputError: a folder has no usable manifest or no such split, or a listed shard is missing or of another size.
         """
         folders = [folders] if isinstance(folders, (str, os.PathLike)) else folders
+        splits = [_find_split(folder, split) for folder in folders]
+        self.counts = [found.count for found in splits]
         self._shards = [
             (os.fspath(shard_path(folder, shard)), shard)
-            for folder in folders
-            for shard in _find_split(folder, split).shards
+            for folder, found in zip(folders, splits, strict=True)
+            for shard in found.shards
         ]
-        self._open()
-
-    def _open(self) -> None:
         self._starts = [0, *itertools.accumulate(shard.count for _, shard in self._shards)]
+        self._damaged: set[int] = set()
+
+    @functools.cached_property
+    def _open_shard(self) -> Callable[[str, int], Any]:
+        """`_open`, which keeps so many files open: a process's own, never pickled."""
         # Half of what the process may open; the rest is for all else that it does.
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most_open = _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
         # What drops out of it is closed when the last thread has read from it.
-        self._reader = functools.lru_cache(most_open)(self._open_shard)
-        self._damaged: set[int] = set()
+        return functools.lru_cache(most_open)(_open)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shards": self._shards}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+        return {name: value for name, value in vars(self).items() if name != "_open_shard"}
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -342,22 +329,12 @@ class ShardReader:
         position = range(len(self))[index]
         number = bisect.bisect_right(self._starts, position) - 1
         place = position - self._starts[number]
+        path, shard = self._shards[number]
         try:
-            return self._reader(number).read([place])[0]
+            return self._open_shard(path, shard.count).read([place])[0]
         except RuntimeError as error:
             self._check_damage(number, error)
-            message = f"record {place} of {self._shards[number][0]} is damaged: {error}"
-            raise CorruptExample(" ".join(message.split())) from error
-
-    def _open_shard(self, number: int) -> Any:
-        path, shard = self._shards[number]
-        reader = array_record_module.ArrayRecordReader(
-            path, options="readahead_buffer_size:0", file_reader_buffer_size=_READER_BUFFER
-        )
-        # A file that cannot be opened looks like one without records.
-        if reader.num_records() != shard.count:
-            raise RuntimeError(f"{reader.num_records()} records can be found, not {shard.count}")
-        return reader
+            raise CorruptExample(" ".join(f"record {place} of {path} is damaged: {error}".split())) from error
 
     def _check_damage(self, number: int, cause: Exception) -> None:
         """Passes when the file's bytes are not those of the manifest; everything else is not the record's fault.
@@ -368,16 +345,20 @@ class ShardReader:
         if number in self._damaged:
             return
         path, shard = self._shards[number]
-        try:
-            whole = describe_shard(path, shard.count) == shard
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror or error}; {_limit_remedy()}") from error
-        if whole:
-            text = " ".join(str(cause).split())
-            raise InputError(f"{path} is whole but cannot be read ({text}); {_limit_remedy()}") from cause
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        remedy = f"check the disk, permissions and the limit of open files ({limit}; raise it with `ulimit -n`)"
+        with refusing(f"{path} cannot be read", remedy, OSError, RuntimeError):
+            if describe_shard(path, shard.count) == shard:
+                raise RuntimeError(f"though it is whole: {cause}")
         self._damaged.add(number)
 
 
-def _limit_remedy() -> str:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return f"check the disk, permissions and the limit of open files ({limit}; raise it with `ulimit -n`)"
+def _open(path: str, count: int) -> Any:
+    """The reader of a shard of so many records; a RuntimeError where they are not there."""
+    reader = array_record_module.ArrayRecordReader(
+        path, options="readahead_buffer_size:0", file_reader_buffer_size=_READER_BUFFER
+    )
+    # A file that cannot be opened looks like one without records.
+    if reader.num_records() != count:
+        raise RuntimeError(f"{reader.num_records()} records can be found, not {count}")
+    return reader

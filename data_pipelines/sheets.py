@@ -1,7 +1,5 @@
 """Contact sheets: pictures in rows and columns with a line or two of text below each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import TypeVar
 

@@ -12,10 +12,7 @@ name. A hostile file costs at most about three times 4 bytes for each allowed pi
 of compressed strips are bounded before anything is unpacked, and every codec gets the size that it may fill.
 """
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import io
 import logging
 import math
@@ -36,7 +33,7 @@ _MAX_PARTS = 1 << 16
 _MAX_OVERLAP = 2  # how often the bytes of a file may be used
 # Codecs that fill a buffer of a given size. Those of whole pictures (JPEG 2000, LERC, ...) size their own.
 _COMPRESSIONS = {1, 5, 8, 32773, 32946, 34925, 34926, 50000}
-_PHOTOMETRIC_TAG, _ORIENTATION_TAG, _NODATA_TAG = 262, 274, 42113
+_PHOTOMETRIC_TAG, _NODATA_TAG = 262, 42113
 _REDUCED_OR_MASK = 0b101
 _BLOCK = 1 << 20
 _IMAGING_LIBRARY_MODES = {"uint8": "L", "uint16": "I;16", "int32": "I", "float32": "F"}
@@ -52,28 +49,13 @@ _NO_DIALECTS = {
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class TiffPicture:
-    """The page that counts.
+def read_tiff(data: bytes, max_pixels: int) -> tuple[TiffPage, np.ndarray | None, dict[str, Any]]:
+    """Reads the page of the TIFF or BigTIFF file `data` that counts.
 
-    Attributes:
-      index: number of the page in the file.
-      orientation: EXIF orientation of `pixels`.
-      pixels: (H, W) uint8 or uint16; None for a page that is left to the imaging library.
-      attributes: `frames`, `mode`, what the integers stand for (`unit`, `scale`, `offset`) and `nodata_share`, where
-        they apply.
-      description: of the samples and their compression, for a refusal.
-    """
-
-    index: int
-    orientation: Any
-    pixels: np.ndarray | None
-    attributes: dict[str, Any]
-    description: str
-
-
-def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
-    """Returns the page of the TIFF or BigTIFF file `data` that counts, decoded if it is gray of 8 bit or more.
+    Returns:
+      The page, for what its tags say; its pixels, (H, W) uint8 or uint16, or None where it is left to the imaging
+      library; and attributes: `frames`, `mode`, what the integers stand for (`unit`, `scale`, `offset`) and
+      `nodata_share`, where they apply.
 
     Raises:
       ImageRefused: over a limit, damaged, or of an unsupported kind.
@@ -91,7 +73,7 @@ def read_tiff(data: bytes, max_pixels: int) -> TiffPicture:
             # One thread: images are decoded in several processes already.
             pixels, numbers = _stored(page.asarray(maxworkers=1), page)
             attributes |= numbers
-        return TiffPicture(page.index, page.tags.valueof(_ORIENTATION_TAG), pixels, attributes, _described(page))
+        return page, pixels, attributes
 
 
 def _count_pages(file: tifffile.TiffFile) -> int:
@@ -124,7 +106,8 @@ def _bits(page: TiffPage) -> int:
     return max(page.bitspersample) if isinstance(page.bitspersample, tuple) else page.bitspersample
 
 
-def _described(page: TiffPage) -> str:
+def described(page: TiffPage) -> str:
+    """The samples of a page and their compression, for a refusal."""
     kinds = (getattr(kind, "name", kind) for kind in (page.sampleformat, page.photometric, page.compression))
     return f"TIFF of {_bits(page)}-bit {'{}, {}, compression {}'.format(*kinds)}"
 
@@ -149,7 +132,7 @@ def _is_left_to_imaging_library(page: TiffPage) -> bool:
         raise ImageRefused(
             "unsupported_depth", f"TIFF with {page.samplesperpixel} channels of {bits} bit; store one channel"
         )
-    raise ImageRefused("unsupported_layout", f"{_described(page)}; store it gray and uncompressed or with LZW")
+    raise ImageRefused("unsupported_layout", f"{described(page)}; store it gray and uncompressed or with LZW")
 
 
 def _check_parts(page: TiffPage, file_size: int, max_bytes: int) -> None:

@@ -6,10 +6,9 @@ Every random choice comes from the generator that is passed in, in a fixed order
 a config determine the result on any machine.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from scipy import ndimage
@@ -137,21 +136,6 @@ class Geometry:
     mirrored: bool = False
 
     @classmethod
-    def random(
-        cls,
-        rng: np.random.Generator,
-        height: int,
-        width: int,
-        size: tuple[int, int],
-        scale: tuple[float, float] = (0.2, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: bool = True,
-    ) -> Geometry:
-        """A RandomResizedCrop (see `draw_crop`), mirrored half of the time where `flip` is set."""
-        crop = draw_crop(rng, height, width, scale, ratio)
-        return cls(crop, size, size, mirrored=flip and rng.random() < 0.5)
-
-    @classmethod
     def zoomed(
         cls,
         rng: np.random.Generator,
@@ -161,7 +145,7 @@ class Geometry:
         zoom: tuple[float, float],
         flip: bool = True,
         point: tuple[int, int] | None = None,
-    ) -> Geometry:
+    ) -> Self:
         """A random part of the image that fills the canvas, enlarged by a factor uniform in `zoom`.
 
         Where the enlarged image is smaller than the canvas, all of it lies in the first corner (as mmsegmentation's
@@ -180,7 +164,7 @@ class Geometry:
         return cls(Crop(*first, *part), tuple(size), canvas, mirrored=flip and rng.random() < 0.5)
 
     @classmethod
-    def center(cls, height: int, width: int, size: tuple[int, int]) -> Geometry:
+    def center(cls, height: int, width: int, size: tuple[int, int]) -> Self:
         """The evaluation view: the image is scaled until it covers `size` times 256/224, the rim is cut off."""
         factor = EVALUATION_MARGIN * max(size[0] / height, size[1] / width)
         scaled = max(size[0], round(height * factor)), max(size[1], round(width * factor))
@@ -188,12 +172,12 @@ class Geometry:
         return cls(Crop(0, 0, height, width), scaled, size, offset)
 
     @classmethod
-    def stretch(cls, height: int, width: int, size: tuple[int, int]) -> Geometry:
+    def stretch(cls, height: int, width: int, size: tuple[int, int]) -> Self:
         """The whole image squeezed into `size`: nothing is lost but the aspect ratio."""
         return cls(Crop(0, 0, height, width), size, size)
 
     @classmethod
-    def fit(cls, height: int, width: int, canvas: tuple[int, int]) -> Geometry:
+    def fit(cls, height: int, width: int, canvas: tuple[int, int]) -> Self:
         """The whole image as large as the canvas allows, in its first corner; the rest of the canvas is padding."""
         factor = min(canvas[0] / height, canvas[1] / width)
         size = min(canvas[0], max(1, round(height * factor))), min(canvas[1], max(1, round(width * factor)))

@@ -3,8 +3,6 @@
 Shape letters: b samples, H W rows and columns of the canvas, K visible tokens, M most objects per image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from data_pipelines.examples import IGNORE, Example, Objects, decode_mask, decod
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.outlines import mask_in_box, outline
-from data_pipelines.transforms import Geometry, InfraredAugment, infrared_augment
+from data_pipelines.transforms import Geometry, InfraredAugment, draw_crop, infrared_augment
 
 Spec = Mapping[str, tuple[tuple[int, ...], Any]]
 WHOLE = ("center", "stretch", "fit")
@@ -58,13 +56,15 @@ class View:
     def geometry(self, height: int, width: int, rng: np.random.Generator | None = None) -> Geometry:
         """How an image of this size comes to lie on the canvas; it asks a sample's generator first.
 
+        Random crops are those of `draw_crop`, or zoomed ones, mirrored half of the time where `flip` is set.
         `rng` is needed by random crops alone. For predictions: `Geometry.points_back`.
         """
         if self.whole:
             return getattr(Geometry, self.whole)(height, width, self.size)
         if self.zoom:
             return Geometry.zoomed(rng, height, width, self.size, self.zoom, self.flip)
-        return Geometry.random(rng, height, width, self.size, self.scale, self.ratio, self.flip)
+        crop = draw_crop(rng, height, width, self.scale, self.ratio)
+        return Geometry(crop, self.size, self.size, mirrored=self.flip and rng.random() < 0.5)
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Arrays of `spec` for one example; those that are missing are made by `finish`.

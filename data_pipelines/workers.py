@@ -1,7 +1,5 @@
 """Work spread over processes: results as they finish, dead workers reported, no orphans."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import itertools
 import multiprocessing

@@ -19,7 +19,7 @@ def run(module, *arguments):
     sys.argv = [module.__name__, *map(str, arguments)]  # where ml_collections finds overrides of a config
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_command(module.main, sys.argv, module._define_flags)
+            run_command(module.main, module._define_flags)
         code = 0
     except SystemExit as done:
         code = done.code or 0

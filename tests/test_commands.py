@@ -88,7 +88,7 @@ def waits_for_godot(args):
     print("ready", flush=True)
     time.sleep(100)
 
-run_command(waits_for_godot, ["command"])
+run_command(waits_for_godot)
 """
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

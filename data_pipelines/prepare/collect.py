@@ -22,7 +22,7 @@ from array_record.python import array_record_data_source
 from data_pipelines.decode import DecodedImage, ImageRefused, decode_image, make_example
 from data_pipelines.examples import Example, decode_example, decode_pixels, encode_example
 from data_pipelines.files import atomic_write
-from data_pipelines.intensity import count_values, to_uint8
+from data_pipelines.intensity import Intensity, count_values
 from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
@@ -116,7 +116,7 @@ def examine_part(
 
 def describe_image(example: Example, pixels: np.ndarray) -> Candidate:
     """Returns the row of an example whose stored pixels are (H, W) uint8 or uint16."""
-    histogram = count_values(to_uint8(pixels))
+    histogram = count_values(Intensity().apply(pixels))
     levels = np.arange(256) / 255
     share = histogram[histogram > 0] / pixels.size
     content = hashlib.blake2b(f"{pixels.shape}{pixels.dtype.str}".encode(), digest_size=16)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_pipelines.decode import ImageRefused, decode_image
 from data_pipelines.files import atomic_write, write_csv
-from data_pipelines.intensity import to_uint8
+from data_pipelines.intensity import Intensity
 from data_pipelines.prepare.archives import Rejection, Source, SourceReader
 from data_pipelines.prepare.collect import Candidate, Collection
 from data_pipelines.prepare.inputs import Listing
@@ -135,7 +135,7 @@ def _tile(image: np.ndarray | None, path: str, note: str) -> Tile:
     """A picture with the end of its path and the start of a note; dark where nothing could be decoded."""
     tile = Image.new("L", _TILE, 60)
     if image is not None:
-        gray = Image.fromarray(np.ascontiguousarray(to_uint8(image)))
+        gray = Image.fromarray(np.ascontiguousarray(Intensity().apply(image)))
         gray.thumbnail(_TILE, Image.Resampling.BOX)
         tile.paste(gray)
     shown = path if len(path) <= _CAPTION_CHARACTERS else f"…{path[1 - _CAPTION_CHARACTERS :]}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from data_pipelines import masking
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import Intensity, to_uint8
+from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.models.infmae import InfMAE
@@ -133,9 +133,8 @@ class TrainedModel:
             raise InputError(f"images have 3 channels, the model {self.name} takes 1: give one of them, or their mean")
         if images.dtype == np.bool_:
             images = images.astype(np.uint8) * np.uint8(255)
-        how = self.intensity
         flat = images.reshape(*images.shape[:2], -1)  # channels side by side: they share one mapping
-        return np.stack([to_uint8(image, how.mapping, how.low, how.high) for image in flat]).reshape(images.shape)
+        return np.stack([self.intensity.apply(image) for image in flat]).reshape(images.shape)
 
     def reconstruct(self, images: np.ndarray, seed: int = 0) -> "Reconstruction":
         """Predicts the masked patches of images, one image at a time.

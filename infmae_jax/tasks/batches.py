@@ -28,7 +28,7 @@ class PipelineBatches:
 
     @property
     def substituted(self) -> int:
-        return self._batches.substituted
+        return self._batches.damaged
 
     def __next__(self) -> dict[str, np.ndarray]:
         return next(self._batches)

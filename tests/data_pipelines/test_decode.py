@@ -16,7 +16,7 @@ from data_pipelines import decode
 from data_pipelines.decode import ImageRefused, decode_image, encode_png, make_example, read_image_file
 from data_pipelines.errors import InputError
 from data_pipelines.examples import CorruptExample, Example, decode_example, decode_pixels, encode_example, source_units
-from data_pipelines.intensity import Intensity, to_uint8
+from data_pipelines.intensity import Intensity
 from tests.data_pipelines.damaged import DEEP, GRAY, RAMP, REFUSALS, damaged_files, saved
 
 
@@ -318,8 +318,8 @@ def test_read_image_file_takes_the_mapping_of_a_run(tmp_path):
     (tmp_path / "deep.tif").write_bytes(saved(Image.fromarray(DEEP.astype(np.int32) - 32768), "TIFF"))
     path = tmp_path / "deep.tif"
     fixed = read_image_file(path, Intensity("fixed", -32768, 32767))
-    np.testing.assert_array_equal(fixed, to_uint8(DEEP, "full_range"))
-    np.testing.assert_array_equal(read_image_file(path), to_uint8(DEEP))
+    np.testing.assert_array_equal(fixed, Intensity("full_range").apply(DEEP))
+    np.testing.assert_array_equal(read_image_file(path), Intensity().apply(DEEP))
     assert not np.array_equal(fixed, read_image_file(path))
 
 

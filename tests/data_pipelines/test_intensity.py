@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from data_pipelines.errors import InputError
-from data_pipelines.intensity import MAPPINGS, count_values, to_uint8
+from data_pipelines.intensity import MAPPINGS, Intensity, count_values
 
 images = st.one_of(
     arrays.arrays(dtype, st.tuples(st.integers(1, 20), st.integers(1, 20))) for dtype in (np.uint8, np.uint16)
@@ -22,7 +22,7 @@ def linear(pixels, low, high):
 @given(images, st.sampled_from(["auto", "full_range", "min_max", "percentile"]))
 @settings(deadline=None)
 def test_mappings_give_uint8_of_the_same_shape_and_keep_order(pixels, mapping):
-    mapped = to_uint8(pixels, mapping)
+    mapped = Intensity(mapping).apply(pixels)
     assert mapped.dtype == np.uint8 and mapped.shape == pixels.shape
     order = np.argsort(pixels, axis=None)
     assert (np.diff(mapped.ravel()[order].astype(int)) >= 0).all()
@@ -31,14 +31,14 @@ def test_mappings_give_uint8_of_the_same_shape_and_keep_order(pixels, mapping):
 @given(images)
 def test_full_range(pixels):
     expected = pixels if pixels.dtype == np.uint8 else linear(pixels, 0, 65535)
-    np.testing.assert_array_equal(to_uint8(pixels, "full_range"), expected)
+    np.testing.assert_array_equal(Intensity("full_range").apply(pixels), expected)
 
 
 @given(images)
 def test_min_max(pixels):
     low, high = pixels.min(), pixels.max()
     expected = linear(pixels, float(low), float(high)) if high > low else np.zeros_like(pixels, np.uint8)
-    np.testing.assert_array_equal(to_uint8(pixels, "min_max"), expected)
+    np.testing.assert_array_equal(Intensity("min_max").apply(pixels), expected)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -46,23 +46,24 @@ def test_min_max(pixels):
 def test_percentile(dtype, bounds):
     pixels = np.random.default_rng(3).gamma(4, 6, (64, 80)).astype(dtype)
     low, high = np.percentile(pixels, bounds, method="inverted_cdf")
-    np.testing.assert_array_equal(to_uint8(pixels, "percentile", *bounds), linear(pixels, float(low), float(high)))
+    mapped = Intensity("percentile", *bounds).apply(pixels)
+    np.testing.assert_array_equal(mapped, linear(pixels, float(low), float(high)))
 
 
 def test_fixed_is_in_source_units_and_stable_across_frames():
     kelvin = np.array([[250.0, 273.15, 300.0, 400.0]])
     for scale, offset in ((0.01, 0.0), (0.005, 200.0)):
         stored = np.rint((kelvin - offset) / scale).astype(np.uint16)
-        mapped = to_uint8(stored, "fixed", 253.15, 323.15, scale=scale, offset=offset)
+        mapped = Intensity("fixed", 253.15, 323.15).apply(stored, {"scale": scale, "offset": offset})
         np.testing.assert_array_equal(mapped, linear(kelvin, 253.15, 323.15))
 
 
 def test_auto_leaves_8_bit_alone_and_shows_a_small_range_of_16_bit():
     gray = np.random.default_rng(4).integers(0, 256, (30, 30), dtype=np.uint8)
-    assert to_uint8(gray) is gray
+    assert Intensity().apply(gray) is gray
     low_range = np.random.default_rng(5).integers(0, 906, (100, 100)).astype(np.uint16)
     low_range[0, 0] = 65535  # a dead pixel must not make the rest black
-    assert to_uint8(low_range).std() > 60
+    assert Intensity().apply(low_range).std() > 60
 
 
 @given(images)
@@ -86,7 +87,7 @@ def test_histogram_counts_every_value(pixels):
 )
 def test_unusable_mapping_is_one_line(mapping, bounds):
     with pytest.raises(InputError) as error:
-        to_uint8(np.zeros((4, 4), np.uint8), mapping, *bounds)
+        Intensity(mapping, *bounds)
     assert mapping in str(error.value) and "\n" not in str(error.value)
 
 

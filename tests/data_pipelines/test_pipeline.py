@@ -189,7 +189,7 @@ def test_damaged_records_are_replaced_by_the_next_good_one_and_counted(damaged, 
         keys = [key for step in range(5) for key in record_keys(config, step)]
         # Both damaged records, twice each in two epochs, stand behind the same one: image10.
         assert Counter(keys) == Counter({f"image{i:02d}": 2 for i in range(COUNT) if i not in (6, 8)} | {"image10": 6})
-        assert (batches.samples, batches.substituted) == (40, 4)
+        assert (batches.samples, batches.damaged) == (40, 4)
     whole = dataclasses.replace(config, workers=0)
     assert [sample_digests(batch) for batch in got] == [sample_digests(batch) for batch in _take(whole, 5)]
 
@@ -224,7 +224,7 @@ def test_damage_on_disk_is_replaced_too(tmp_path):
     with train_batches(_config(shards)) as batches:
         for _ in range(3):
             next(batches)
-        assert batches.substituted == 4
+        assert batches.damaged == 4
 
 
 def test_a_killed_worker_is_reported(shards):

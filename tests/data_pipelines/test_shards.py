@@ -124,6 +124,14 @@ def test_counts_that_are_none_are_refused(tmp_path, count):
         read_manifest(tmp_path / "set")
 
 
+@pytest.mark.parametrize("mean", [float("nan"), float("inf"), 10**400, "0.5", True])
+def test_statistics_that_are_no_finite_numbers_are_refused(tmp_path, mean):
+    write_set(tmp_path / "set", [3])
+    _edit(tmp_path / "set", lambda content: content.update(mean=mean))
+    with pytest.raises(InputError, match="is not usable|cannot be read"):
+        read_manifest(tmp_path / "set")
+
+
 def test_a_fingerprint_of_other_shards_is_refused(tmp_path):
     write_set(tmp_path / "set", [3])
     _edit(tmp_path / "set", lambda content: content.update(fingerprint="../../etc"))

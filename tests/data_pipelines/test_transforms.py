@@ -22,6 +22,7 @@ from data_pipelines.transforms import (
     infrared_augment,
     resize,
 )
+from data_pipelines.views import View
 
 sides = st.integers(1, 90)
 
@@ -83,10 +84,8 @@ def test_images_too_long_for_any_box_give_the_centre(height, width, expected):
 
 def test_crops_are_the_resized_box_and_repeat_with_the_generator():
     image = _noise(100, 130)
-    crops = [
-        Geometry.random(np.random.default_rng(7), 100, 130, (32, 48), (0.2, 1.0), (3 / 4, 4 / 3), False).image(image)
-        for _ in range(2)
-    ]
+    view = View((32, 48), scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip=False)
+    crops = [view.geometry(100, 130, np.random.default_rng(7)).image(image) for _ in range(2)]
     np.testing.assert_array_equal(*crops)
     box = draw_crop(np.random.default_rng(7), 100, 130)
     np.testing.assert_array_equal(crops[0], resize(box.of(image), (32, 48)))
@@ -95,9 +94,9 @@ def test_crops_are_the_resized_box_and_repeat_with_the_generator():
 
 def test_flip_mirrors_half_of_the_time():
     rng = np.random.default_rng(0)
-    drawn = [Geometry.random(rng, 40, 60, (16, 16)) for _ in range(2000)]
+    drawn = [View((16, 16)).geometry(40, 60, rng) for _ in range(2000)]
     assert 900 < sum(each.mirrored for each in drawn) < 1100
-    assert not any(Geometry.random(rng, 40, 60, (16, 16), flip=False).mirrored for _ in range(20))
+    assert not any(View((16, 16), flip=False).geometry(40, 60, rng).mirrored for _ in range(20))
 
 
 @pytest.mark.parametrize("shape", [(60, 80), (80, 60), (20, 300), (512, 640)])
@@ -200,11 +199,8 @@ def geometries(draw):
     """An image's size, and any of the ways in which it can come to lie on a canvas."""
     height, width = draw(st.integers(8, 60)), draw(st.integers(8, 60))
     size = draw(st.integers(8, 60)), draw(st.integers(8, 60))
-    kind = draw(st.sampled_from(["random", "center", "stretch", "fit"]))
-    if kind == "random":
-        geometry = Geometry.random(np.random.default_rng(draw(st.integers(0, 99))), height, width, size)
-    else:
-        geometry = getattr(Geometry, kind)(height, width, size)
+    view = View(size, draw(st.sampled_from(["", "center", "stretch", "fit"])))
+    geometry = view.geometry(height, width, np.random.default_rng(draw(st.integers(0, 99))))
     return (height, width), dataclasses.replace(geometry, mirrored=draw(st.booleans()))
 
 
