@@ -52,15 +52,22 @@ class CocoImage:
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoFile:
-    """Images in order, and the ids of the categories by name, in the order of the ids."""
+class BoxSplit:
+    """The images of a split with their boxes.
 
+    Attributes:
+      folder: that the images' names are below.
+      images: in order.
+      categories: ids by name, in the order of the ids.
+    """
+
+    folder: Path
     images: list[CocoImage]
     categories: dict[str, int | str]
 
 
-def read_coco(path: Path) -> CocoFile:
-    """Reads a COCO file.
+def read_coco(path: Path, folder: Path) -> BoxSplit:
+    """Reads a COCO file whose images lie in `folder`.
 
     Entries that are there twice, equal in everything, count once; a warning says how many.
 
@@ -96,7 +103,7 @@ def read_coco(path: Path) -> CocoFile:
         image.annotations.append(Annotation(name, tuple(box), category, area, crowd, shapes))
     _refuse_corners(path, images.values())
     ordered = sorted(categories, key=lambda number: (isinstance(number, str), number))
-    return CocoFile(list(images.values()), {categories[number]: number for number in ordered})
+    return BoxSplit(folder, list(images.values()), {categories[number]: number for number in ordered})
 
 
 def _entries(path: Path, kind: str, lists: dict[str, list]) -> list[tuple[str, dict]]:
