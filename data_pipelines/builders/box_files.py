@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, BoxSplit, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, class_names, folders_of, image_folders
+from data_pipelines.builders.common import SPLITS, class_names, folders_of
 from data_pipelines.builders.layouts import images_of, in_blocks, splits_of
 from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_regular, read_text
@@ -45,7 +45,9 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     """
     files, whole = root / "annotations", root / "annotations.json"
     if any(files.glob("*.json")):
-        folders = image_folders(root)
+        if not (folders := folders_of(root / "images")):
+            known = f"{', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
+            raise InputError(f"{root / 'images'} has no folder {known}: sort the images into one")
         others = sorted({path.name for path in files.glob("*.json")} - {f"{name}.json" for name in folders})
         note = f"left out, as there is no folder images/SPLIT for them: {', '.join(others)}" if others else ""
         return {name: read_coco(files / f"{name}.json", path) for name, path in folders.items()}, note

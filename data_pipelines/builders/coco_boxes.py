@@ -114,7 +114,7 @@ def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Exa
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InputError(f"the annotations of {folder} name {name}, which leaves the folder: correct file_name")
     example = labelled_image(folder / name, f"{folder.name}/{name}", bit_depth=bit_depth)
-    return example, Grid.of(image, example, folder / name)
+    return example, Grid(image, example, folder / name)
 
 
 def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
@@ -133,7 +133,7 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
 def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
     """The features of one object, clipped to the image; None when nothing of it lies inside."""
     box = grid.clipped(annotation)
-    if box is None or min(annotation.bbox[2:]) <= 0:
+    if box is None:
         return None
     left, top, right, bottom = box
     if np.abs(np.subtract(grid.corners(annotation), box)).max() > _ROUNDING:
@@ -174,25 +174,17 @@ def ellipse(box: tuple[float, float, float, float], shape: tuple[int, int]) -> n
 
 
 class Grid:
-    """How pixels that a COCO file speaks of become pixels of the stored image, of `width` x `height`."""
+    """How pixels that a file of boxes speaks of become pixels of the stored image, of `width` x `height`.
 
-    def __init__(self, size: tuple[int, int], source: tuple[float, float], orientation: int, path: Path):
-        self.width, self.height = size
+    Raises:
+      InputError: there are annotations, and the relation of the sizes is not certain.
+    """
+
+    def __init__(self, image: CocoImage, example: Example, path: Path):
+        self.width, self.height = size = example.width, example.height
         self.path = path
-        self._source, self._orientation = source, orientation
-        turned = source[::-1] if orientation >= 5 else source
-        self.scale = size[0] / turned[0], size[1] / turned[1]
         self.notes: Counter[str] = Counter()
-
-    @classmethod
-    def of(cls, image: CocoImage, example: Example, path: Path) -> Grid:
-        """The relation of the sizes; `orientation` 1 to 8 is that of EXIF.
-
-        Raises:
-          InputError: there are annotations, and the relation is not certain.
-        """
-        size = example.width, example.height
-        orientation = example.attributes.get("orientation", 1)
+        orientation = example.attributes.get("orientation", 1)  # 1 to 8, as in EXIF
         stated = image.size or size
         upright, turned = _is_resized(stated, size), orientation >= 5 and _is_resized(stated[::-1], size)
         # Half turns and mirrors keep the size, so that it does not tell which picture was annotated.
@@ -204,12 +196,13 @@ class Grid:
             raise InputError(
                 f"{decoded}, its annotations are for {written}: it is not certain where the boxes lie; correct one"
             )
-        grid = cls(size, stated, orientation if turned and not upright else 1, path)
-        if grid._orientation > 1:
-            grid.notes["boxes rotated with their image (EXIF)"] = len(image.annotations)
-        if grid.scale != (1, 1) and (upright or turned):
-            grid.notes["boxes rescaled to their image"] = len(image.annotations)
-        return grid
+        self._source, self._orientation = stated, orientation if turned and not upright else 1
+        width, height = stated[::-1] if self._orientation >= 5 else stated
+        self.scale = self.width / width, self.height / height
+        if self._orientation > 1:
+            self.notes["boxes rotated with their image (EXIF)"] = len(image.annotations)
+        if self.scale != (1, 1) and (upright or turned):
+            self.notes["boxes rescaled to their image"] = len(image.annotations)
 
     def place(self, points: np.ndarray) -> np.ndarray:
         """Moves (n, 2) points x, y."""
@@ -226,10 +219,11 @@ class Grid:
         return (*corners.min(0), *corners.max(0))
 
     def clipped(self, annotation: Annotation) -> tuple[float, float, float, float] | None:
-        """x0, y0, x1, y1 of the box within the stored image; None when nothing of it lies inside."""
+        """x0, y0, x1, y1 of the box within the stored image; None when it is empty or nothing of it lies inside."""
         left, top, right, bottom = self.corners(annotation)
         left, top, right, bottom = max(left, 0), max(top, 0), min(right, self.width), min(bottom, self.height)
-        return None if left >= right or top >= bottom else (left, top, right, bottom)
+        empty = left >= right or top >= bottom or min(annotation.bbox[2:]) <= 0
+        return None if empty else (left, top, right, bottom)
 
     def place_segmentation(self, annotation: Annotation) -> list | dict:
         """Polygons, moved; RLE as it is.

@@ -152,17 +152,3 @@ def class_names(names: Iterable[str], path: Path) -> list[str]:
 def folders_of(parent: Path) -> dict[str, Path]:
     """Split -> the folder of its name; splits without one are left out."""
     return {name: parent / name for name in SPLITS if (parent / name).is_dir()}
-
-
-def image_folders(root: Path) -> dict[str, Path]:
-    """Split -> folder of its images, images/SPLIT.
-
-    Raises:
-      InputError: there is no folder images, or none in it is named after a split.
-    """
-    folder = root / "images"
-    if not folder.is_dir():
-        raise InputError(f"{root} has no folder images: see the layout in the builder's description")
-    if not (found := folders_of(folder)):
-        raise InputError(f"{folder} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}: sort its files into one")
-    return found

@@ -12,7 +12,7 @@ from data_pipelines.builders.coco_boxes import Grid, annotated_image
 from data_pipelines.builders.coco_file import Annotation, CocoImage, read_coco
 from data_pipelines.builders.masks import read_classes
 from data_pipelines.errors import InputError
-from data_pipelines.examples import CorruptExample
+from data_pipelines.examples import CorruptExample, Example
 from data_pipelines.outlines import outline
 from tests.data_pipelines.test_box_files import voc, yolo
 
@@ -151,4 +151,5 @@ def test_outlines_without_end_are_damage(text):
 @pytest.mark.parametrize("found", [{"size": [30, 40], "counts": [10**18]}, [[1, 2, 3, 4, 5, 6]] * 10_000])
 def test_outlines_that_training_would_skip_are_not_built(tmp_path, found):
     annotation = Annotation("annotation 7", (1, 2, 8, 6), "a", 48, False, found)
-    refused(Grid((40, 30), (40, 30), 1, tmp_path).place_segmentation, annotation, message="annotation 7")
+    grid = Grid(CocoImage("a.png", (40, 30), [annotation]), Example("a.png", b"", "png", 30, 40, 8), tmp_path)
+    refused(grid.place_segmentation, annotation, message="annotation 7")
