@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data_pipelines.builders.coco_file import LARGEST, Annotation, BoxSplit, CocoImage, read_coco
 from data_pipelines.builders.common import SPLITS, class_names, folders_of
@@ -33,7 +33,6 @@ from data_pipelines.files import read_regular, read_text
 _VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
 _NAME_LISTS, _YAML = ("classes.txt", "obj.names"), ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
 _LARGEST_XML, _LARGEST_LIST, _LARGEST_YAML = 4 << 20, 16 << 20, 1 << 18  # bytes
-_ORIENTATION = 0x0112  # EXIF
 _SLACK = 1e-3  # of a share of the image: rounding in text files
 
 
@@ -152,7 +151,7 @@ def _yolo_image(image: Path, label: Path, categories: Mapping[str, int] | None) 
     with refusing(f"{image} or {path.name} cannot be read", "replace it", *kinds):
         lines = read_text(path, _LARGEST_LIST).splitlines() if os.path.lexists(path) else []
         with Image.open(image) as opened:
-            size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
     names = list(categories or {})
     objects = [
         _yolo_object(line.split(), f"{path}: line {number}", names, size)

@@ -30,7 +30,6 @@ from data_pipelines.prepare.results import draw_pictures, write_rejected, write_
 from data_pipelines.shards import Manifest, read_manifest, write_split
 from data_pipelines.workers import run_all
 
-PART_SIZE = 256
 ENCODINGS = ("source", "raw")
 # Changes of what is stored make old partial work unusable.
 _WORK_VERSION = 4
@@ -111,7 +110,7 @@ def _fill(
     work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
     """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
-    parts, folder = split_into_parts(listing.sources, PART_SIZE), os.path.join(work, "parts")
+    parts, folder = split_into_parts(listing.sources), os.path.join(work, "parts")
     tasks = [
         (folder, number, part, config.filters, config.encoding)
         for number, part in enumerate(parts)
