@@ -80,7 +80,8 @@ class ClassTable:
 
 def read_classes(path: Path) -> ClassTable:
     """Reads classes.json; InputError where it does not list the classes."""
-    try:
+    kinds = OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError
+    with refusing(f"{path} does not list the classes", "see the builder's description", *kinds):
         content = json.loads(read_text(path, _LARGEST_TABLE))
         classes = content["classes"]
         names = tuple(str(entry["name"]) for entry in classes)
@@ -93,10 +94,6 @@ def read_classes(path: Path) -> ClassTable:
         if colours and (len(colours) != len(classes) or any(len(colour) != 3 for colour in colours)):
             raise ValueError("colors are [r, g, b], one of its own for every class")
         class_names(names, path)
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} does not list the classes ({error!r}): see the builder's description") from error
     # Of two classes 0 and 1, a file of 0 and 255 more likely means the second class than "ignore".
     doubtful = content.get("ignore") != IGNORE and list(values) == [0, 1]
     colours = {int.from_bytes(colour): place for colour, place in colours.items()}
