@@ -84,9 +84,8 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         notes = self.notes.copy()
         first: dict[str, str] = {}  # digest of pixels -> split
         for name, info in self.info.splits.items():
-            shards = zip(info.filenames, info.shard_lengths, strict=True)
-            splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
             files = [os.fspath(self.data_path / file) for file in info.filenames]
+            splits[name] = make_split(map(describe_shard, files, info.shard_lengths))
             source = array_record_data_source.ArrayRecordDataSource(files)
             for index in range(len(source)):
                 example = decode_example(source[index])
