@@ -192,7 +192,7 @@ def test_annotations(tmp_path, tries):
     def check(text):
         (tmp_path / "train.json").write_text(text)
         with bounded():
-            read_coco(tmp_path / "train.json")
+            read_coco(tmp_path / "train.json", tmp_path)
 
     tries(spoiled(GOOD), check)
 

@@ -3,9 +3,8 @@
 Importing this package registers them with `tfds.builder` and `tfds.data_source`.
 """
 
-from data_pipelines.builders.coco_boxes import CocoBoxes
+from data_pipelines.builders.coco_boxes import CocoBoxes, WeakSmallTargets
 from data_pipelines.builders.image_folder import ImageFolder, Inf30
 from data_pipelines.builders.masks import ClassMasks, SmallTargets
-from data_pipelines.builders.weak_masks import WeakSmallTargets
 
 __all__ = ["ClassMasks", "CocoBoxes", "ImageFolder", "Inf30", "SmallTargets", "WeakSmallTargets"]

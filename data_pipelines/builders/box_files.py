@@ -1,6 +1,6 @@
-"""Boxes in the formats of COCO, Pascal VOC and YOLO, in the layouts that data sets come in: all become `CocoFile`s.
+"""Boxes in the formats of COCO, Pascal VOC and YOLO, in the layouts that data sets come in: all become `BoxSplit`s.
 
-    COCO   images/SPLIT/, annotations/SPLIT.json
+    COCO   images/SPLIT/, annotations/SPLIT.json; or images/ and one annotations.json
     VOC    one XML file for each image in Annotations/ (or Annotation/), images in JPEGImages/, images/, Ir/ or ir/;
            splits by folders (Annotations/SPLIT/, images/SPLIT/) or by lists of names (ImageSets/Main/train.txt)
     YOLO   one text file for each image in labels/, images in images/, each with folders of splits or without, or
@@ -22,27 +22,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
-from data_pipelines.builders.coco_file import LARGEST, Annotation, CocoFile, CocoImage, read_coco
-from data_pipelines.builders.common import SPLITS, class_names, folders_of, image_folders
-from data_pipelines.builders.layouts import images_of, splits_of
+from data_pipelines.builders.coco_file import LARGEST, Annotation, BoxSplit, CocoImage, read_coco
+from data_pipelines.builders.common import SPLITS, class_names, folders_of
+from data_pipelines.builders.layouts import images_of, in_blocks, splits_of
 from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import read_regular, read_text
 
 _VOC_LABELS, _VOC_IMAGES = ("Annotations", "Annotation", "annotations"), ("Ir", "ir", "JPEGImages", "images")
 _NAME_LISTS, _YAML = ("classes.txt", "obj.names"), ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")
 _LARGEST_XML, _LARGEST_LIST, _LARGEST_YAML = 4 << 20, 16 << 20, 1 << 18  # bytes
-_ORIENTATION = 0x0112  # EXIF
 _SLACK = 1e-3  # of a share of the image: rounding in text files
-
-
-@dataclasses.dataclass(frozen=True)
-class BoxSplit:
-    """A split: its boxes, and the folder that their images' names are below."""
-
-    folder: Path
-    boxes: CocoFile
 
 
 def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
@@ -51,11 +42,18 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     Raises:
       InputError: no layout that is known, or a file that cannot be used.
     """
-    if (root / "annotations").is_dir() and any((root / "annotations").glob("*.json")):
-        folders, files = image_folders(root), root / "annotations"
+    files, whole = root / "annotations", root / "annotations.json"
+    if any(files.glob("*.json")):
+        if not (folders := folders_of(root / "images")):
+            known = f"{', '.join(SPLITS[:-1])} or {SPLITS[-1]}"
+            raise InputError(f"{root / 'images'} has no folder {known}: sort the images into one")
         others = sorted({path.name for path in files.glob("*.json")} - {f"{name}.json" for name in folders})
         note = f"left out, as there is no folder images/SPLIT for them: {', '.join(others)}" if others else ""
-        return {name: BoxSplit(path, read_coco(files / f"{name}.json")) for name, path in folders.items()}, note
+        return {name: read_coco(files / f"{name}.json", path) for name, path in folders.items()}, note
+    if whole.is_file():
+        found = read_coco(whole, root / "images")
+        parts, note = in_blocks(sorted(found.images, key=lambda image: image.file_name))
+        return {name: dataclasses.replace(found, images=part) for name, part in parts.items()}, note
     voc = next((root / name for name in _VOC_LABELS if any((root / name).rglob("*.xml"))), None)
     if voc is not None:
         images = next((root / name for name in _VOC_IMAGES if (root / name).is_dir()), None)
@@ -65,8 +63,8 @@ def read_boxes(root: Path) -> tuple[dict[str, BoxSplit], str]:
     if any((root / "labels").rglob("*.txt")) or any((root / name / "labels").is_dir() for name in SPLITS):
         return _read_all(root, root / "images", root / "labels", _yolo_image, _yolo_names(root))
     raise InputError(
-        f"{root} has no boxes in a known layout: annotations/SPLIT.json (COCO), Annotations/*.xml (VOC) or "
-        "labels/*.txt (YOLO), with the images beside"
+        f"{root} has no boxes in a known layout: annotations/SPLIT.json or annotations.json (COCO), Annotations/*.xml "
+        "(VOC) or labels/*.txt (YOLO), with the images beside"
     )
 
 
@@ -91,7 +89,7 @@ def _read_all(
         names = sorted({a.category for part in found.values() for image in part for a in image.annotations})
         names = class_names(names, labels) if names else []
         categories = {name: number for number, name in enumerate(names, start=1)}
-    return {name: BoxSplit(folders[name][0], CocoFile(part, categories)) for name, part in found.items()}, note
+    return {name: BoxSplit(folders[name][0], part, categories) for name, part in found.items()}, note
 
 
 def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
@@ -153,7 +151,7 @@ def _yolo_image(image: Path, label: Path, categories: Mapping[str, int] | None) 
     with refusing(f"{image} or {path.name} cannot be read", "replace it", *kinds):
         lines = read_text(path, _LARGEST_LIST).splitlines() if os.path.lexists(path) else []
         with Image.open(image) as opened:
-            size, turned = opened.size, opened.getexif().get(_ORIENTATION, 1) != 1
+            size, turned = opened.size, opened.getexif().get(ExifTags.Base.Orientation, 1) != 1
     names = list(categories or {})
     objects = [
         _yolo_object(line.split(), f"{path}: line {number}", names, size)

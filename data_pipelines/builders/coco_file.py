@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,15 +52,22 @@ class CocoImage:
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoFile:
-    """Images in order, and the ids of the categories by name, in the order of the ids."""
+class BoxSplit:
+    """The images of a split with their boxes.
 
+    Attributes:
+      folder: that the images' names are below.
+      images: in order.
+      categories: ids by name, in the order of the ids.
+    """
+
+    folder: Path
     images: list[CocoImage]
     categories: dict[str, int | str]
 
 
-def read_coco(path: Path) -> CocoFile:
-    """Reads a COCO file.
+def read_coco(path: Path, folder: Path) -> BoxSplit:
+    """Reads a COCO file whose images lie in `folder`.
 
     Entries that are there twice, equal in everything, count once; a warning says how many.
 
@@ -70,51 +77,51 @@ def read_coco(path: Path) -> CocoFile:
     remedy = "every split needs annotations/SPLIT.json"
     with refusing(f"{path} is not a COCO file", remedy, OSError, ValueError, AttributeError, RecursionError):
         content = json.loads(read_text(path, _LARGEST_FILE))
-        lists = {kind: content.get(kind) for kind in ("images", "annotations", "categories")}
+        lists = {kind: content.get(kind) for kind in _FIELDS}
     for kind, entries in lists.items():
         if not isinstance(entries, list):
             raise InputError(f"{path} lacks the COCO list {kind!r}: {remedy}")
-    categories = {
-        _checked(entry, "id", what): _checked(entry, "name", what)
-        for what, entry in _entries(path, "categories", lists)
-    }
+    categories = {entry["id"]: entry["name"] for _, entry in _entries(path, "categories", lists["categories"])}
     _refuse_doubles(path, "category name", categories.values())
     images: dict[int | str, CocoImage] = {}
-    for name, entry in _entries(path, "images", lists):
-        number = _checked(entry, "id", name)
-        if number in images:
+    for name, entry in _entries(path, "images", lists["images"]):
+        if entry["id"] in images:
             raise InputError(f"{name}: another image has the same id; give every image its own")
-        size = _checked(entry, "width", name), _checked(entry, "height", name)
-        images[number] = CocoImage(_checked(entry, "file_name", name), size if all(size) else None, [], number)
+        size = entry["width"], entry["height"]
+        images[entry["id"]] = CocoImage(entry["file_name"], size if all(size) else None, [], entry["id"])
     _refuse_doubles(path, "file_name", (str(PurePosixPath(image.file_name)) for image in images.values()))
-    for name, entry in _entries(path, "annotations", lists):
-        image = images[_reference(entry, "image_id", name, "image", images)]
-        category = categories[_reference(entry, "category_id", name, "category", categories)]
-        box, area = _checked(entry, "bbox", name), _checked(entry, "area", name)
-        crowd, shapes = bool(_checked(entry, "iscrowd", name)), _checked(entry, "segmentation", name) or []
+    for name, entry in _entries(path, "annotations", lists["annotations"]):
+        image = _referenced(images, entry, "image_id", name)
+        category = _referenced(categories, entry, "category_id", name)
+        box, area = tuple(entry["bbox"]), entry["area"]
         area = box[2] * box[3] if area is None else area
-        image.annotations.append(Annotation(name, tuple(box), category, area, crowd, shapes))
+        shapes = entry["segmentation"] or []
+        image.annotations.append(Annotation(name, box, category, area, bool(entry["iscrowd"]), shapes))
     _refuse_corners(path, images.values())
     ordered = sorted(categories, key=lambda number: (isinstance(number, str), number))
-    return CocoFile(list(images.values()), {categories[number]: number for number in ordered})
+    return BoxSplit(folder, list(images.values()), {categories[number]: number for number in ordered})
 
 
-def _entries(path: Path, kind: str, lists: dict[str, list]) -> list[tuple[str, dict]]:
-    """The entries of one list with a name for messages, without copies of an entry."""
-    found, known, copies = [], {}, 0
-    for place, entry in enumerate(lists[kind]):
+def _entries(path: Path, kind: str, entries: list) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of one list, without copies: a name for messages, and the fields (None where one is left out)."""
+    what = {"categories": "category", "images": "image", "annotations": "annotation"}[kind]
+    fields = _FIELDS[kind]
+    known, copies = {}, 0
+    for place, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise InputError(f"{path}: entry {place} of {kind} is {_short(entry)}, not an object: correct or remove it")
-        number = json.dumps(entry.get("id"))
-        if number in known and known[number] == entry:
+        first = known.setdefault(json.dumps(entry.get("id")), entry)
+        if first is not entry and first == entry:
             copies += 1
             continue
-        known.setdefault(number, entry)
-        what = {"images": "image", "annotations": "annotation", "categories": "category"}[kind]
-        found.append((f"{path}: {what} {_short(entry['id']) if 'id' in entry else f'at place {place}'}", entry))
+        name = f"{path}: {what} {_short(entry['id']) if 'id' in entry else f'at place {place}'}"
+        for field, (wanted, is_right) in fields.items():
+            if not is_right(entry.get(field)):
+                given = f"has {field} {_short(entry[field])}" if field in entry else f"has no {field}"
+                raise InputError(f"{name} {given}: it needs {wanted}; correct or remove it")
+        yield name, {field: entry.get(field) for field in fields}
     if copies:
         logging.warning("%s: %d entries of %s are copies of another one and count once", path, copies, kind)
-    return found
 
 
 def _short(value: Any) -> str:
@@ -122,24 +129,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def _checked(entry: dict, field: str, name: str) -> Any:
-    """The value of a field of the entry `name`; None where it may be left out."""
-    wanted, is_right = _FIELDS[field]
-    value = entry.get(field)
-    if not is_right(value):
-        given = f"has {field} {_short(value)}" if field in entry else f"has no {field}"
-        raise InputError(f"{name} {given}: it needs {wanted}; correct or remove it")
-    return value
-
-
-def _reference(entry: dict, field: str, name: str, what: str, known: dict) -> int | str:
-    number = _checked(entry, field, name)
-    if number not in known:
+def _referenced(known: dict, entry: dict, field: str, name: str) -> Any:
+    """What the id in a field of the entry `name` stands for."""
+    if entry[field] not in known:
         some = ", ".join(json.dumps(other) for other in list(known)[:3]) or "(none)"
-        raise InputError(
-            f"{name} has {field} {_short(number)}, which no {what} has; their ids are like {some}: correct it"
-        )
-    return number
+        given = f"{name} has {field} {_short(entry[field])}"
+        raise InputError(f"{given}, which no {field.removesuffix('_id')} has; their ids are like {some}: correct it")
+    return known[entry[field]]
 
 
 def _refuse_doubles(path: Path, what: str, names: Iterable[str]) -> None:
@@ -201,14 +197,17 @@ def _is_segmentation(value: Any) -> bool:
     )
 
 
-# Of each field: what it needs to be, and whether a value (None where it is left out) is that.
-_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(("id", "image_id", "category_id"), ("a number", _is_identity)),
-    "name": ("a name without control characters", _is_text),
-    "file_name": ("a name", _is_path),
-    **dict.fromkeys(("width", "height"), ("a number of pixels", _is_extent)),
-    "bbox": ("[x, y, width, height]", _is_box),
-    "area": ("a number", lambda area: area is None or _is_number(area)),
-    "iscrowd": ("0 or 1", lambda crowd: crowd in (None, 0, 1)),
-    "segmentation": ("polygons of at least 3 points, or RLE", _is_segmentation),
+# Of each list, the fields of its entries: what they need to be, and whether a value (None where left out) is that.
+_ID, _EXTENT = ("a number", _is_identity), ("a number of pixels", _is_extent)
+_FIELDS: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "categories": {"id": _ID, "name": ("a name without control characters", _is_text)},
+    "images": {"id": _ID, "file_name": ("a name", _is_path), "width": _EXTENT, "height": _EXTENT},
+    "annotations": {
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": ("[x, y, width, height]", _is_box),
+        "area": ("a number", lambda area: area is None or _is_number(area)),
+        "iscrowd": ("0 or 1", lambda crowd: crowd in (None, 0, 1)),
+        "segmentation": ("polygons of at least 3 points, or RLE", _is_segmentation),
+    },
 }

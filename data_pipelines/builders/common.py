@@ -8,20 +8,18 @@ import hashlib
 import inspect
 import itertools
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
 
-from data_pipelines.builders.coco_file import CocoImage
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IMAGE, KEY, SOURCE, Example, decode_example, decode_pixels, source_text
-from data_pipelines.files import images_in
 from data_pipelines.prepare.collect import describe_image
 from data_pipelines.prepare.results import write_set_manifest
 from data_pipelines.shards import describe_shard, make_split
@@ -86,9 +84,8 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         notes = self.notes.copy()
         first: dict[str, str] = {}  # digest of pixels -> split
         for name, info in self.info.splits.items():
-            shards = zip(info.filenames, info.shard_lengths, strict=True)
-            splits[name] = make_split(describe_shard(self.data_path / file, count) for file, count in shards)
             files = [os.fspath(self.data_path / file) for file in info.filenames]
+            splits[name] = make_split(map(describe_shard, files, info.shard_lengths))
             source = array_record_data_source.ArrayRecordDataSource(files)
             for index in range(len(source)):
                 example = decode_example(source[index])
@@ -99,15 +96,6 @@ class InfraredBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         settings = {"builder": self.info.full_name, "source": source_name(root), "notes": dict(notes), **self.settings}
         settings["rejected"] = self._account_for_files(root, {image.key for image in images})
         write_set_manifest(self.data_path, images, splits, self.class_names, settings)
-
-    def _count_unlisted(self, parts: Iterable[tuple[Path, list[CocoImage]]]) -> None:
-        """Notes how many images of the folders none of `parts` (folder, entries below it) lists: they are left out."""
-        listed: dict[Path, set[PurePosixPath]] = defaultdict(set)
-        for folder, images in parts:
-            listed[folder].update(PurePosixPath(image.file_name) for image in images)
-        for folder, names in listed.items():
-            count = sum(PurePosixPath(path.relative_to(folder)) not in names for path in images_in([folder]))
-            self.notes += Counter({f"images of {folder.name} left out, as the annotations do not list them": count})
 
     def _account_for_files(self, root: Path, kept: set[str]) -> dict[str, int]:
         """Lists the files of the source that are not among the examples of these keys; reason -> count."""
@@ -163,17 +151,3 @@ def class_names(names: Iterable[str], path: Path) -> list[str]:
 def folders_of(parent: Path) -> dict[str, Path]:
     """Split -> the folder of its name; splits without one are left out."""
     return {name: parent / name for name in SPLITS if (parent / name).is_dir()}
-
-
-def image_folders(root: Path) -> dict[str, Path]:
-    """Split -> folder of its images, images/SPLIT.
-
-    Raises:
-      InputError: there is no folder images, or none in it is named after a split.
-    """
-    folder = root / "images"
-    if not folder.is_dir():
-        raise InputError(f"{root} has no folder images: see the layout in the builder's description")
-    if not (found := folders_of(folder)):
-        raise InputError(f"{folder} has no folder {', '.join(SPLITS[:-1])} or {SPLITS[-1]}: sort its files into one")
-    return found

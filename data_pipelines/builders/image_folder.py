@@ -17,8 +17,6 @@ from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
 from data_pipelines.prepare.results import write_rejected
 
-_PART_SIZE = 256
-
 
 class ImageFolder(InfraredBuilder):
     """Infrared images of a folder, at any depth, zip and tar files included.
@@ -59,7 +57,7 @@ class ImageFolder(InfraredBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
         listings = self.listings(Path(dl_manager.manual_dir))
-        parts = {split: split_into_parts(listing.sources, _PART_SIZE) for split, listing in listings.items()}
+        parts = {split: split_into_parts(listing.sources) for split, listing in listings.items()}
         return {split: self._generate_examples(part, _examples) for split, part in parts.items()}
 
 

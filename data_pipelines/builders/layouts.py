@@ -56,20 +56,15 @@ def find_pairs(root: Path, targets: bool = False) -> tuple[dict[str, list[Pair]]
     other = "class_masks/" if targets else "target_masks/"
     layouts = [pair for pair in _BY_FOLDER if not pair[1].startswith(other)]
     for images, masks in layouts:
-        found = {
-            split: (root / images.format(split=split), root / masks.format(split=split))
-            for split in SPLITS
-            if (root / images.format(split=split)).is_dir()
-        }
+        found = {split: [root / kind.format(split=split) for kind in (images, masks)] for split in SPLITS}
+        found = {split: pair for split, pair in found.items() if pair[0].is_dir()}
         if any(folder.is_dir() for _, folder in found.values()):
             return {split: list(_paired(*pair, images_of(pair[0]), split)) for split, pair in found.items()}, ""
     for images, masks in _BY_LIST:
         if (root / images).is_dir() and (root / masks).is_dir():
             found, note = splits_of(root, root / images)
             return {split: list(_paired(root / images, root / masks, part, "")) for split, part in found.items()}, note
-    known = ", ".join(
-        f"{images} + {masks}" for images, masks in (_BY_FOLDER[0], _BY_FOLDER[2], *_BY_FOLDER[4:], *_BY_LIST)
-    )
+    known = ", ".join(f"{images} + {masks}" for images, masks in (*layouts, *_BY_LIST))
     raise InputError(f"{root} has no images with masks in a known layout: {known.format(split='SPLIT')}")
 
 

@@ -23,7 +23,6 @@ from data_pipelines.prepare.labelled import labelled_image
 
 MASK_FEATURES = {MASK: tfds.features.Image(shape=(None, None, 1), dtype=np.uint8, encoding_format="png")}
 TARGET_CLASSES = ["background", "target"]  # of masks of small targets
-_UNKNOWN = 254  # in a table from values to class numbers
 _LARGEST_TABLE = 1 << 20  # bytes
 _THRESHOLD = 127  # of gray values, above which a pixel is target
 
@@ -68,41 +67,37 @@ class ClassTable:
 
     Attributes:
       names: of the classes, in the order of their numbers.
-      numbers: (256,) uint8: value in a file -> class number, `IGNORE`, or `_UNKNOWN`.
-      colours: (r, g, b) -> class number; empty where the table has none.
+      values: value in a file -> class number or `IGNORE`.
+      colours: 65536 r + 256 g + b -> class number; empty where the table has none.
       doubtful: a file with 255 and without 1 is to be refused, see `ClassMasks`.
     """
 
     names: tuple[str, ...]
-    numbers: np.ndarray
-    colours: Mapping[tuple[int, int, int], int]
+    values: Mapping[int, int]
+    colours: Mapping[int, int]
     doubtful: bool
 
 
 def read_classes(path: Path) -> ClassTable:
     """Reads classes.json; InputError where it does not list the classes."""
-    try:
+    kinds = OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError
+    with refusing(f"{path} does not list the classes", "see the builder's description", *kinds):
         content = json.loads(read_text(path, _LARGEST_TABLE))
         classes = content["classes"]
-        values = {int(entry["value"]): str(entry["name"]) for entry in classes}
-        colours = {tuple(map(int, e["color"])): place for place, e in enumerate(classes) if "color" in e}
-        if len(values) != len(classes) or len(set(values.values())) != len(classes):
+        names = tuple(str(entry["name"]) for entry in classes)
+        values = {int(entry["value"]): place for place, entry in enumerate(classes)}
+        colours = {bytes(map(int, e["color"])): place for place, e in enumerate(classes) if "color" in e}
+        if len(values) != len(classes) or len(set(names)) != len(classes):
             raise ValueError("a value or a name is there twice")
-        if not 0 < len(values) < _UNKNOWN or not 0 <= min(values) <= max(values) <= 255:
-            raise ValueError("values are 0 to 255, of at most 253 classes")
+        if not 0 < len(values) < IGNORE or not 0 <= min(values) <= max(values) <= 255:
+            raise ValueError("values are 0 to 255, of at most 254 classes")
         if colours and (len(colours) != len(classes) or any(len(colour) != 3 for colour in colours)):
             raise ValueError("colors are [r, g, b], one of its own for every class")
-        class_names(values.values(), path)
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} does not list the classes ({error!r}): see the builder's description") from error
-    numbers = np.full(256, _UNKNOWN, np.uint8)
-    numbers[IGNORE] = IGNORE
-    numbers[list(values)] = range(len(values))
+        class_names(names, path)
     # Of two classes 0 and 1, a file of 0 and 255 more likely means the second class than "ignore".
     doubtful = content.get("ignore") != IGNORE and list(values) == [0, 1]
-    return ClassTable(tuple(values.values()), numbers, colours, doubtful)
+    colours = {int.from_bytes(colour): place for colour, place in colours.items()}
+    return ClassTable(names, {IGNORE: IGNORE, **values}, colours, doubtful)
 
 
 def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
@@ -124,26 +119,22 @@ def _example(pair: Pair, table: ClassTable | None, bit_depth: int):
 
 def _class_numbers(values: np.ndarray, table: ClassTable, path: Path, notes: dict[str, int]) -> np.ndarray:
     """(H,W) values or (H,W,3) colours -> (H,W) uint8 class numbers; InputError for one that the table does not list."""
-    if values.ndim == 3 and (values == values[..., :1]).all() and not table.colours:
-        values = values[..., 0]
-    if values.ndim == 3:
-        if not table.colours:
+    if values.ndim == 3 and not table.colours:
+        if (values != values[..., :1]).any():
             raise InputError(f'{path} is a colour picture: give every class its "color" in classes.json')
-        mask = np.full(values.shape[:2], _UNKNOWN, np.uint8)
-        for colour, number in table.colours.items():
-            mask[(values == colour).all(axis=-1)] = number
-        if (mask == _UNKNOWN).any():
-            unknown = values[mask == _UNKNOWN][0].tolist()
-            raise InputError(f"{path} holds the colour {unknown}, which classes.json does not list")
+        values = values[..., 0]
+    if values.ndim == 2:
+        found, known, what = values, table.values, "value"
+    else:
+        found, known, what = values @ np.array([1 << 16, 1 << 8, 1]), table.colours, "colour"
         notes["masks translated from colours"] = 1
-        return mask
-    mask, found = table.numbers[values], np.unique(values)
-    if (mask == _UNKNOWN).any():
-        unknown = found[table.numbers[found] == _UNKNOWN][0]
-        raise InputError(f"{path} holds the value {unknown}, which classes.json does not list")
-    if table.doubtful and 255 in found and 1 not in found:
+    listed = np.array(sorted(known))
+    places = np.minimum(np.searchsorted(listed, found), len(listed) - 1)
+    if (strange := listed[places] != found).any():
+        raise InputError(f"{path} holds the {what} {values[strange][0].tolist()}, which classes.json does not list")
+    if what == "value" and table.doubtful and (values == 255).any() and not (values == 1).any():
         raise InputError(f'{path} holds 255 and no 1: list 255 in classes.json in the place of 1, or "ignore": 255')
-    return mask
+    return np.array([known[value] for value in listed.tolist()], np.uint8)[places]
 
 
 def _image(pair: Pair, bit_depth: int) -> Example:

@@ -214,13 +214,12 @@ def _read_zip_member(source: Source) -> bytes:
     info = opened.infolist()[source.position]
     # Other methods than these unpack all that they are given at once: a little at a time.
     step = 1 << 20 if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else 4096
-    blocks, size = [], 0
+    data = bytearray()
     with opened.open(info) as member:
         # One byte more than declared shows a member that lies about its size without unpacking all of it.
-        while size <= source.size and (block := member.read(min(step, source.size + 1 - size))):
-            blocks.append(block)
-            size += len(block)
-    return b"".join(blocks)
+        while len(data) <= source.size and (block := member.read(min(step, source.size + 1 - len(data)))):
+            data += block
+    return bytes(data)
 
 
 class SourceReader(contextlib.ExitStack):

@@ -28,6 +28,7 @@ from data_pipelines.prepare.curate import Filters, apply_filters
 from data_pipelines.prepare.duplicates import FEATURE_SIZE, fingerprint_image
 from data_pipelines.shards import write_shard
 
+EXAMPLES, ROWS = ".array_record", ".json"
 _COUNTED = ("frames", "orientation", "border_crop", "scale")  # attributes of images that the report counts
 
 
@@ -58,13 +59,9 @@ class Candidate:
         return self.height * self.width
 
 
-def rows_path(folder: str, number: int) -> str:
-    """Path of the rows of part `number`; the part is done when it exists."""
-    return os.path.join(folder, f"part-{number:06d}.json")
-
-
-def _records_path(folder: str, number: int) -> str:
-    return os.path.join(folder, f"part-{number:06d}.array_record")
+def part_path(folder: str, number: int, suffix: str) -> str:
+    """Path of one of the two files of part `number`: EXAMPLES, or ROWS, with which the part is done."""
+    return os.path.join(folder, f"part-{number:06d}{suffix}")
 
 
 def read_images(
@@ -107,9 +104,9 @@ def examine_part(
             fingerprints.append((int(code), feature.tobytes().hex()))
             yield encode_example(example)
 
-    write_shard(_records_path(folder, number), accepted())
+    write_shard(part_path(folder, number, EXAMPLES), accepted())
     rows = {"candidates": candidates, "rejections": rejections, "kinds": kinds, "fingerprints": fingerprints}
-    with atomic_write(rows_path(folder, number)) as path:
+    with atomic_write(part_path(folder, number, ROWS)) as path:
         path.write_text(json.dumps(rows, default=dataclasses.asdict), encoding="utf-8")
     return len(sources)
 
@@ -154,7 +151,7 @@ class Collection:
         self.places: list[tuple[int, int]] = []
         codes, features = [], bytearray()
         for number in range(part_count):
-            with open(rows_path(folder, number), encoding="utf-8") as file:
+            with open(part_path(folder, number, ROWS), encoding="utf-8") as file:
                 rows = json.load(file)
             self.candidates += [Candidate(**row) for row in rows["candidates"]]
             self.rejections += [Rejection(**row) for row in rows["rejections"]]
@@ -170,7 +167,7 @@ class Collection:
         """The encoded examples of some candidates, given in increasing order."""
         places = (self.places[index] for index in indices)
         for part, of_part in itertools.groupby(places, key=operator.itemgetter(0)):
-            source = array_record_data_source.ArrayRecordDataSource(_records_path(self.folder, part))
+            source = array_record_data_source.ArrayRecordDataSource(part_path(self.folder, part, EXAMPLES))
             yield from (source[position] for _, position in of_part)
 
     def pixels(self, index: int) -> np.ndarray:

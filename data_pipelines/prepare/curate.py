@@ -109,10 +109,9 @@ def _border_width(lines: np.ndarray) -> int:
         is_black &= np.abs(means - means[0]) <= _BORDER_DRIFT
     else:
         is_black = ~lines.any(axis=1)
-    count = len(lines) if is_black.all() else int(np.argmin(is_black))
-    if count < _MIN_BORDER or count == len(lines):
+    count = int(np.argmin(is_black))  # 0 where all lines are black
+    if count < _MIN_BORDER:
         return 0
-    if lines.dtype == np.uint8:
-        step = means[count : count + _STEP_LINES].max() - means[:count].max()
-        return count if step >= _BORDER_STEP else 0
+    if lines.dtype == np.uint8 and means[count : count + _STEP_LINES].max() - means[:count].max() < _BORDER_STEP:
+        return 0
     return count

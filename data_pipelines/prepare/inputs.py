@@ -9,6 +9,7 @@ work of an unfinished run) are not taken for images.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import itertools
 import os
@@ -19,6 +20,8 @@ from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 from data_pipelines.files import is_made, local_path
 from data_pipelines.prepare.archives import Rejection, Source, is_archive, list_archive
+
+PART_SIZE = 256  # files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +50,14 @@ def list_sources(inputs: Sequence[str | os.PathLike], without: Sequence[str] = (
     found: list[Source | Rejection] = []
     roots_seen: dict[str, int] = {}
     folders_seen: set[tuple[int, int]] = set()
-    made: dict[str, bool] = {}
     hidden = tuple(map(os.path.realpath, without))
+
+    @functools.cache
+    def lies_in_made(folder: str, root: str) -> bool:
+        """Whether a folder below `root` lies in one that this package made: what a pattern finds there is no input."""
+        above = os.path.dirname(folder)
+        return len(folder) > len(root) and (is_made(os.listdir(folder)) or lies_in_made(above, root))
+
     for given in map(os.fspath, inputs):
         root, paths = _expand(given)
         name = printable(os.path.basename(root)) or "root"
@@ -58,7 +67,7 @@ def list_sources(inputs: Sequence[str | os.PathLike], without: Sequence[str] = (
         passed_over = [folder for folder in hidden if not _is_inside(root, [folder])]
         for path in paths:
             key = root_key if path == root else f"{root_key}/{printable(os.path.relpath(path, root))}"
-            if not _is_made(os.path.dirname(path), root, made):
+            if not lies_in_made(os.path.dirname(path), root):
                 found.extend(_walk(path, key, folders_seen, passed_over))
     return Listing(
         inputs=tuple(map(os.fspath, inputs)),
@@ -88,15 +97,6 @@ def _expand(given: str) -> tuple[str, list[str]]:
 def _is_inside(path: str, folders: Sequence[str]) -> bool:
     real = os.path.realpath(path)
     return any(f"{real}/".startswith(f"{folder}/") for folder in folders)
-
-
-def _is_made(folder: str, root: str, known: dict[str, bool]) -> bool:
-    """Whether a folder below `root` lies in one that this package made: what a pattern finds there is no input."""
-    if len(folder) <= len(root):
-        return False
-    if folder not in known:
-        known[folder] = is_made(os.listdir(folder)) or _is_made(os.path.dirname(folder), root, known)
-    return known[folder]
 
 
 def _walk(
@@ -141,7 +141,7 @@ def _with_unique_keys(sources: Iterator[Source]) -> Iterator[Source]:
         yield source if count == 1 else dataclasses.replace(source, key=f"{source.key}~{count}")
 
 
-def split_into_parts(sources: Sequence[Source], size: int) -> list[list[Source]]:
+def split_into_parts(sources: Sequence[Source], size: int = PART_SIZE) -> list[list[Source]]:
     """Splits a listing into runs of at most `size` files; the members of a compressed tar file stay together."""
     parts: list[list[Source]] = []
     for compressed_tar, group in itertools.groupby(sources, lambda source: source.sequential and source.path):

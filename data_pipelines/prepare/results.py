@@ -89,33 +89,31 @@ def draw_pictures(
     folder = os.path.join(folder, PICTURES_NAME)
     os.makedirs(folder)
     images = [collection.candidates[index] for index in kept]
-    tiles = []
-    for index in spread(kept, _MAX_TILES):
-        image = collection.candidates[index]
-        facts = f"{image.width}x{image.height}, {image.bit_depth} bit, H {image.entropy:.1f}"
-        tiles.append(_tile(collection.pixels(index), image.key, facts))
-    sheets = {"kept": (f"kept: {len(kept)} images (H: entropy of the gray levels, bit)", tiles)}
-    index_of = {candidate.key: index for index, candidate in enumerate(collection.candidates)}
-    sources = {source.key: source for source in listing.sources}
+    size = "{0.width}x{0.height}, {0.bit_depth} bit, H {0.entropy:.1f}"
+    shown = [(image.key, size.format(image)) for image in spread(images, _MAX_TILES)]
+    # Name of each sheet -> its title, key and note of each of its pictures.
+    sheets = {"kept": (f"kept: {len(kept)} images (H: entropy of the gray levels, bit)", shown)}
     for reason in sorted({rejection.reason for rejection in rejections}):
         group = [rejection for rejection in rejections if rejection.reason == reason]
         if group[0].anchor:
             title = f"{reason}: {len(group)} images, the least similar first; kept anchor left, removed image right"
             # The least similar first: the ones that a person should judge the threshold by.
             doubtful = sorted(group, key=lambda rejection: (rejection.detail, rejection.key))[: _MAX_TILES // 2]
-            pairs = [(key, rejection.detail) for rejection in doubtful for key in (rejection.anchor, rejection.key)]
-            tiles = [_tile(collection.pixels(index_of[key]), key, detail) for key, detail in pairs]
+            shown = [(key, rejection.detail) for rejection in doubtful for key in (rejection.anchor, rejection.key)]
         else:
             title = f"{reason}: {len(group)} files"
-            with SourceReader() as reader:
-                tiles = [
-                    _tile(_read_again(reader, sources.get(rejection.key)), rejection.key, rejection.detail)
-                    for rejection in spread(group, _MAX_TILES)
-                ]
-        sheets[f"rejected_{reason}"] = title, tiles
-    for name, (title, tiles) in sheets.items():
-        rows = [tiles[start : start + _COLUMNS] for start in range(0, len(tiles), _COLUMNS)]
-        draw_sheet([title], rows).save(os.path.join(folder, f"{name}.png"), optimize=True)
+            shown = [(rejection.key, rejection.detail) for rejection in spread(group, _MAX_TILES)]
+        sheets[f"rejected_{reason}"] = title, shown
+    stored = {candidate.key: index for index, candidate in enumerate(collection.candidates)}
+    sources = {source.key: source for source in listing.sources}
+    with SourceReader() as reader:
+        for name, (title, shown) in sheets.items():
+            tiles = []
+            for key, note in shown:
+                found = collection.pixels(stored[key]) if key in stored else _read_again(reader, sources.get(key))
+                tiles.append(_tile(found, key, note))
+            rows = [tiles[start : start + _COLUMNS] for start in range(0, len(tiles), _COLUMNS)]
+            draw_sheet([title], rows).save(os.path.join(folder, f"{name}.png"), optimize=True)
     chosen = set(kept)
     removed = [image for index, image in enumerate(collection.candidates) if index not in chosen]
     _write_histograms(os.path.join(folder, "histograms.png"), images, removed)

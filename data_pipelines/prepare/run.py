@@ -21,8 +21,8 @@ from pathlib import Path
 from data_pipelines.commands import progress_bar
 from data_pipelines.errors import InputError
 from data_pipelines.files import PLAN_NAME, atomic_write, is_free, local_path, writing
-from data_pipelines.prepare.archives import Rejection, Source
-from data_pipelines.prepare.collect import Collection, examine_part, rows_path
+from data_pipelines.prepare.archives import Rejection
+from data_pipelines.prepare.collect import ROWS, Collection, examine_part, part_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule, find_near_duplicates
 from data_pipelines.prepare.inputs import Listing, list_sources, split_into_parts
@@ -30,7 +30,6 @@ from data_pipelines.prepare.results import draw_pictures, write_rejected, write_
 from data_pipelines.shards import Manifest, read_manifest, write_split
 from data_pipelines.workers import run_all
 
-PART_SIZE = 256
 ENCODINGS = ("source", "raw")
 # Changes of what is stored make old partial work unusable.
 _WORK_VERSION = 4
@@ -98,22 +97,29 @@ def prepare(
     if not listing.sources:
         raise InputError(_nothing_kept(listing, listing.rejections))
     plan = _plan_digest(listing, config)
-    if (finished := _finished_report(output, plan)) is not None:
-        shutil.rmtree(work, ignore_errors=True)
-        return finished
-    with writing(output), _work_folder(work, plan):
-        manifest = _fill(work, listing, plan, config, workers, progress)
-        os.rename(os.path.join(work, "result"), output)
+    if (manifest := _finished(output, plan)) is None:
+        with writing(output), _work_folder(work, plan):
+            manifest = _fill(work, listing, plan, config, workers, progress)
+            os.rename(os.path.join(work, "result"), output)
     shutil.rmtree(work, ignore_errors=True)
-    return _report(output, manifest)
+    rejected = dict(manifest.settings["rejected"])
+    return Report(output, manifest.count + sum(rejected.values()), manifest.count, rejected, manifest)
 
 
 def _fill(
     work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
 ) -> Manifest:
     """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
-    parts, folder = split_into_parts(listing.sources, PART_SIZE), os.path.join(work, "parts")
-    _examine_all(folder, parts, config, workers, progress)
+    parts, folder = split_into_parts(listing.sources), os.path.join(work, "parts")
+    tasks = [
+        (folder, number, part, config.filters, config.encoding)
+        for number, part in enumerate(parts)
+        if not os.path.exists(part_path(folder, number, ROWS))
+    ]
+    total, left = len(listing.sources), sum(len(part) for _, _, part, _, _ in tasks)
+    with progress_bar("examining", total, "file", total - left, progress) as bar:
+        for examined in run_all(workers, examine_part, tasks):
+            bar.update(examined)
     collection = Collection(folder, len(parts))
     rejections = [*listing.rejections, *collection.rejections]
     if not collection.candidates:
@@ -140,11 +146,6 @@ def _fill(
     return write_set_manifest(result, [collection.candidates[index] for index in kept], splits, {}, settings)
 
 
-def _report(output: str, manifest: Manifest) -> Report:
-    rejected = dict(manifest.settings["rejected"])
-    return Report(output, manifest.count + sum(rejected.values()), manifest.count, rejected, manifest)
-
-
 def _plan_digest(listing: Listing, config: PrepareConfig) -> str:
     """Digest of everything that the result depends on: settings, found files with their sizes and dates."""
     digest = hashlib.sha256(json.dumps([_WORK_VERSION, dataclasses.asdict(config)], sort_keys=True).encode())
@@ -153,14 +154,14 @@ def _plan_digest(listing: Listing, config: PrepareConfig) -> str:
     return digest.hexdigest()
 
 
-def _finished_report(output: str, plan: str) -> Report | None:
-    """The report of a finished `output`, if it is the result of this very request; None if there is no output."""
+def _finished(output: str, plan: str) -> Manifest | None:
+    """The manifest of a finished `output`, if it is the result of this very request; None if there is no output."""
     if is_free(output):
         return None
     with contextlib.suppress(InputError):
         manifest = read_manifest(output)
         if manifest.settings.get("plan") == plan:
-            return _report(output, manifest)
+            return manifest
     raise InputError(
         f"output {output} exists already and was made from other files or settings: remove it or choose another"
     )
@@ -185,21 +186,6 @@ def _work_folder(work: str, plan: str) -> Iterator[None]:
             with atomic_write(plan_file) as path:
                 path.write_text(plan)
         yield
-
-
-def _examine_all(
-    folder: str, parts: Sequence[Sequence[Source]], config: PrepareConfig, workers: int | None, progress: bool
-) -> None:
-    """Examines the parts that are not done yet."""
-    tasks = [
-        (folder, number, part, config.filters, config.encoding)
-        for number, part in enumerate(parts)
-        if not os.path.exists(rows_path(folder, number))
-    ]
-    total, left = sum(map(len, parts)), sum(len(part) for _, _, part, _, _ in tasks)
-    with progress_bar("examining", total, "file", total - left, progress) as bar:
-        for examined in run_all(workers, examine_part, tasks):
-            bar.update(examined)
 
 
 def _nothing_kept(listing: Listing, rejections: Sequence[Rejection]) -> str:

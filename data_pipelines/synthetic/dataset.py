@@ -56,11 +56,34 @@ def write_dataset(
     Raises:
       InputError: `output` holds something already or is a file, `count` or `val_fraction` is out of range.
     """
+    categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
+    info = {"description": f"synthetic thermal scenes, seed {seed}"}
+    coco = {split: {"info": info, "images": [], "annotations": [], "categories": categories} for split in SPLITS}
+    described = {
+        "classes": [{"value": value, "name": name} for value, name in enumerate(SURFACES)],
+        "target_classes": [{"value": 0, "name": "background"}, {"value": 255, "name": "target"}],
+        "scene_classes": list(SCENE_CLASSES),
+        "box_categories": list(CATEGORIES),
+        "seed": seed,
+        "count": count,
+    }
+    rows = []
     with new_folder(output) as folder:
         for kind, split in itertools.product(("images", "class_masks", "target_masks"), SPLITS):
             (folder / kind / split).mkdir(parents=True)
         (folder / "annotations").mkdir()
-        _write_scenes(folder, seed, _scenes(count, seed, size, val_fraction))
+        for split, name, scene in _scenes(count, seed, size, val_fraction):
+            pictures = {"images": scene.image, "class_masks": scene.class_mask}
+            pictures["target_masks"] = scene.target_mask.astype(np.uint8) * 255
+            for kind, pixels in pictures.items():
+                # Sensor noise does not compress: the fastest level costs a few per cent of size and saves most time.
+                Image.fromarray(pixels).save(folder / kind / split / name, compress_level=1)
+            rows.append((f"images/{split}/{name}", split, scene.scene_class))
+            _annotate(coco[split], scene, name)
+        write_csv(folder / "class_labels.csv", ("file", "split", "label"), rows)
+        files = {f"annotations/{split}.json": coco[split] for split in SPLITS} | {"classes.json": described}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
     return Path(local_path(output, "output"))
 
 
@@ -121,33 +144,6 @@ def _example(scene: Scene, key: str, mask: str) -> Example:
     labels = {LABEL: SCENE_CLASSES.index(scene.scene_class)}
     image = encode_png(scene.image)
     return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), objects, labels)
-
-
-def _write_scenes(folder: Path, seed: int, scenes: Iterator[tuple[str, str, Scene]]) -> None:
-    categories = [{"id": number, "name": name} for number, name in enumerate(CATEGORIES, start=1)]
-    info = {"description": f"synthetic thermal scenes, seed {seed}"}
-    coco = {split: {"info": info, "images": [], "annotations": [], "categories": categories} for split in SPLITS}
-    rows = []
-    for split, name, scene in scenes:
-        pictures = {"images": scene.image, "class_masks": scene.class_mask}
-        pictures["target_masks"] = scene.target_mask.astype(np.uint8) * 255
-        for kind, pixels in pictures.items():
-            # Sensor noise does not compress: the fastest level costs a few per cent of size and saves most of the time.
-            Image.fromarray(pixels).save(folder / kind / split / name, compress_level=1)
-        rows.append((f"images/{split}/{name}", split, scene.scene_class))
-        _annotate(coco[split], scene, name)
-    write_csv(folder / "class_labels.csv", ("file", "split", "label"), rows)
-    described = {
-        "classes": [{"value": value, "name": name} for value, name in enumerate(SURFACES)],
-        "target_classes": [{"value": 0, "name": "background"}, {"value": 255, "name": "target"}],
-        "scene_classes": list(SCENE_CLASSES),
-        "box_categories": list(CATEGORIES),
-        "seed": seed,
-        "count": len(rows),
-    }
-    files = {f"annotations/{split}.json": coco[split] for split in SPLITS} | {"classes.json": described}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def is_val(index: int, fraction: float) -> bool:

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipelines.builders.box_files import read_boxes
 from data_pipelines.builders.build import build
 from data_pipelines.errors import InputError
-from data_pipelines.examples import decode_example
+from data_pipelines.examples import decode_example, decode_mask
 from data_pipelines.shards import ShardReader, read_manifest
 
 SIZES = {"a": (30, 40), "b": (32, 48), "c": (30, 40), "d": (30, 40), "e": (30, 40)}  # rows, columns
@@ -70,6 +70,23 @@ def stored(folder, split):
     }
 
 
+def test_weak_masks_come_from_boxes_in_any_format(tmp_path):
+    built = build("weak_small_targets", tmp_path / "data", yolo(tmp_path / "set"))
+    masks = {Path(e.key).stem: decode_mask(e) for e in map(decode_example, ShardReader(built.folder))}
+    assert masks["a"][8, 9] == masks["b"][19, 25] == 1 and not masks["c"].any()
+
+
+def test_a_folder_of_no_images_is_one_line(tmp_path):
+    root = yolo(tmp_path / "set", layout="{kind}")
+    for path in (root / "images").iterdir():
+        path.rename(tmp_path / path.name)
+    for path in (root / "labels").iterdir():
+        path.write_text("") if path.name == "classes.txt" else path.unlink()
+    (root / "labels" / "classes.txt").write_text("Car\n")
+    with pytest.raises(InputError, match="has no images with boxes"):
+        build("coco_boxes", tmp_path / "data", root)
+
+
 def test_m3fd_is_read_whole_and_split_in_blocks(tmp_path):
     root = voc(tmp_path / "M3FD", labels="Annotation", images="Ir")
     image(root / "Vis" / "a.png", (30, 40))
@@ -92,7 +109,7 @@ def test_voc_lists_of_names_are_the_splits(tmp_path):
     (lists / "test.txt").write_text("b\n")
     splits, note = read_boxes(root)
     assert not note
-    found = {name: [image.file_name for image in split.boxes.images] for name, split in splits.items()}
+    found = {name: [image.file_name for image in split.images] for name, split in splits.items()}
     assert found == {"train": ["a.png", "c.png"], "test": ["b.png"]}
 
 
@@ -111,14 +128,14 @@ def test_yolo_classes_come_from_yaml_too(tmp_path, names):
     (root / "classes.txt").unlink()
     (root / "dataset.yaml").write_text(f"path: .\ntrain: images/train\n{names}\n")
     splits, _ = read_boxes(root)
-    assert splits["train"].boxes.categories == {"Car": 0, "People": 1, "Bus": 2}
+    assert splits["train"].categories == {"Car": 0, "People": 1, "Bus": 2}
 
 
 def test_yolo_polygons_are_outlines(tmp_path):
     root = yolo(tmp_path / "set")
     (root / "labels/train/a.txt").write_text("1 0.25 0.5 0.5 0.5 0.5 1.0\n")
     splits, _ = read_boxes(root)
-    (found,) = splits["train"].boxes.images[0].annotations
+    (found,) = splits["train"].images[0].annotations
     assert found.segmentation == [[10, 15, 20, 15, 20, 30]] and found.bbox == (10, 15, 10, 15)
 
 
@@ -201,7 +218,7 @@ def test_corners_given_as_corner_and_size_are_recognised(tmp_path):
         read_boxes(coco(tmp_path / "corners", corners))
     # one box that is clipped, among others that cannot be corners, is no such file
     splits, _ = read_boxes(coco(tmp_path / "right", [(5, 5, 20, 20), (40, 30, 70, 50), (50, 20, 10, 10)]))
-    assert len(splits["train"].boxes.images[0].annotations) == 3
+    assert len(splits["train"].images[0].annotations) == 3
 
 
 def test_boxes_are_clipped_dropped_and_counted_and_ids_kept(tmp_path):

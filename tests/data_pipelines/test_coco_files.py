@@ -78,7 +78,7 @@ def test_any_entry_deleted_nulled_or_doubled_is_one_line_or_the_same_set(tmp_pat
 
     def read(coco):
         path.write_text(json.dumps(coco))
-        return read_coco(path)
+        return read_coco(path, tmp_path)
 
     good, errors = read(GOOD), 0
     # A whole annotation, and the box and area of one, are the two things that can be left out without a trace.
@@ -121,14 +121,14 @@ def test_mistakes_name_the_entry(tmp_path, change, message):
     change(coco)
     (tmp_path / "train.json").write_text(json.dumps(coco))
     with pytest.raises(InputError, match=message) as caught:
-        read_coco(tmp_path / "train.json")
+        read_coco(tmp_path / "train.json", tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_brackets_without_end_are_one_line(tmp_path):
     (tmp_path / "train.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="not a COCO file"):
-        read_coco(tmp_path / "train.json")
+        read_coco(tmp_path / "train.json", tmp_path)
 
 
 def test_labels_arrive_and_categories_are_matched_by_name(tmp_path):
@@ -218,7 +218,7 @@ def test_copies_of_entries_count_once(tmp_path, caplog):
         coco[kind] += copy.deepcopy(coco[kind])
     random.Random(1).shuffle(coco["annotations"])
     (tmp_path / "train.json").write_text(json.dumps(coco))
-    found = read_coco(tmp_path / "train.json")
+    found = read_coco(tmp_path / "train.json", tmp_path)
     assert [len(image.annotations) for image in found.images] == [1, 2] and found.categories == {"person": 2, "car": 9}
 
 

@@ -12,7 +12,7 @@ from data_pipelines.builders.coco_boxes import Grid, annotated_image
 from data_pipelines.builders.coco_file import Annotation, CocoImage, read_coco
 from data_pipelines.builders.masks import read_classes
 from data_pipelines.errors import InputError
-from data_pipelines.examples import CorruptExample
+from data_pipelines.examples import CorruptExample, Example
 from data_pipelines.outlines import outline
 from tests.data_pipelines.test_box_files import voc, yolo
 
@@ -82,7 +82,7 @@ def test_images_of_one_stem_and_lists_are_checked(tmp_path):
         (root / "ImageSets" / "train.txt").write_bytes(content)
         refused(read_boxes, root, message=message)
     (root / "ImageSets" / "train.txt").write_text("a\na\nb\n")
-    assert [image.file_name for image in read_boxes(root)[0]["train"].boxes.images] == ["a.png", "b.png"]
+    assert [image.file_name for image in read_boxes(root)[0]["train"].images] == ["a.png", "b.png"]
     (root / "JPEGImages" / "a.bmp").write_bytes((root / "JPEGImages" / "a.png").read_bytes())
     refused(read_boxes, root, message="one stem")
 
@@ -107,13 +107,13 @@ def test_yaml_names_are_as_written(tmp_path, text, names):
     if names is None:
         refused(read_boxes, root, message="data.yaml")
     else:
-        assert list(read_boxes(root)[0]["train"].boxes.categories) == names
+        assert list(read_boxes(root)[0]["train"].categories) == names
 
 
 def test_lists_of_classes_have_no_byte_order_mark(tmp_path):
     root = yolo(tmp_path)
     (root / "classes.txt").write_bytes(b"\xef\xbb\xbfCar\nPeople\nBus\n")
-    assert list(read_boxes(root)[0]["train"].boxes.categories) == ["Car", "People", "Bus"]
+    assert list(read_boxes(root)[0]["train"].categories) == ["Car", "People", "Bus"]
     (root / "classes.txt").write_text("Car\nBus\n", encoding="utf-16")
     refused(read_boxes, root, message="no text in UTF-8")
 
@@ -125,7 +125,7 @@ def test_names_in_coco_files(tmp_path, images, category):
     entries = [{"id": n, "file_name": name} for n, name in enumerate(images)]
     content = {"images": entries, "annotations": [], "categories": [{"id": 1, "name": category}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
-    refused(read_coco, tmp_path / "a.json", message="a.json")
+    refused(read_coco, tmp_path / "a.json", tmp_path, message="a.json")
 
 
 @pytest.mark.parametrize("value", ["1e999", "NaN", "9" * 5000, '"x"'])
@@ -151,4 +151,5 @@ def test_outlines_without_end_are_damage(text):
 @pytest.mark.parametrize("found", [{"size": [30, 40], "counts": [10**18]}, [[1, 2, 3, 4, 5, 6]] * 10_000])
 def test_outlines_that_training_would_skip_are_not_built(tmp_path, found):
     annotation = Annotation("annotation 7", (1, 2, 8, 6), "a", 48, False, found)
-    refused(Grid((40, 30), (40, 30), 1, tmp_path).place_segmentation, annotation, message="annotation 7")
+    grid = Grid(CocoImage("a.png", (40, 30), [annotation]), Example("a.png", b"", "png", 30, 40, 8), tmp_path)
+    refused(grid.place_segmentation, annotation, message="annotation 7")

@@ -170,6 +170,8 @@ def test_boxes_of_one_file_are_split_in_blocks(tmp_path):
     built = build("weak_small_targets", tmp_path / "data", root)
     assert built.counts == {"train": 8, "val": 2}
     assert set(records(built.folder, "val")) == {f"images/{name}.png" for name in NAMES[8:]}
+    boxes = build("coco_boxes", tmp_path / "boxes", root)
+    assert boxes.counts == built.counts and set(records(boxes.folder, "val")) == set(records(built.folder, "val"))
 
 
 def test_masks_of_small_targets_that_are_odd(tmp_path):
