@@ -49,7 +49,7 @@ class Program:
                 f"optimizer.warmup={config.optimizer.warmup} is {warmup} steps, longer than the run "
                 f"(duration={config.duration}, {total} steps): use at most that, or a share such as 10 percent"
             )
-        assert program.state_shapes  # the parameters fit the mesh
+        _ = program.state_shapes  # found out now: that the parameters fit the mesh
         return program
 
     @functools.cached_property
@@ -118,21 +118,10 @@ class Program:
 
     def start(self, initial: Any | None = None) -> TrainState:
         """The state before the first step, with these parameters or with random ones."""
-        shardings = self.shardings
         if initial is None:
-            return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
-
-        def placed() -> Any:
-            return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, shardings.params)
-
-        # Without the parameters: they are there, and compiling their random values takes longer than all else.
-        rest = jax.jit(
-            lambda params: TrainState.create(params, self._optimizer).replace(params=None, average=None),
-            out_shardings=shardings.replace(params=None, average=None),
-        )
-        # Buffers of their own, as the step gives up those of the old state.
-        params = placed()
-        return rest(params).replace(params=params, average=None if shardings.average is None else placed())
+            return jax.jit(self._create, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+        params = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, self.shardings.params)
+        return jax.jit(self._copied, out_shardings=self.shardings)(params)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch as global arrays."""
@@ -150,6 +139,10 @@ class Program:
 
     def _create(self, key: jax.Array) -> TrainState:
         return self._state_of(self.task.init(key))
+
+    def _copied(self, params: Any) -> TrainState:
+        """In buffers of its own, as the step gives up those of the old state."""
+        return self._state_of(jax.tree.map(jnp.copy, params))
 
     def _state_of(self, params: Any) -> TrainState:
         return TrainState.create(params, self._optimizer, average=bool(self.config.optimizer.ema))
