@@ -25,7 +25,7 @@ from absl import logging
 
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, require_writable, writing
-from infmae_jax.training.config import differences, to_config
+from infmae_jax.training.config import differences, flat, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.sharding import path_text
 
@@ -100,8 +100,10 @@ def claim(workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any],
     if resuming:
         stored = read_config(workdir)
         _require_task(workdir, stored, task)
-        theirs = _completed(stored, to_config(type(config)()).to_dict())
-        changed = differences(_with_texts(theirs, _last_part), _with_texts(mine, _last_part), config.FREE_KEYS)
+        default, theirs, ours = (
+            flat(_with_texts(each, _last_part)) for each in (to_config(type(config)()).to_dict(), stored, mine)
+        )
+        changed = differences(default | theirs, ours, config.FREE_KEYS)
         if changed:
             raise InputError(
                 f"{workdir} holds a run with another config, which cannot be resumed: {'; '.join(changed)}. "
@@ -111,16 +113,6 @@ def claim(workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any],
         mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
         with writing(workdir):
             write_object(workdir / CONFIG_NAME, _with_texts(mine, lambda text: _portable(text, workdir)))
-
-
-def _completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested config with the keys that it lacks."""
-    nested = {
-        key: _completed(stored[key], default)
-        for key, default in defaults.items()
-        if isinstance(default, Mapping) and isinstance(stored.get(key), Mapping)
-    }
-    return {**defaults, **stored, **nested}
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
