@@ -27,6 +27,7 @@ from PIL import Image
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, writing
+from data_pipelines.sheets import spread
 from infmae_jax.pictures import MARKS, metric_curve, printable
 from infmae_jax.reporting.history import RunHistory, duration_text, read_history
 from infmae_jax.training.config import flat
@@ -183,8 +184,7 @@ def _pictures(paths: Sequence[Path]) -> str:
         kinds.setdefault(re.sub(r"\d+", "", path.name), []).append(path)
     drawn = []
     for alike in kinds.values():
-        places = {round(place) for place in np.linspace(0, len(alike) - 1, _MAX_PICTURES)}
-        for path in (alike[place] for place in sorted(places, reverse=True)):
+        for path in reversed(spread(alike, _MAX_PICTURES)):
             try:
                 if path.stat().st_size <= _MAX_PICTURE_BYTES:
                     with Image.open(path) as image:
