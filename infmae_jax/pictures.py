@@ -95,7 +95,11 @@ def reconstruction_panel(
         pasted = np.where(hidden[row], rebuilt[row], images[row])
         levels = _to_levels(scores[row].reshape(h, w)).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
         rows.append([colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels]])
-    return _write(_sheet(rows, ~masked.reshape(batch, h, w)), path)
+    panel = _sheet(rows, ~masked.reshape(batch, h, w))
+    if path is not None:
+        with writing(path), atomic_write(path) as partial:
+            Image.fromarray(panel).save(partial, format="PNG")
+    return panel
 
 
 def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool) -> np.ndarray:
@@ -155,13 +159,12 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     return _render(figure)
 
 
-def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
-    """Draws a confusion matrix, shaded by the share of each true class.
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Draws a confusion matrix, shaded by the share of each true class; returns (rows, columns, 3) uint8.
 
     Args:
       matrix: (classes, classes) counts, row = true class, column = predicted class.
       names: the classes' names, in the order of rows and columns.
-      path: PNG to write.
     """
     matrix = np.asarray(matrix)
     names = [printable(name)[:_LONGEST_NAME] for name in names]
@@ -185,7 +188,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path 
             colour = "white" if share[row, column] > 0.5 else "black"
             text = str(int(matrix[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    return _write(_render(figure), path)
+    return _render(figure)
 
 
 def precision_curves(curves: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
@@ -256,15 +259,6 @@ def _render(figure: Figure) -> np.ndarray:
     """The pixels of a figure, (rows, columns, 3) uint8."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def _write(pixels: np.ndarray, path: str | Path | None) -> np.ndarray:
-    """Writes pixels as PNG where a path is given, and returns them."""
-    if path is None:
-        return pixels
-    with writing(path), atomic_write(path) as partial:
-        Image.fromarray(pixels).save(partial, format="PNG")
-    return pixels
 
 
 def class_colours(count: int) -> np.ndarray:
