@@ -22,7 +22,7 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import classification
 from infmae_jax.evaluation.features import LabelledFeatures
 from infmae_jax.interop.trained_model import FEATURES
-from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
+from infmae_jax.training.config import Count, Duration, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Group, Loss, Position
 
@@ -61,9 +61,9 @@ class ProbeConfig(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig(
         name="lars", base_learning_rate=6.4, warmup="11 percent", weight_decay=0.0
     )
-    duration: str = "90 epochs"
-    log_every: str = "10 percent"
-    checkpoint_every: str = "25 percent"
+    duration: Duration = "90 epochs"
+    log_every: Duration = "10 percent"
+    checkpoint_every: Duration = "25 percent"
     csv: str = ""
     shards: tuple[str, ...] = ()
     label_column: tuple[str, ...] = ("label",)

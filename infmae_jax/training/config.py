@@ -2,7 +2,7 @@
 
 Config files build a dataclass and return `to_config` of it; commands turn the ConfigDict, with the overrides of the
 command line, back with `from_config`. Ranges of numbers are annotations, in the notation of intervals:
-`b1: Annotated[float, "[0, 1)"]`.
+`b1: Annotated[float, "[0, 1)"]`. Those of texts list what is allowed: `Annotated[str, "auto, duration"]`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from infmae_jax.training.duration import in_steps
 T = TypeVar("T")
 Count = Annotated[int, "[0, inf)"]
 Seconds = Annotated[int, "[1, inf)"]
+Duration = Annotated[str, "duration"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class OptimizerConfig:
 
     name: Annotated[str, "adamw, lars"] = "adamw"
     base_learning_rate: Annotated[float, "[0, inf)"] = 1.5e-4
-    warmup: str = "40 epochs"
+    warmup: Duration = "40 epochs"
     schedule: Annotated[str, "half_cosine, polynomial"] = "half_cosine"
     power: Annotated[float, "(0, inf)"] = 1.0
     weight_decay: Annotated[float, "[0, inf)"] = 0.05
@@ -120,7 +121,7 @@ class GuardConfig:
     rollback_after: Annotated[int, "[1, inf)"] = 10
     max_rollbacks: Count = 3
     spike_factor: Annotated[float, "[0, inf)"] = 0.0
-    spike_warmup: str = "200 steps"
+    spike_warmup: Duration = "200 steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +155,14 @@ class RunConfig:
     seed: Annotated[int, "[0, 4294967295]"] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    duration: str = "400 epochs"
-    log_every: str = "50 steps"
-    checkpoint_every: str = "1 epochs"
+    duration: Duration = "400 epochs"
+    log_every: Duration = "50 steps"
+    checkpoint_every: Duration = "1 epochs"
     keep_checkpoints: Annotated[int, "[1, inf)"] = 3
     keep_best: Count = 0
     best_metric: str = "loss"
     best_mode: Annotated[str, "min, max"] = "min"
-    keep_every: str = "0 steps"
+    keep_every: Duration = "0 steps"
     on_save_failure: Annotated[str, "stop, continue"] = "stop"
     compilation_cache: str = "~/.cache/infmae/compiled"
     distributed: DistributedConfig = DistributedConfig()
@@ -173,14 +174,6 @@ class RunConfig:
         "mesh.", "log_every", "checkpoint_every", "keep_", "best_", "on_save_failure", "compilation_cache",
         "distributed.", "observe.",
     )  # fmt: skip
-
-    def __post_init__(self):
-        durations = (
-            self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.keep_every,
-            self.guards.spike_warmup,
-        )  # fmt: skip
-        for duration in durations:
-            in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -343,9 +336,13 @@ def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
 
 
 def _within(value: Any, allowed: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"."""
+    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"; "duration" is any of these."""
     if isinstance(value, str):
-        return value in allowed.split(", ")
+        choices = allowed.split(", ")
+        if value not in choices and "duration" in choices:
+            in_steps(value, batch_size=1, num_examples=1, total_steps=1)  # says what is wrong with it
+            return True
+        return value in choices
     low, high = (float(end) for end in allowed[1:-1].split(","))
     above = low <= value if allowed[0] == "[" else low < value
     return above and (value <= high if allowed[-1] == "]" else value < high)
