@@ -251,5 +251,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

@@ -23,8 +23,8 @@ from typing import Any
 import jax
 from absl import logging
 
-from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, require_writable, writing
+from data_pipelines.errors import InputError, refusing
+from data_pipelines.files import atomic_write, local_path, read_regular, require_writable, writing
 from infmae_jax.training.config import differences, flat, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.sharding import path_text
@@ -49,15 +49,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; InputError, in one line, when it holds none."""
-    reason: object = "it holds no object"
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_JSON)))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "brackets within brackets" if isinstance(error, RecursionError) else error
-    raise InputError(f"{path} cannot be read as JSON ({reason}); restore it or start a new run")
+    remedy = "restore it or start a new run"
+    with refusing(f"{path} cannot be read as JSON", remedy, OSError, ValueError, RecursionError):
+        found = json.loads(read_regular(path, _LARGEST_JSON))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
 
 
 def run_path(given: str | os.PathLike, task: str) -> Path:
