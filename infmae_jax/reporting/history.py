@@ -95,13 +95,12 @@ class RunHistory:
     def status(self) -> tuple[str, str]:
         """What became of the run: "finished", "running", "silent", "preempted", "interrupted", "stopped" or "new", and
         a few words about it."""
-        kinds = [event["event"] for event in self.events if event["event"] in ("start", "resume", *_ENDINGS)]
-        if kinds and kinds[-1] in _ENDINGS:
-            event = next(event for event in reversed(self.events) if event["event"] == kinds[-1])
-            if kinds[-1] in ("finished", "stopped"):
-                return kinds[-1], str(event.get("reason", ""))
-            word = "interrupted" if event.get("code") == _INTERRUPTED else kinds[-1]
-            return word, f"at step {int(event['step']):,}; the same command continues it"
+        turns = [event for event in self.events if event["event"] in ("start", "resume", *_ENDINGS)]
+        if turns and (word := turns[-1]["event"]) in _ENDINGS:
+            if word in ("finished", "stopped"):
+                return word, str(turns[-1].get("reason", ""))
+            word = "interrupted" if turns[-1].get("code") == _INTERRUPTED else word
+            return word, f"at step {int(turns[-1]['step']):,}; the same command continues it"
         if self.seen is None:
             return ("silent", "nothing says since when") if self.rows else ("new", "nothing logged yet")
         gaps = np.diff(self.finite("time")[:, 1])

@@ -57,7 +57,7 @@ class Restored:
     step: int
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores the training state of one run.
 
     All processes of a job make one and call the same methods at the same steps. Every checkpoint has a checksum of each
@@ -172,9 +172,6 @@ class Checkpointer:
                 "start over with another --workdir"
             )
         return None
-
-    def __enter__(self) -> Checkpointer:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
         """Waits for the save in flight; reports its failure where the block did not fail already."""

@@ -119,9 +119,12 @@ class Program:
     def start(self, initial: Any | None = None) -> TrainState:
         """The state before the first step, with these parameters or with random ones."""
         if initial is None:
-            return jax.jit(self._create, out_shardings=self.shardings)(jax.random.key(self.config.seed))
+            create = jax.jit(lambda key: self._state_of(self.task.init(key)), out_shardings=self.shardings)
+            return create(jax.random.key(self.config.seed))
         params = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, self.shardings.params)
-        return jax.jit(self._copied, out_shardings=self.shardings)(params)
+        # In buffers of its own, as the step gives up those of the old state.
+        create = jax.jit(lambda given: self._state_of(jax.tree.map(jnp.copy, given)), out_shardings=self.shardings)
+        return create(params)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch as global arrays."""
@@ -136,13 +139,6 @@ class Program:
         if stop not in self._flags:
             self._flags[stop] = step.stop_flag(self.mesh, stop)
         return self.compiled(state, batch, self._flags[stop])
-
-    def _create(self, key: jax.Array) -> TrainState:
-        return self._state_of(self.task.init(key))
-
-    def _copied(self, params: Any) -> TrainState:
-        """In buffers of its own, as the step gives up those of the old state."""
-        return self._state_of(jax.tree.map(jnp.copy, params))
 
     def _state_of(self, params: Any) -> TrainState:
         return TrainState.create(params, self._optimizer, average=bool(self.config.optimizer.ema))

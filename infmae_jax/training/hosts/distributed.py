@@ -145,9 +145,8 @@ def source_digest() -> str:
 
 
 def _check_devices() -> None:
-    counts = [0] * jax.process_count()
-    for device in jax.devices():
-        counts[device.process_index] += 1
+    found = [device.process_index for device in jax.devices()]
+    counts = [found.count(index) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         listing = ", ".join(f"process {i} has {n}" for i, n in enumerate(counts))
         raise InputError(f"processes see different numbers of devices: {listing}; give each the same number")
