@@ -207,7 +207,8 @@ def define_config(default: os.PathLike, help_string: str) -> None:
     config_flags.DEFINE_config_file("config", str(default), help_string)
 
 
-def _require_key(known: Mapping[str, Any], key: str) -> None:
+def _require_key(known: Mapping[str, Any], key: str, path: str = "") -> None:
+    """InputError, with the nearest key, where `key` is not one of those that are known in the section `path`."""
     if key in known:
         return
     if inside := [name for name in known if name.startswith(f"{key}.")]:
@@ -216,8 +217,8 @@ def _require_key(known: Mapping[str, Any], key: str) -> None:
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.6)
     names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
-    hint = f"did you mean {near[0]}?" if near else f"known are {names}"
-    raise InputError(f"config key {key} is unknown; {hint}")
+    hint = f"did you mean {path}{near[0]}?" if near else f"known are {names}"
+    raise InputError(f"config key {path}{key} is unknown; {hint}")
 
 
 def to_config(value: Any) -> ConfigDict:
@@ -251,10 +252,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     if not path and "task" in config and "task" not in fields:
         raise InputError(f"config is of fine-tuning (task {reprlib.repr(config['task'])}): use infmae finetune for it")
     for key in config:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
-            raise InputError(f"config key {path}{key} is unknown; {hint}")
+        _require_key(fields, key, path)
     values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in config}
     try:
         return cls(**values)
