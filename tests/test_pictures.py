@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import InputError
+from data_pipelines.sheets import GAP, HEADING, LINE
 from infmae_jax import pictures
-
-GAP, HEAD = pictures._GAP, pictures._HEAD
 
 
 def example(batch=2, h=3, w=12, channels=3, seed=0):
@@ -73,10 +72,11 @@ def test_panel_cells(tmp_path, colormap):
     assert np.array_equal(np.asarray(Image.open(path)), panel)
     assert [p.name for p in path.parent.iterdir()] == ["panel.png"]
     batch, height, width = images.shape
-    assert panel.shape == (HEAD + batch * (height + GAP) + GAP, 5 * (width + GAP) + GAP, 3)
+    below = GAP + LINE
+    assert panel.shape == (HEADING + batch * (height + below), 5 * (width + GAP) + GAP, 3)
 
     def cell(row, column):
-        top, left = HEAD + GAP + row * (height + GAP), GAP + column * (width + GAP)
+        top, left = HEADING + row * (height + below), GAP + column * (width + GAP)
         return panel[top : top + height, left : left + width].astype(int)
 
     table = np.rint(matplotlib.colormaps[colormap](np.arange(256))[:, :3] * 255).astype(int)
