@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from absl import logging
@@ -187,44 +187,43 @@ def workdir_lock(run: str | Path) -> Iterator[None]:
     path = Path(local_path(run, "--workdir")) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise InputError(
             f"{run} cannot be used as --workdir: {error.strerror or error}; make it writable or choose another"
         ) from error
-    try:
-        _lock(descriptor, run)
+    with file:
+        _lock(file, run)
         yield
-        _write(descriptor, "")
-    finally:
-        os.close(descriptor)
+        _write(file, "")
 
 
-def _lock(descriptor: int, run: str | Path) -> None:
+def _lock(file: BinaryIO, run: str | Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"{run} is in use by {_holder(descriptor)}; wait for it, end it, or choose another --workdir"
+            f"{run} is in use by {_holder(file)}; wait for it, end it, or choose another --workdir"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
         logging.warning("%s is on a file system without locks: see to it that no second run uses it", run)
         return
-    _write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
+    _write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
 
 
-def _write(descriptor: int, text: str) -> None:
+def _write(file: BinaryIO, text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        file.truncate(0)
+        file.write(text.encode())
 
 
-def _holder(descriptor: int) -> str:
+def _holder(file: BinaryIO) -> str:
     """Who holds the lock, as far as its file says."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        file.seek(0)
+        holder = json.loads(file.read(4096))
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
