@@ -29,7 +29,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.sheets import spread
 from infmae_jax.pictures import MARKS, metric_curve, printable
-from infmae_jax.reporting.history import RunHistory, duration_text, read_history
+from infmae_jax.reporting.history import RunHistory, duration_text
 from infmae_jax.training.config import flat
 
 NAME = "report.html"
@@ -73,7 +73,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
       InputError: `run` is not a run folder, or the page cannot be written or does not end in .html.
     """
-    history = read_history(run)
+    history = RunHistory(run)
     path = Path(local_path(output or history.folder / NAME, "output"))
     if path.suffix.lower() != ".html":  # it may be a file of the run itself
         raise InputError(f"output {path} is no page: name a file that ends in .html")
@@ -247,7 +247,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise InputError("give one run folder: python -m infmae_jax.report RUN [--output=FILE.html]")
     path = write_report(argv[1], flags.FLAGS.output)
-    print(f"{summary(read_history(argv[1]))}\n{'page':<26}{path}")
+    print(f"{summary(RunHistory(argv[1]))}\n{'page':<26}{path}")
 
 
 if __name__ == "__main__":
