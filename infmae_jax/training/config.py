@@ -97,7 +97,7 @@ class DistributedConfig:
       notice_url: a URL that answers TRUE when this machine is about to be taken away; empty: only signals count.
     """
 
-    method: str = "none"
+    method: Annotated[str, "none, tpu, slurm, open_mpi, addresses"] = "none"
     coordinator: str = ""
     num_processes: Annotated[int, "[1, inf)"] = 1
     process_id: Count = 0
