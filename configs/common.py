@@ -47,8 +47,9 @@ def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
     """As `pretrain`; the smoke form trains the tiny variant's encoder on a few synthetic scenes."""
     if not check_argument(arg):
         return to_config(config)
+    unnamed = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=()))
     return _shrunk(
-        config,
+        unnamed,
         variant="",
         encoder=dataclasses.replace(config.encoder, dtype="float32"),
         head=dataclasses.replace(config.head, **_SMOKE_HEADS[config.task]),
