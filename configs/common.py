@@ -1,7 +1,5 @@
 """What configs share: the `:smoke` form, a CPU-sized run of the same code."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

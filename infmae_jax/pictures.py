@@ -4,8 +4,6 @@ Curves and matrices are drawn on matplotlib's Agg canvas, imported when first us
 in the training loop, in threads and without a display. Text is drawn as it is, without mathematical markup.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -231,7 +229,7 @@ def _to_levels(scores: np.ndarray) -> np.ndarray:
     return np.rint((scores - scores.min()) / (spread or 1.0) * 255).astype(np.uint8)
 
 
-def _figure(width: int, height: int, zoom: float = 1) -> Figure:
+def _figure(width: int, height: int, zoom: float = 1) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -240,7 +238,7 @@ def _figure(width: int, height: int, zoom: float = 1) -> Figure:
     return figure
 
 
-def _render(figure: Figure) -> np.ndarray:
+def _render(figure: "Figure") -> np.ndarray:
     """The pixels of a figure, (rows, columns, 3) uint8."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()

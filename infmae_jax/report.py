@@ -7,8 +7,6 @@ roll-backs and damaged checkpoints marked, events with the records of skipped ba
 exactly ran. A run may be looked at while it trains.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io

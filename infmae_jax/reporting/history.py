@@ -1,7 +1,5 @@
 """What a run folder says about its run, however little is there yet and however long the run was."""
 
-from __future__ import annotations
-
 import collections
 import functools
 import math

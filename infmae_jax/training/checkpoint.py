@@ -1,7 +1,5 @@
 """The checkpoints of a training run: saved in the background, kept by rule, restored only whole."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses

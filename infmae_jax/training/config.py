@@ -5,8 +5,6 @@ command line, back with `from_config`. Ranges of numbers are annotations, in the
 `b1: Annotated[float, "[0, 1)"]`. Those of texts list what is allowed: `Annotated[str, "auto, duration"]`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import os

@@ -1,7 +1,5 @@
 """Files of lines, as long runs make them: appended to whole or not at all, read from the end, in bounded memory."""
 
-from __future__ import annotations
-
 import functools
 import io
 import mmap

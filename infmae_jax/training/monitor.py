@@ -1,7 +1,5 @@
 """Reads a run's metrics one step late, and tells people and the loop what they say."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

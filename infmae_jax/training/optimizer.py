@@ -1,7 +1,5 @@
 """AdamW and LARS by parameter groups, and learning-rate schedules."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Profiler traces of chosen steps, on every host, to be opened with TensorBoard or XProf."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path

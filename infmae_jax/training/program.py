@@ -1,10 +1,8 @@
 """The one program of a task: schedule, shapes, layout and the compiled step, for whoever trains, measures or checks."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +32,7 @@ class Program:
     _flags: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def build(cls, task: Task, config: RunConfig, mesh: Mesh) -> Program:
+    def build(cls, task: Task, config: RunConfig, mesh: Mesh) -> Self:
         """InputError: batch, durations or parameters do not fit the mesh or each other."""
         parts = sharding.batch_parts(mesh)
         if task.batch_size % (parts * config.optimizer.accumulate):

@@ -1,7 +1,5 @@
 """One run in its folder: everything of training that is not training."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -5,8 +5,6 @@ RUN/run_info.json   what exactly ran: parameters, devices, versions, data set
 RUN/.lock           keeps other runs out while one works there
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -4,8 +4,6 @@ Losing a line must never lose the run: where a file refuses (full disk, folder g
 one is a warning, and each later line is tried anew. No line is ever left half-written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -73,6 +71,50 @@ class _Log(contextlib.AbstractContextManager):
         return True
 
 
+class _Lines(_Log):
+    """One JSON object a line; where steps grow, it may be rewound."""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._file.append((json.dumps(_plain(row), allow_nan=False) + "\n").encode())
+
+    def rewind(self, step: int) -> None:
+        end = 0
+        if step > 0 and self._file.size:
+            for line, line_end in lines_from_the_end(self._file.path):
+                found = _parse_line(line).get("step")
+                if _is_step(found) and found < step:
+                    end = line_end
+                    break
+        self._file.truncate(end)
+
+
+class _TensorBoard(_Log):
+    """Event files in `folder`, one record a logged step.
+
+    Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
+    """
+
+    def __init__(self, folder: Path):
+        # A file for each process; TensorBoard reads them in the order of their names.
+        seconds, fraction = divmod(time.time_ns(), 10**9)
+        super().__init__(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}", folder.name)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
+
+    def rewind(self, step: int) -> None:
+        # TensorBoard drops what it has of this step and later when it reads a session start there.
+        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def _append(self, **event: Any) -> None:
+        data = _record(Event(**{"wall_time": time.time(), **event}))
+        if self._file.size == 0:
+            data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
+        self._file.append(data)
+
+
 class EventLog:
     """Appends what happens to a run to RUN/events.jsonl; does nothing where `active` is False.
 
@@ -132,50 +174,6 @@ class MetricsWriter:
         for log in self._logs:
             with log:
                 act(log)
-
-
-class _Lines(_Log):
-    """One JSON object a line; where steps grow, it may be rewound."""
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self._file.append((json.dumps(_plain(row), allow_nan=False) + "\n").encode())
-
-    def rewind(self, step: int) -> None:
-        end = 0
-        if step > 0 and self._file.size:
-            for line, line_end in lines_from_the_end(self._file.path):
-                found = _parse_line(line).get("step")
-                if _is_step(found) and found < step:
-                    end = line_end
-                    break
-        self._file.truncate(end)
-
-
-class _TensorBoard(_Log):
-    """Event files in `folder`, one record a logged step.
-
-    Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
-    """
-
-    def __init__(self, folder: Path):
-        # A file for each process; TensorBoard reads them in the order of their names.
-        seconds, fraction = divmod(time.time_ns(), 10**9)
-        super().__init__(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}", folder.name)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
-        self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
-
-    def rewind(self, step: int) -> None:
-        # TensorBoard drops what it has of this step and later when it reads a session start there.
-        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
-
-    def _append(self, **event: Any) -> None:
-        data = _record(Event(**{"wall_time": time.time(), **event}))
-        if self._file.size == 0:
-            data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
-        self._file.append(data)
 
 
 def _record(event: Any) -> bytes:
