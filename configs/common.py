@@ -1,8 +1,7 @@
 """What configs share: the `:smoke` form, a CPU-sized run of the same code."""
 
-from __future__ import annotations
-
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -32,18 +31,11 @@ def check_argument(arg: str) -> bool:
 
 def pretrain(config: PretrainConfig, arg: str) -> ConfigDict:
     """The config as ConfigDict, shrunk to seconds of CPU time when `arg` is "smoke"."""
-    return to_config(_smoke(config) if check_argument(arg) else config)
-
-
-def _smoke(config: PretrainConfig) -> PretrainConfig:
-    return dataclasses.replace(
+    if not check_argument(arg):
+        return to_config(config)
+    return _shrunk(
         config,
         model=config.model.replace(**_SMOKE_MODEL),
-        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0),
-        optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
-        duration="6 steps",
-        log_every="1 steps",
-        checkpoint_every="3 steps",
         picture_every="3 steps",
         embedded=EmbeddedConfig(images=24, height=96, width=128, probe_images=config.embedded.probe_images and 24),
     )
@@ -53,18 +45,27 @@ def finetune(config: FineTuneConfig, arg: str) -> ConfigDict:
     """As `pretrain`; the smoke form trains the tiny variant's encoder on a few synthetic scenes."""
     if not check_argument(arg):
         return to_config(config)
-    small = dataclasses.replace(
-        config,
+    unnamed = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=()))
+    return _shrunk(
+        unnamed,
         variant="",
         encoder=dataclasses.replace(config.encoder, dtype="float32"),
         head=dataclasses.replace(config.head, **_SMOKE_HEADS[config.task]),
-        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0, shards=()),
         windows=Windows((0, 0), batch_size=1),
+        evaluate_every="3 steps",
+        embedded=EmbeddedLabels(images=24, height=96, width=128),
+    )
+
+
+def _shrunk(config: PretrainConfig | FineTuneConfig, **changes: Any) -> ConfigDict:
+    """A run of six steps on small images, with what else its kind of task changes."""
+    small = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, image_size=(64, 64), batch_size=8, workers=0),
         optimizer=dataclasses.replace(config.optimizer, warmup="2 steps"),
         duration="6 steps",
         log_every="1 steps",
         checkpoint_every="3 steps",
-        evaluate_every="3 steps",
-        embedded=EmbeddedLabels(images=24, height=96, width=128),
+        **changes,
     )
     return to_config(small)

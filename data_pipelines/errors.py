@@ -33,4 +33,5 @@ def refusing(what: str, remedy: str, *kinds: type[Exception]) -> Iterator[None]:
     except InputError:
         raise
     except kinds as error:
-        raise InputError(f"{what} ({' '.join(str(error).split())}): {remedy}") from error
+        reason = "brackets within brackets" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise InputError(f"{what} ({reason}): {remedy}") from error

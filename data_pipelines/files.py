@@ -125,7 +125,7 @@ def read_regular(path: str | os.PathLike, most: int) -> bytes:
     if status.st_size > most:
         raise InputError(f"{path} has {status.st_size} bytes, more than the {most} that such a file may have: split it")
     with open(path, "rb") as file:
-        return file.read(most)
+        return file.read(status.st_size)  # not `most`, for which memory would be taken
 
 
 def output_file(given: str | os.PathLike, what: str) -> Path:

@@ -4,8 +4,6 @@ Curves and matrices are drawn on matplotlib's Agg canvas, imported when first us
 in the training loop, in threads and without a display. Text is drawn as it is, without mathematical markup.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write, writing
-from data_pipelines.sheets import Tile, draw_sheet
+from data_pipelines.sheets import GAP, Tile, draw_sheet
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD, grid_to_tokens, token_grid, tokens_to_grid
 
 if TYPE_CHECKING:
@@ -28,8 +26,6 @@ _EPSILON = 1e-6  # of the per-patch normalisation, as in the loss
 _HIDDEN = np.array([94, 104, 122], np.uint8)  # slate, in neither colour map: masked never looks like a temperature
 _FRAME = "#35d4e8"
 _DPI = 100
-_GAP = 6  # pixels between the cells of a panel
-_HEAD = 26  # pixels for the titles
 _SMALLEST_CELL = 160  # pixels: below it, titles collide and patches cannot be told apart
 MARKS = {  # what may be marked on a curve: colour and matplotlib marker
     "restart": ("#1f77b4", ">"),
@@ -88,14 +84,25 @@ def reconstruction_panel(
     hidden = masked.reshape(batch, h, w).repeat(PATCH, axis=1).repeat(PATCH, axis=2)
     rebuilt = reconstructed_pixels(images, pred, norm_pix)
     colours = _colour_table(colormap)
-    rows = []
+    zoom = max(1, -(-_SMALLEST_CELL // width))
+    rows: list[list[Tile]] = []
     for row in range(batch):
         veiled = colours[images[row]]
         veiled[hidden[row]] = _HIDDEN
         pasted = np.where(hidden[row], rebuilt[row], images[row])
         levels = _to_levels(scores[row].reshape(h, w)).repeat(PATCH, axis=0).repeat(PATCH, axis=1)
-        rows.append([colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels]])
-    return _write(_sheet(rows, ~masked.reshape(batch, h, w)), path)
+        cells = (colours[images[row]], veiled, colours[rebuilt[row]], colours[pasted], colours[levels])
+        drawn = [Image.fromarray(cell.repeat(zoom, axis=0).repeat(zoom, axis=1)) for cell in cells]
+        for corner in np.argwhere(~masked[row].reshape(h, w)) * PATCH * zoom:
+            top, left = corner.tolist()
+            frame = left + 1, top + 1, left + PATCH * zoom - 2, top + PATCH * zoom - 2
+            ImageDraw.Draw(drawn[-1]).rectangle(frame, outline=_FRAME, width=zoom)
+        rows.append([(picture, "") for picture in drawn])
+    panel = np.asarray(draw_sheet(PANEL_TITLES, rows))
+    if path is not None:
+        with writing(path), atomic_write(path) as partial:
+            Image.fromarray(panel).save(partial, format="PNG")
+    return panel
 
 
 def reconstructed_pixels(images: np.ndarray, pred: np.ndarray, norm_pix: bool) -> np.ndarray:
@@ -155,13 +162,12 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     return _render(figure)
 
 
-def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
-    """Draws a confusion matrix, shaded by the share of each true class.
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Draws a confusion matrix, shaded by the share of each true class; returns (rows, columns, 3) uint8.
 
     Args:
       matrix: (classes, classes) counts, row = true class, column = predicted class.
       names: the classes' names, in the order of rows and columns.
-      path: PNG to write.
     """
     matrix = np.asarray(matrix)
     names = [printable(name)[:_LONGEST_NAME] for name in names]
@@ -185,7 +191,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | Path 
             colour = "white" if share[row, column] > 0.5 else "black"
             text = str(int(matrix[row, column]))
             axis.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
-    return _write(_render(figure), path)
+    return _render(figure)
 
 
 def precision_curves(curves: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
@@ -223,7 +229,7 @@ def _to_levels(scores: np.ndarray) -> np.ndarray:
     return np.rint((scores - scores.min()) / (spread or 1.0) * 255).astype(np.uint8)
 
 
-def _figure(width: int, height: int, zoom: float = 1) -> Figure:
+def _figure(width: int, height: int, zoom: float = 1) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -232,39 +238,10 @@ def _figure(width: int, height: int, zoom: float = 1) -> Figure:
     return figure
 
 
-def _sheet(rows: list[list[np.ndarray]], framed: np.ndarray) -> np.ndarray:
-    """Pictures of one size (H,W,3) uint8 in rows under `PANEL_TITLES`, none resampled; (rows,h,w) bool says which
-    patches of a row's last picture are framed."""
-    height, width, _ = rows[0][0].shape
-    zoom = max(1, -(-_SMALLEST_CELL // width))
-    down, across, side = zoom * height + _GAP, zoom * width + _GAP, zoom * PATCH
-    sheet = Image.new("RGB", (len(PANEL_TITLES) * across + _GAP, _HEAD + len(rows) * down + _GAP), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, title in enumerate(PANEL_TITLES):
-        left = _GAP + column * across
-        draw.text((left + (across - _GAP) / 2, _HEAD / 2), title, "black", font, anchor="mm")
-        for row, cells in enumerate(rows):
-            cell = cells[column].repeat(zoom, axis=0).repeat(zoom, axis=1)
-            sheet.paste(Image.fromarray(cell), (left, _HEAD + _GAP + row * down))
-    for row, y, x in np.argwhere(framed).tolist():
-        top, start = _HEAD + _GAP + row * down + y * side, left + x * side
-        draw.rectangle((start + 1, top + 1, start + side - 2, top + side - 2), outline=_FRAME, width=zoom)
-    return np.asarray(sheet)
-
-
-def _render(figure: Figure) -> np.ndarray:
+def _render(figure: "Figure") -> np.ndarray:
     """The pixels of a figure, (rows, columns, 3) uint8."""
     figure.canvas.draw()
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-
-
-def _write(pixels: np.ndarray, path: str | Path | None) -> np.ndarray:
-    """Writes pixels as PNG where a path is given, and returns them."""
-    if path is None:
-        return pixels
-    with writing(path), atomic_write(path) as partial:
-        Image.fromarray(pixels).save(partial, format="PNG")
-    return pixels
 
 
 def class_colours(count: int) -> np.ndarray:
@@ -306,21 +283,21 @@ def _with_legend(picture: Image.Image, classes: Iterable[int], names: Sequence[s
     colours, font = class_colours(256), ImageFont.load_default()
     texts = [printable(names[number])[:_LONGEST_NAME] for number in present]
     texts = [text if number else f"({text})" for number, text in zip(present, texts, strict=True)]
-    widths = [_SWATCH + int(font.getlength(text)) + 2 * _GAP for text in texts]
+    widths = [_SWATCH + int(font.getlength(text)) + 2 * GAP for text in texts]
     places, right, line = [], 0, 0
     for width in widths:
         if right and right + width > max(picture.width, _SMALLEST_CELL):
             right, line = 0, line + 1
-        places.append((right, picture.height + line * (_SWATCH + _GAP) + _GAP // 2))
+        places.append((right, picture.height + line * (_SWATCH + GAP) + GAP // 2))
         right += width
-    size = max(picture.width, _SMALLEST_CELL, *widths), picture.height + (line + 1) * (_SWATCH + _GAP)
+    size = max(picture.width, _SMALLEST_CELL, *widths), picture.height + (line + 1) * (_SWATCH + GAP)
     whole = Image.new("RGB", size, "white")
     whole.paste(picture, (0, 0))
     draw = ImageDraw.Draw(whole)
     for number, text, (left, top) in zip(present, texts, places, strict=True):
         colour = tuple(colours[number].tolist()) if number else None
         draw.rectangle((left, top, left + _SWATCH, top + _SWATCH), fill=colour, outline="gray")
-        draw.text((left + _SWATCH + _GAP, top), text, fill="black", font=font)
+        draw.text((left + _SWATCH + GAP, top), text, fill="black", font=font)
     return whole
 
 
@@ -329,7 +306,7 @@ def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple
 
     Frames and magnified targets have the same numbers, from 1, in the order of `centres` (row, column).
     """
-    picture = Image.new("RGB", (image.shape[1] + 2 * (_INSET + _GAP), max(image.shape[0], _INSET + _GAP)), "white")
+    picture = Image.new("RGB", (image.shape[1] + 2 * (_INSET + GAP), max(image.shape[0], _INSET + GAP)), "white")
     picture.paste(Image.fromarray(image), (0, 0))
     draw = ImageDraw.Draw(picture)
     half = _INSET // _MAGNIFIED // 2
@@ -340,12 +317,12 @@ def target_overlay(image: np.ndarray, found: np.ndarray, centres: Sequence[tuple
         draw.rectangle((column - half, row - half, column + half, row + half), outline=_FRAME)
         draw.text((column + half + 2, row - half - 2), str(place + 1), fill=_FRAME)
         column_of_insets, line = place % 2, place // 2
-        top = line * (_INSET + _GAP)
+        top = line * (_INSET + GAP)
         if top + _INSET > picture.height:
             continue
         part = marked[round(row) : round(row) + 2 * half, round(column) : round(column) + 2 * half]
         inset = Image.fromarray(np.ascontiguousarray(part)).resize((_INSET, _INSET), Image.Resampling.NEAREST)
-        left = image.shape[1] + _GAP + column_of_insets * (_INSET + _GAP)
+        left = image.shape[1] + GAP + column_of_insets * (_INSET + GAP)
         picture.paste(inset, (left, top))
         draw.text((left + 3, top + 1), str(place + 1), fill=_FRAME)
     return picture

@@ -7,8 +7,6 @@ roll-backs and damaged checkpoints marked, events with the records of skipped ba
 exactly ran. A run may be looked at while it trains.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import io
@@ -27,8 +25,9 @@ from PIL import Image
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, writing
+from data_pipelines.sheets import spread
 from infmae_jax.pictures import MARKS, metric_curve, printable
-from infmae_jax.reporting.history import RunHistory, duration_text, read_history
+from infmae_jax.reporting.history import RunHistory, duration_text
 from infmae_jax.training.config import flat
 
 NAME = "report.html"
@@ -72,7 +71,7 @@ def write_report(run: str | Path, output: str | Path | None = None) -> Path:
     Raises:
       InputError: `run` is not a run folder, or the page cannot be written or does not end in .html.
     """
-    history = read_history(run)
+    history = RunHistory(run)
     path = Path(local_path(output or history.folder / NAME, "output"))
     if path.suffix.lower() != ".html":  # it may be a file of the run itself
         raise InputError(f"output {path} is no page: name a file that ends in .html")
@@ -183,8 +182,7 @@ def _pictures(paths: Sequence[Path]) -> str:
         kinds.setdefault(re.sub(r"\d+", "", path.name), []).append(path)
     drawn = []
     for alike in kinds.values():
-        places = {round(place) for place in np.linspace(0, len(alike) - 1, _MAX_PICTURES)}
-        for path in (alike[place] for place in sorted(places, reverse=True)):
+        for path in reversed(spread(alike, _MAX_PICTURES)):
             try:
                 if path.stat().st_size <= _MAX_PICTURE_BYTES:
                     with Image.open(path) as image:
@@ -247,9 +245,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) != 2:
         raise InputError("give one run folder: python -m infmae_jax.report RUN [--output=FILE.html]")
     path = write_report(argv[1], flags.FLAGS.output)
-    print(f"{summary(read_history(argv[1]))}\n{'page':<26}{path}")
+    print(f"{summary(RunHistory(argv[1]))}\n{'page':<26}{path}")
 
 
 if __name__ == "__main__":
-    _define_flags()
-    run_command(main)
+    run_command(main, define_flags=_define_flags)

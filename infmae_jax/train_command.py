@@ -22,8 +22,7 @@ Config = PretrainConfig | FineTuneConfig
 
 
 def begin(config: Config) -> None:
-    """Before any data are made; InputError where they would be made by several processes at once, or none can join."""
-    distributed.require_method(config.distributed)
+    """Before any data are made; InputError where they would be made by several processes at once."""
     use_compilation_cache(config)
     if config.distributed.method != "none" and config.embedded.images and not config.data.shards:
         raise InputError("the embedded data set is made for one process; give the shards of several: data.shards")

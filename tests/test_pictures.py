@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.errors import InputError
+from data_pipelines.sheets import GAP, HEADING, LINE
 from infmae_jax import pictures
-
-GAP, HEAD = pictures._GAP, pictures._HEAD
 
 
 def example(batch=2, h=3, w=12, channels=3, seed=0):
@@ -73,10 +72,11 @@ def test_panel_cells(tmp_path, colormap):
     assert np.array_equal(np.asarray(Image.open(path)), panel)
     assert [p.name for p in path.parent.iterdir()] == ["panel.png"]
     batch, height, width = images.shape
-    assert panel.shape == (HEAD + batch * (height + GAP) + GAP, 5 * (width + GAP) + GAP, 3)
+    below = GAP + LINE
+    assert panel.shape == (HEADING + batch * (height + below), 5 * (width + GAP) + GAP, 3)
 
     def cell(row, column):
-        top, left = HEAD + GAP + row * (height + GAP), GAP + column * (width + GAP)
+        top, left = HEADING + row * (height + below), GAP + column * (width + GAP)
         return panel[top : top + height, left : left + width].astype(int)
 
     table = np.rint(matplotlib.colormaps[colormap](np.arange(256))[:, :3] * 255).astype(int)
@@ -158,12 +158,11 @@ def test_curves_of_odd_values(values):
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 40])
-def test_confusion_matrix(tmp_path, classes):
+def test_confusion_matrix(classes):
     """Every class is always taken for the next one: cells beside the diagonal are dark, all others are light."""
     names = [f"class {i} " + "x" * (i % 5) for i in range(classes)]
     matrix = np.roll(np.eye(classes, dtype=int) * np.arange(1, classes + 1), 1, axis=1)
-    pictures.confusion_matrix(matrix, names, tmp_path / "m.png")
-    image = np.asarray(Image.open(tmp_path / "m.png"))
+    image = pictures.confusion_matrix(matrix, names)
     assert max(image.shape) < 2000
     for edge in (image[0], image[-1], image[:, 0], image[:, -1]):
         assert edge.min() == 255  # nothing is cut off at the border
@@ -175,13 +174,13 @@ def test_confusion_matrix(tmp_path, classes):
         x = round(left + (right - left) * (column + 0.2) / classes)
         assert (dark if matrix[row, column] else light)[y, x], (row, column)
     with pytest.raises(ValueError, match="class names"):
-        pictures.confusion_matrix(np.zeros((2, 3)), ["a", "b"], tmp_path / "m.png")
+        pictures.confusion_matrix(np.zeros((2, 3)), ["a", "b"])
 
 
-def test_class_names_are_drawn_as_they_are(tmp_path):
+def test_class_names_are_drawn_as_they_are():
     """Markup that matplotlib cannot parse, changes of direction, control characters, scripts without glyphs."""
     names = ["$\\frac{a", "US$ and A$", "\u202egnp.exe", "\x1b[31m", "a\nb", "\u6797", "\ud800", "<b>&"]
-    pictures.confusion_matrix(np.eye(len(names)), names, tmp_path / "m.png")
+    pictures.confusion_matrix(np.eye(len(names)), names)
     assert pictures.printable("a\u202eb\nc\x1b\ud800 d\u00e9") == "a\\u202eb\\u000ac\\u001b\\ud800 d\u00e9"
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from data_pipelines import masking, transforms
 from data_pipelines.errors import InputError
 from data_pipelines.intensity import Intensity
+from data_pipelines.sheets import GAP
 from data_pipelines.synthetic import generate_scene
-from infmae_jax import pictures
 from infmae_jax.interop.load import load, write
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import variant
@@ -91,7 +91,7 @@ def test_random_masks_follow_the_seed_and_original_size_is_kept(image_files, tmp
     again = [reconstruct(folder, image_files, output, image_size=(32, 48), seed=s) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
     assert len(reconstruct(folder, image_files[:2], output, image_size=(80, 112))) == 2
-    assert Image.open(output).width == 5 * (2 * 112 + pictures._GAP) + pictures._GAP
+    assert Image.open(output).width == 5 * (2 * 112 + GAP) + GAP
 
 
 def test_mistakes_are_one_line(run, image_files, tmp_path):

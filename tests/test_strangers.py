@@ -33,7 +33,7 @@ from infmae_jax.interop import load, safetensors_file
 from infmae_jax.models.config import InfMAEConfig
 from infmae_jax.predict import _begun
 from infmae_jax.report import render, summary
-from infmae_jax.reporting.history import read_history
+from infmae_jax.reporting.history import RunHistory
 from infmae_jax.tasks.finetuned import load_finetuned
 from tests.data_pipelines.shard_sets import make_set
 from tests.data_pipelines.test_coco_files import GOOD, places
@@ -182,7 +182,7 @@ def test_metrics_and_events(tmp_path, tries):
         for name in ("metrics.jsonl", "events.jsonl"):
             (tmp_path / name).write_text(f"{json.dumps(row)}\n{text}\n{json.dumps(event)}\n")
         with bounded():
-            history = read_history(tmp_path)
+            history = RunHistory(tmp_path)
             assert summary(history).replace("\n", "").isprintable() and render(history)
 
     tries(spoiled(row) | spoiled(event), check)

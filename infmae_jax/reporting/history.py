@@ -1,9 +1,6 @@
 """What a run folder says about its run, however little is there yet and however long the run was."""
 
-from __future__ import annotations
-
 import collections
-import dataclasses
 import functools
 import math
 import time
@@ -24,9 +21,11 @@ _SILENT_SECONDS = 600.0  # at least; a run that logs rarely may be silent for lo
 _SILENT_ROWS = 10
 
 
-@dataclasses.dataclass(frozen=True)
 class RunHistory:
-    """The contents of a run folder.
+    """The contents of a run folder, its metrics.jsonl read line by line in bounded memory.
+
+    Args:
+      run: run folder.
 
     Attributes:
       folder: the run folder.
@@ -36,16 +35,35 @@ class RunHistory:
       pictures: PNG files in RUN/pictures, by name.
       problems: one line for each file that could not be read, or not read whole.
       now: unix seconds of reading.
+
+    Raises:
+      InputError: `run` holds none of the files of a run.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    record: dict[str, Any]
-    rows: list[dict[str, Any]]
-    events: list[dict[str, Any]]
-    pictures: list[Path]
-    problems: list[str]
-    now: float
+    def __init__(self, run: str | Path):
+        self.folder, self.now = Path(run).expanduser(), time.time()
+        names = (CONFIG_NAME, RUN_INFO_NAME, METRICS_NAME, EVENTS_NAME)
+        if not any((self.folder / name).is_file() for name in names):
+            known = ", ".join(names)
+            raise InputError(f"{run} is not a run folder: it has none of {known}; give the --workdir of a run")
+        self.problems: list[str] = []
+        self.config, self.record = self._read_object(CONFIG_NAME), self._read_object(RUN_INFO_NAME)
+        found = read_metrics(self.folder, at_most=MOST_ROWS)
+        if len(found) >= MOST_ROWS:
+            self.problems.append(f"{METRICS_NAME} is long: {len(found)} rows, evenly spread, are shown")
+        rows = {row["step"]: row for row in found}  # of two rows of a step the later
+        self.rows = [rows[step] for step in sorted(rows)]
+        self.events = read_events(self.folder)
+        self.pictures = sorted((self.folder / "pictures").rglob("*.png"))
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        try:
+            if (self.folder / name).is_file():
+                return read_object(self.folder / name)
+            self.problems.append(f"{name} is missing")
+        except InputError as error:
+            self.problems.append(str(error).replace(f"{self.folder}/", ""))
+        return {}
 
     @functools.cached_property
     def series(self) -> dict[str, np.ndarray]:
@@ -95,13 +113,12 @@ class RunHistory:
     def status(self) -> tuple[str, str]:
         """What became of the run: "finished", "running", "silent", "preempted", "interrupted", "stopped" or "new", and
         a few words about it."""
-        kinds = [event["event"] for event in self.events if event["event"] in ("start", "resume", *_ENDINGS)]
-        if kinds and kinds[-1] in _ENDINGS:
-            event = next(event for event in reversed(self.events) if event["event"] == kinds[-1])
-            if kinds[-1] in ("finished", "stopped"):
-                return kinds[-1], str(event.get("reason", ""))
-            word = "interrupted" if event.get("code") == _INTERRUPTED else kinds[-1]
-            return word, f"at step {int(event['step']):,}; the same command continues it"
+        turns = [event for event in self.events if event["event"] in ("start", "resume", *_ENDINGS)]
+        if turns and (word := turns[-1]["event"]) in _ENDINGS:
+            if word in ("finished", "stopped"):
+                return word, str(turns[-1].get("reason", ""))
+            word = "interrupted" if turns[-1].get("code") == _INTERRUPTED else word
+            return word, f"at step {int(turns[-1]['step']):,}; the same command continues it"
         if self.seen is None:
             return ("silent", "nothing says since when") if self.rows else ("new", "nothing logged yet")
         gaps = np.diff(self.finite("time")[:, 1])
@@ -111,40 +128,9 @@ class RunHistory:
         return "running", f"last sign of life {duration_text(silent)} ago"
 
 
-def read_history(run: str | Path) -> RunHistory:
-    """Reads a run folder, its metrics.jsonl line by line in bounded memory.
-
-    Raises:
-      InputError: `run` holds none of the files of a run.
-    """
-    folder = Path(run).expanduser()
-    names = (CONFIG_NAME, RUN_INFO_NAME, METRICS_NAME, EVENTS_NAME)
-    if not any((folder / name).is_file() for name in names):
-        raise InputError(f"{run} is not a run folder: it has none of {', '.join(names)}; give the --workdir of a run")
-    problems: list[str] = []
-    config, record = (_read_object(folder / name, problems) for name in (CONFIG_NAME, RUN_INFO_NAME))
-    found = read_metrics(folder, at_most=MOST_ROWS)
-    if len(found) >= MOST_ROWS:
-        problems.append(f"{METRICS_NAME} is long: {len(found)} rows, evenly spread, are shown")
-    rows = {row["step"]: row for row in found}  # of two rows of a step the later
-    events = read_events(folder)
-    pictures = sorted((folder / "pictures").rglob("*.png"))
-    return RunHistory(folder, config, record, [rows[s] for s in sorted(rows)], events, pictures, problems, time.time())
-
-
 def duration_text(seconds: float) -> str:
     """12 s, 3 min, 4.5 h, 2.1 d."""
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}" if seconds < 20 * size else f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        if path.is_file():
-            return read_object(path)
-        problems.append(f"{path.name} is missing")
-    except InputError as error:
-        problems.append(str(error).replace(f"{path.parent}/", ""))
-    return {}

@@ -27,8 +27,7 @@ from infmae_jax.interop.load import ARCHITECTURE, RANDOM, load_encoder
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import EncoderConfig, variant
 from infmae_jax.models.patches import token_grid
-from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
-from infmae_jax.training.duration import in_steps
+from infmae_jax.training.config import Count, Duration, OptimizerConfig, RunConfig
 
 AUTO = "auto"
 _FULL_EPOCHS, _FULL_IMAGES = 100, 1000  # the usual hundred epochs belong to data sets of a thousand images
@@ -126,9 +125,9 @@ class FineTuneConfig(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig(
         base_learning_rate=1.6e-3, warmup="5 percent", schedule="polynomial", b2=0.999
     )
-    duration: str = AUTO
-    log_every: str = "20 steps"
-    checkpoint_every: str = "10 percent"
+    duration: Annotated[str, "auto, duration"] = AUTO
+    log_every: Duration = "20 steps"
+    checkpoint_every: Duration = "10 percent"
     keep_checkpoints: Annotated[int, "[1, inf)"] = 1
     keep_best: Count = 1
     best_mode: Annotated[str, "min, max"] = "max"
@@ -139,7 +138,7 @@ class FineTuneConfig(RunConfig):
     layer_decay: Annotated[float, "(0, 1]"] = 0.75
     classes: tuple[str, ...] = ()
     windows: Windows = Windows()
-    evaluate_every: str = "10 percent"
+    evaluate_every: Duration = "10 percent"
     data: LabelledData = LabelledData()
     embedded: EmbeddedLabels = EmbeddedLabels()
 
@@ -150,13 +149,6 @@ class FineTuneConfig(RunConfig):
     )  # fmt: skip
     LABELS: ClassVar[str] = ""  # of the shards: which class names the task learns
     SYNTHETIC_MASK: ClassVar[str] = "surfaces"
-
-    def __post_init__(self):
-        if self.duration == AUTO:
-            dataclasses.replace(self, duration="1 epochs")
-        else:
-            super().__post_init__()
-        in_steps(self.evaluate_every, batch_size=1, num_examples=1, total_steps=1)
 
     def completed(self) -> Self:
         """The config with what a task finds out about its training labels, once classes are known.

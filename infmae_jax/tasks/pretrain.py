@@ -20,8 +20,7 @@ from infmae_jax.models import patches
 from infmae_jax.models.config import InfMAEConfig, variant
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.tasks.batches import PipelineBatches
-from infmae_jax.training.config import Count, RunConfig
-from infmae_jax.training.duration import in_steps
+from infmae_jax.training.config import Count, Duration, RunConfig
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
 
 _PICTURE_ROWS = 6
@@ -51,7 +50,7 @@ class PretrainConfig(RunConfig):
     model: InfMAEConfig = variant("base")
     data: PipelineConfig = PipelineConfig()
     init_from: str = ""
-    picture_every: str = "10 epochs"
+    picture_every: Duration = "10 epochs"
     colormap: Annotated[str, "inferno, gray"] = "inferno"
     embedded: EmbeddedConfig = EmbeddedConfig()
 
@@ -61,10 +60,6 @@ class PretrainConfig(RunConfig):
         "data.max_corrupt", "picture_every", "colormap", "model.encoder.attention", "model.encoder.depthwise",
         "model.encoder.remat",
     )  # fmt: skip
-
-    def __post_init__(self):
-        super().__post_init__()
-        in_steps(self.picture_every, batch_size=1, num_examples=1, total_steps=1)
 
 
 class PretrainTask(Task):

@@ -22,9 +22,9 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import classification
 from infmae_jax.evaluation.features import LabelledFeatures
 from infmae_jax.interop.trained_model import FEATURES
-from infmae_jax.training.config import Count, OptimizerConfig, RunConfig
+from infmae_jax.training.config import Count, Duration, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
-from infmae_jax.training.task import Evaluator, Group, Loss, Position
+from infmae_jax.training.task import Evaluator, Loss, Position, Task
 
 NORM_EPS = 1e-6
 _INITIAL_STD = 0.01
@@ -61,9 +61,9 @@ class ProbeConfig(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig(
         name="lars", base_learning_rate=6.4, warmup="11 percent", weight_decay=0.0
     )
-    duration: str = "90 epochs"
-    log_every: str = "10 percent"
-    checkpoint_every: str = "25 percent"
+    duration: Duration = "90 epochs"
+    log_every: Duration = "10 percent"
+    checkpoint_every: Duration = "25 percent"
     csv: str = ""
     shards: tuple[str, ...] = ()
     label_column: tuple[str, ...] = ("label",)
@@ -87,7 +87,7 @@ class ProbeConfig(RunConfig):
     FREE_KEYS: ClassVar[tuple[str, ...]] = (*RunConfig.FREE_KEYS, "csv", "shards", "label_column", "feature_batch")
 
 
-class ProbeTask:
+class ProbeTask(Task):
     """See `training.task.Task`. A batch is feature (B,S,D) float32 and label (B,S) int32, for S classifiers.
 
     The encoder is frozen by staying outside: what trains are S linear layers {"head_s": kernel (D,C), bias (C,)}.
@@ -129,9 +129,6 @@ class ProbeTask:
 
         return {f"head_{number}": head(self.config.seed + number) for number in range(self.config.heads)}
 
-    def initial(self, shapes: Any) -> None:
-        del shapes
-
     def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> Loss:
         """Cross-entropy, summed over the classifiers, each of which thus has its own gradient."""
         del key
@@ -142,10 +139,6 @@ class ProbeTask:
             total += optax.softmax_cross_entropy_with_integer_labels(logits, label).sum()
             right += (logits.argmax(axis=-1) == label).sum() / self.config.heads
         return Loss(total, len(batch["label"]), {"train_top1": right})
-
-    def group(self, path: str) -> Group:
-        del path
-        return Group()
 
     def train_batches(self, at: Position) -> _Batches:
         return _Batches(self, at)

@@ -1,7 +1,5 @@
 """The checkpoints of a training run: saved in the background, kept by rule, restored only whole."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -57,13 +55,14 @@ class Restored:
     step: int
 
 
-class Checkpointer:
+@dataclasses.dataclass(eq=False)
+class Checkpointer(contextlib.AbstractContextManager):
     """Saves and restores the training state of one run.
 
     All processes of a job make one and call the same methods at the same steps. Every checkpoint has a checksum of each
     file; one that does not match is damaged, and the one before it is restored.
 
-    Args:
+    Attributes:
       run: run folder, which must exist when saving, on a file system that all processes share.
       keep: the latest so many are kept.
       keep_best: the so many with the best metric are kept too.
@@ -72,22 +71,18 @@ class Checkpointer:
       best: name of the metric that tells which checkpoint is best, and "min" or "max".
     """
 
-    def __init__(
-        self,
-        run: str | Path,
-        keep: int = 3,
-        keep_best: int = 0,
-        keep_every: int = 0,
-        on_damage: Callable[[int, str], None] | None = None,
-        best: tuple[str, str] = ("loss", "min"),
-    ):
-        metric, mode = best
+    run: str | Path
+    keep: int = 3
+    keep_best: int = 0
+    keep_every: int = 0
+    on_damage: Callable[[int, str], None] = lambda step, reason: None
+    best: tuple[str, str] = ("loss", "min")
+
+    def __post_init__(self):
+        self._metric, mode = self.best
         if mode not in ("min", "max"):
-            raise ValueError(f"best={best!r}: the mode is neither 'min' nor 'max'")
-        self._run = Path(run).absolute()
-        self._on_damage = on_damage or (lambda step, reason: None)
-        self._metric, self._best_is_low = metric, mode == "min"
-        self._keep = {"keep": max(keep, 1), "keep_best": keep_best, "keep_every": keep_every}
+            raise ValueError(f"best={self.best!r}: the mode is neither 'min' nor 'max'")
+        self._run, self._best_is_low = Path(self.run).absolute(), mode == "min"
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, concurrent.futures.Future] | None = None
         self._failure: SaveFailed | None = None
@@ -95,7 +90,7 @@ class Checkpointer:
         self._known: list[int] = []  # steps on disk, as last seen
         if self._primary:
             self._attempt_removal()
-        self._metrics = {step: storage.stored_metric(self._run, step, metric) for step in self._steps()}
+        self._metrics = {step: storage.stored_metric(self._run, step, self._metric) for step in self._steps()}
 
     def latest_step(self) -> int | None:
         """Of the newest checkpoint, one that is being saved included; None where there is none."""
@@ -163,7 +158,7 @@ class Checkpointer:
                     self._set_aside(other)
                 return restored
             logging.warning("checkpoint %s is damaged: %s", storage.checkpoint_path(self._run, step), reason)
-            self._on_damage(int(step), reason)
+            self.on_damage(int(step), reason)
             damaged[int(step)] = reason
         if damaged:
             listing = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
@@ -172,9 +167,6 @@ class Checkpointer:
                 "start over with another --workdir"
             )
         return None
-
-    def __enter__(self) -> Checkpointer:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused) -> None:
         """Waits for the save in flight; reports its failure where the block did not fail already."""
@@ -230,7 +222,8 @@ class Checkpointer:
             return
         try:
             metrics = {step: self._metrics.get(step) for step in storage.steps_of(self._run)}
-            for step in storage.superfluous(metrics, **self._keep, best_is_low=self._best_is_low):
+            rules = max(self.keep, 1), self.keep_best, self.keep_every, self._best_is_low
+            for step in storage.superfluous(metrics, *rules):
                 storage.remove(self._run, step)
         except OSError as error:
             logging.warning("old checkpoints of %s cannot be removed: %s", self._run, error)

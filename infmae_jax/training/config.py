@@ -2,10 +2,8 @@
 
 Config files build a dataclass and return `to_config` of it; commands turn the ConfigDict, with the overrides of the
 command line, back with `from_config`. Ranges of numbers are annotations, in the notation of intervals:
-`b1: Annotated[float, "[0, 1)"]`.
+`b1: Annotated[float, "[0, 1)"]`. Those of texts list what is allowed: `Annotated[str, "auto, duration"]`.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import difflib
@@ -28,6 +26,7 @@ from infmae_jax.training.duration import in_steps
 T = TypeVar("T")
 Count = Annotated[int, "[0, inf)"]
 Seconds = Annotated[int, "[1, inf)"]
+Duration = Annotated[str, "duration"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,7 @@ class OptimizerConfig:
 
     name: Annotated[str, "adamw, lars"] = "adamw"
     base_learning_rate: Annotated[float, "[0, inf)"] = 1.5e-4
-    warmup: str = "40 epochs"
+    warmup: Duration = "40 epochs"
     schedule: Annotated[str, "half_cosine, polynomial"] = "half_cosine"
     power: Annotated[float, "(0, inf)"] = 1.0
     weight_decay: Annotated[float, "[0, inf)"] = 0.05
@@ -96,7 +95,7 @@ class DistributedConfig:
       notice_url: a URL that answers TRUE when this machine is about to be taken away; empty: only signals count.
     """
 
-    method: str = "none"
+    method: Annotated[str, "none, tpu, slurm, open_mpi, addresses"] = "none"
     coordinator: str = ""
     num_processes: Annotated[int, "[1, inf)"] = 1
     process_id: Count = 0
@@ -120,7 +119,7 @@ class GuardConfig:
     rollback_after: Annotated[int, "[1, inf)"] = 10
     max_rollbacks: Count = 3
     spike_factor: Annotated[float, "[0, inf)"] = 0.0
-    spike_warmup: str = "200 steps"
+    spike_warmup: Duration = "200 steps"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +153,14 @@ class RunConfig:
     seed: Annotated[int, "[0, 4294967295]"] = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
-    duration: str = "400 epochs"
-    log_every: str = "50 steps"
-    checkpoint_every: str = "1 epochs"
+    duration: Duration = "400 epochs"
+    log_every: Duration = "50 steps"
+    checkpoint_every: Duration = "1 epochs"
     keep_checkpoints: Annotated[int, "[1, inf)"] = 3
     keep_best: Count = 0
     best_metric: str = "loss"
     best_mode: Annotated[str, "min, max"] = "min"
-    keep_every: str = "0 steps"
+    keep_every: Duration = "0 steps"
     on_save_failure: Annotated[str, "stop, continue"] = "stop"
     compilation_cache: str = "~/.cache/infmae/compiled"
     distributed: DistributedConfig = DistributedConfig()
@@ -173,14 +172,6 @@ class RunConfig:
         "mesh.", "log_every", "checkpoint_every", "keep_", "best_", "on_save_failure", "compilation_cache",
         "distributed.", "observe.",
     )  # fmt: skip
-
-    def __post_init__(self):
-        durations = (
-            self.duration, self.optimizer.warmup, self.log_every, self.checkpoint_every, self.keep_every,
-            self.guards.spike_warmup,
-        )  # fmt: skip
-        for duration in durations:
-            in_steps(duration, batch_size=1, num_examples=1, total_steps=1)
 
 
 def use_compilation_cache(config: RunConfig) -> None:
@@ -214,7 +205,8 @@ def define_config(default: os.PathLike, help_string: str) -> None:
     config_flags.DEFINE_config_file("config", str(default), help_string)
 
 
-def _require_key(known: Mapping[str, Any], key: str) -> None:
+def _require_key(known: Mapping[str, Any], key: str, path: str = "") -> None:
+    """InputError, with the nearest key, where `key` is not one of those that are known in the section `path`."""
     if key in known:
         return
     if inside := [name for name in known if name.startswith(f"{key}.")]:
@@ -223,8 +215,8 @@ def _require_key(known: Mapping[str, Any], key: str) -> None:
     same = [name for name in known if name.rpartition(".")[2] == last]
     near = difflib.get_close_matches(key, same or known, n=1, cutoff=0.0 if same else 0.6)
     names = ", ".join(dict.fromkeys(name.partition(".")[0] for name in known))
-    hint = f"did you mean {near[0]}?" if near else f"known are {names}"
-    raise InputError(f"config key {key} is unknown; {hint}")
+    hint = f"did you mean {path}{near[0]}?" if near else f"known are {names}"
+    raise InputError(f"config key {path}{key} is unknown; {hint}")
 
 
 def to_config(value: Any) -> ConfigDict:
@@ -258,10 +250,7 @@ def from_config(cls: type[T], config: Mapping[str, Any], path: str = "") -> T:
     if not path and "task" in config and "task" not in fields:
         raise InputError(f"config is of fine-tuning (task {reprlib.repr(config['task'])}): use infmae finetune for it")
     for key in config:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {path}{near[0]}?" if near else f"known keys are {', '.join(fields)}"
-            raise InputError(f"config key {path}{key} is unknown; {hint}")
+        _require_key(fields, key, path)
     values = {key: _convert(fields[key], config[key], f"{path}{key}") for key in config}
     try:
         return cls(**values)
@@ -343,9 +332,13 @@ def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
 
 
 def _within(value: Any, allowed: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"."""
+    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"; "duration" is any of these."""
     if isinstance(value, str):
-        return value in allowed.split(", ")
+        choices = allowed.split(", ")
+        if value not in choices and "duration" in choices:
+            in_steps(value, batch_size=1, num_examples=1, total_steps=1)  # says what is wrong with it
+            return True
+        return value in choices
     low, high = (float(end) for end in allowed[1:-1].split(","))
     above = low <= value if allowed[0] == "[" else low < value
     return above and (value <= high if allowed[-1] == "]" else value < high)

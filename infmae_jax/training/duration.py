@@ -1,7 +1,5 @@
 """One language for durations in configs: "400 epochs", "20000 steps", "10 percent"."""
 
-from __future__ import annotations
-
 from data_pipelines.errors import InputError
 
 

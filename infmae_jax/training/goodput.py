@@ -3,8 +3,6 @@
 "Goodput" as in fleet accounting: useful time / all time. Its complement has names, the shares below.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

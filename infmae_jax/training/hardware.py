@@ -1,7 +1,5 @@
 """What the machine can do and how much of it is used: peak rates, model FLOPs utilisation, memory."""
 
-from __future__ import annotations
-
 import jax
 
 # Dense matrix products, FLOP/s of one device, without structured sparsity. From the vendors' public data sheets:

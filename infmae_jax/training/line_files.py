@@ -1,7 +1,6 @@
 """Files of lines, as long runs make them: appended to whole or not at all, read from the end, in bounded memory."""
 
-from __future__ import annotations
-
+import functools
 import io
 import mmap
 import os
@@ -20,17 +19,15 @@ class AppendOnlyFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: io.FileIO | None = None
-        self._end = 0
 
     @property
     def size(self) -> int:
         """Bytes of what was appended whole."""
-        self._opened()
+        _ = self._file  # opened by now
         return self._end
 
     def append(self, data: bytes) -> None:
-        file = self._opened()
+        file = self._file
         try:
             written = file.write(data)
             if written != len(data):
@@ -42,23 +39,22 @@ class AppendOnlyFile:
 
     def truncate(self, end: int) -> None:
         """Cuts everything from byte `end` on."""
-        self._opened().truncate(end)
+        self._file.truncate(end)
         self._end = end
 
     def close(self) -> None:
-        if self._file is not None:
+        if "_file" in vars(self):
             self._file.close()
-            self._file = None
+            del self._file
 
-    def _opened(self) -> io.FileIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "ab", buffering=0)
-            # A process killed while it wrote leaves a piece of a line, which the next line must not continue.
-            self._end = next((end for _, end in lines_from_the_end(self.path)), 0)
-            file.truncate(self._end)
-            self._file = file
-        return self._file
+    @functools.cached_property
+    def _file(self) -> io.FileIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "ab", buffering=0)
+        # A process killed while it wrote leaves a piece of a line, which the next line must not continue.
+        self._end = next((end for _, end in lines_from_the_end(self.path)), 0)
+        file.truncate(self._end)
+        return file
 
 
 def read_lines(path: Path, at_most: int | None = None) -> Iterator[bytes]:

@@ -1,7 +1,5 @@
 """The training loop, read from top to bottom. Every task runs through it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reads a run's metrics one step late, and tells people and the loop what they say."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time
@@ -35,26 +33,25 @@ class Signs:
     in_a_row: int = 0
 
 
+@dataclasses.dataclass(eq=False)
 class Monitor:
-    """Metrics, events and the progress line of a run. Close it.
+    """Metrics, events and the progress line of a run, from step `first` on. Close it.
 
     Attributes:
       signs: what the last step that was read says.
     """
 
-    def __init__(
-        self,
-        workdir: Path,
-        program: Program,
-        clock: Goodput,
-        events: EventLog,
-        first: int,
-        primary: bool,
-    ):
-        self._program, self._task, self._clock, self._events = program, program.task, clock, events
-        self._primary = primary
-        self._writer = MetricsWriter(workdir, first, primary)
-        self._bar = progress_bar("train", program.total_steps, "step", done=first, active=primary)
+    workdir: Path
+    program: Program
+    clock: Goodput
+    events: EventLog
+    first: int
+    primary: bool
+
+    def __post_init__(self):
+        self._task = self.program.task
+        self._writer = MetricsWriter(self.workdir, self.first, self.primary)
+        self._bar = progress_bar("train", self.program.total_steps, "step", done=self.first, active=self.primary)
 
     def restart(self, batches: Batches, at: Position) -> None:
         """From now on steps are counted from `at` and come from `batches`."""
@@ -69,7 +66,7 @@ class Monitor:
         self._writer.rewind(step)
 
     def _start_window(self) -> None:
-        self._steps, self._since, self._waited = 0, time.perf_counter(), self._clock.seconds()["data_wait"]
+        self._steps, self._since, self._waited = 0, time.perf_counter(), self.clock.seconds()["data_wait"]
 
     def step(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         """Takes the metrics of a step that was just dispatched; reads those of the one before, which is done or soon
@@ -100,7 +97,7 @@ class Monitor:
         self._writer.close()
 
     def _read(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
-        with self._clock.spend("stepping"):
+        with self.clock.spend("stepping"):
             values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         self._steps += 1
         if values["skipped"]:
@@ -119,11 +116,11 @@ class Monitor:
         row = {"step": step, "epoch": self._epoch(step), **values}
         row |= {
             "images_per_second": self._task.batch_size / seconds_per_step,
-            "data_wait_seconds": self._clock.seconds()["data_wait"] - self._waited,
+            "data_wait_seconds": self.clock.seconds()["data_wait"] - self._waited,
             "substituted_samples": self._batches.substituted,
-            "goodput": self._clock.goodput,
+            "goodput": self.clock.goodput,
             "device_memory_gib": hardware.device_memory_gib(),
-            "mfu": self._program.mfu(seconds_per_step),
+            "mfu": self.program.mfu(seconds_per_step),
         }
         self._writer.write({name: value for name, value in row.items() if value is not None})
         text = f"loss {values['loss']:.4f}, {row['images_per_second']:.1f} images/s"
@@ -131,15 +128,13 @@ class Monitor:
         self._start_window()
 
     def _log_skipped(self, step: int, values: dict[str, float]) -> None:
-        if not self._primary:
+        if not self.primary:
             return
         finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
         part = "loss" if not math.isfinite(values["loss"]) else "gradient"
         reason = "spike" if finite else f"non-finite {part}"
         keys = self._batches.keys(step)
-        self._events.write(
-            "skip", step, reason=reason, loss=values["loss"], grad_norm=values["grad_norm"], records=keys
-        )
+        self.events.write("skip", step, reason=reason, loss=values["loss"], grad_norm=values["grad_norm"], records=keys)
         named = ", ".join(keys[:_KEYS_NAMED]) + (f" and {len(keys) - _KEYS_NAMED} more" * (len(keys) > _KEYS_NAMED))
         logging.warning(
             "step %d: %s (loss %g, gradient norm %g), update skipped; records: %s",

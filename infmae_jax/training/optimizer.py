@@ -1,9 +1,6 @@
 """AdamW and LARS by parameter groups, and learning-rate schedules."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,24 +14,18 @@ _TRUST = 1e-3  # of LARS: how far a kernel moves, in units of its own norm, at l
 
 
 def make_schedule(config: OptimizerConfig, batch_size: int, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step: linear warm-up, then the decay `config.schedule`."""
+    """The learning rate as a function of the step: linear from 0 over the warm-up steps, then the decay
+    `config.schedule` to 0 at `total_steps`."""
     peak = peak_learning_rate(config, batch_size)
-    if config.schedule == "polynomial":
-        return _warmed_up(peak, warmup_steps, total_steps, lambda done: (1.0 - done) ** config.power)
-    return warmup_half_cosine(peak, warmup_steps, total_steps)
 
-
-def warmup_half_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear from 0 over the warm-up steps, then half a cosine to 0 at `total_steps`; a function of the step."""
-    return _warmed_up(peak, warmup_steps, total_steps, lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)))
-
-
-def _warmed_up(peak: float, warmup: int, total: int, falling: Callable[[jax.Array], jax.Array]) -> optax.Schedule:
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        rising = peak * step / max(warmup, 1)
-        done = jnp.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        return jnp.where(step < warmup, rising, peak * falling(done))
+        done = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0.0, 1.0)
+        if config.schedule == "polynomial":
+            falling = (1.0 - done) ** config.power
+        else:
+            falling = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        return jnp.where(step < warmup_steps, peak * step / max(warmup_steps, 1), peak * falling)
 
     return schedule
 

@@ -1,7 +1,5 @@
 """Profiler traces of chosen steps, on every host, to be opened with TensorBoard or XProf."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from pathlib import Path
@@ -42,12 +40,10 @@ class Profile:
           pending: arrays of the step before. They are waited for before the trace is closed, since the host runs ahead
             of the device and the last steps would be missing.
         """
-        if self._steps is None:
-            return contextlib.nullcontext()
-        first, last = self._steps
-        if self._running and not first <= number <= last:
+        wanted = number in self._steps
+        if self._running and not wanted:
             self._stop(pending)
-        elif not self._running and first <= number <= last:
+        elif wanted and not self._running:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
@@ -65,7 +61,7 @@ class Profile:
             self._give_up(error)
 
     def _stop(self, pending: Any) -> None:
-        self._running, self._steps = False, None
+        self._running, self._steps = False, range(0)
         try:
             jax.block_until_ready(pending)
             jax.profiler.stop_trace()
@@ -73,16 +69,15 @@ class Profile:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._steps = None
+        self._steps = range(0)
         logging.warning("no profile in %s, training goes on: %s", self._folder, str(error).splitlines()[0])
 
 
-def _parse(steps: str) -> tuple[int, int] | None:
-    text = steps.strip()
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", text, re.ASCII)
+def _parse(steps: str) -> range:
+    if not steps.strip():
+        return range(0)
+    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", steps.strip(), re.ASCII)
     first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
     if last < first:
         raise InputError(f"observe.profile_steps={steps!r} is no range of steps: write, for example, 100-105")
-    return first, last
+    return range(first, last + 1)

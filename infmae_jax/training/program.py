@@ -1,10 +1,8 @@
 """The one program of a task: schedule, shapes, layout and the compiled step, for whoever trains, measures or checks."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +32,7 @@ class Program:
     _flags: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def build(cls, task: Task, config: RunConfig, mesh: Mesh) -> Program:
+    def build(cls, task: Task, config: RunConfig, mesh: Mesh) -> Self:
         """InputError: batch, durations or parameters do not fit the mesh or each other."""
         parts = sharding.batch_parts(mesh)
         if task.batch_size % (parts * config.optimizer.accumulate):
@@ -49,7 +47,7 @@ class Program:
                 f"optimizer.warmup={config.optimizer.warmup} is {warmup} steps, longer than the run "
                 f"(duration={config.duration}, {total} steps): use at most that, or a share such as 10 percent"
             )
-        assert program.state_shapes  # the parameters fit the mesh
+        _ = program.state_shapes  # found out now: that the parameters fit the mesh
         return program
 
     @functools.cached_property
@@ -118,21 +116,13 @@ class Program:
 
     def start(self, initial: Any | None = None) -> TrainState:
         """The state before the first step, with these parameters or with random ones."""
-        shardings = self.shardings
         if initial is None:
-            return jax.jit(self._create, out_shardings=shardings)(jax.random.key(self.config.seed))
-
-        def placed() -> Any:
-            return jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, shardings.params)
-
-        # Without the parameters: they are there, and compiling their random values takes longer than all else.
-        rest = jax.jit(
-            lambda params: TrainState.create(params, self._optimizer).replace(params=None, average=None),
-            out_shardings=shardings.replace(params=None, average=None),
-        )
-        # Buffers of their own, as the step gives up those of the old state.
-        params = placed()
-        return rest(params).replace(params=params, average=None if shardings.average is None else placed())
+            create = jax.jit(lambda key: self._state_of(self.task.init(key)), out_shardings=self.shardings)
+            return create(jax.random.key(self.config.seed))
+        params = jax.tree.map(lambda x, s: jax.device_put(jnp.asarray(x), s), initial, self.shardings.params)
+        # In buffers of its own, as the step gives up those of the old state.
+        create = jax.jit(lambda given: self._state_of(jax.tree.map(jnp.copy, given)), out_shardings=self.shardings)
+        return create(params)
 
     def place(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's part of a batch as global arrays."""
@@ -147,9 +137,6 @@ class Program:
         if stop not in self._flags:
             self._flags[stop] = step.stop_flag(self.mesh, stop)
         return self.compiled(state, batch, self._flags[stop])
-
-    def _create(self, key: jax.Array) -> TrainState:
-        return self._state_of(self.task.init(key))
 
     def _state_of(self, params: Any) -> TrainState:
         return TrainState.create(params, self._optimizer, average=bool(self.config.optimizer.ema))

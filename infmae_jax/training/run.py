@@ -1,7 +1,5 @@
 """One run in its folder: everything of training that is not training."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -56,12 +54,13 @@ class Result:
         return self.step < self.total_steps
 
 
+@dataclasses.dataclass(eq=False)
 class Run:
     """A run's folder, from its lock to its last checkpoint, with all that is written there. A context manager.
 
     All processes of a job call the same methods at the same steps.
 
-    Args:
+    Attributes:
       program: what is trained.
       folder: run folder, made where it is missing.
       stop: who may ask this process to end.
@@ -70,20 +69,17 @@ class Run:
       at_end: called on process 0 with the folder when a run that was begun ends, whatever ends it.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        folder: Path,
-        stop: StopRequest,
-        peers: Peers | NoPeers,
-        clock: Goodput,
-        at_end: Callable[[Path], None],
-    ):
-        self._program, self._task, self._config = program, program.task, program.config
-        self._folder, self._stop, self._peers, self._clock, self._at_end = folder, stop, peers, clock, at_end
+    program: Program
+    folder: Path
+    stop: StopRequest
+    peers: Peers | NoPeers
+    clock: Goodput
+    at_end: Callable[[Path], None]
+
+    def __post_init__(self):
+        self._task, self._config, in_steps = self.program.task, self.program.config, self.program.in_steps
         self._primary = jax.process_index() == 0
-        config, in_steps = program.config, program.in_steps
-        self._log_every, self._save_every = in_steps(config.log_every), in_steps(config.checkpoint_every)
+        self._log_every, self._save_every = in_steps(self._config.log_every), in_steps(self._config.checkpoint_every)
         self._evaluators = {
             name: (in_steps(evaluator.every), evaluator.run) for name, evaluator in self._task.evaluators().items()
         }
@@ -94,16 +90,16 @@ class Run:
 
     def __enter__(self) -> Self:
         """Takes the folder; InputError where it is in use, or holds another run. Mistakes leave it as it was."""
-        config, folder = self._config, self._folder
+        config, folder = self._config, self.folder
         with contextlib.ExitStack() as stack:
             self._profile = stack.enter_context(contextlib.closing(Profile(folder, config.observe.profile_steps)))
-            self._initial = self._task.initial(self._program.state_shapes.params)
+            self._initial = self._task.initial(self.program.state_shapes.params)
             if self._primary:
                 stack.enter_context(workdir_lock(folder))
             self._events = stack.enter_context(contextlib.closing(EventLog(folder, active=self._primary)))
             self._checkpoints = stack.enter_context(
                 Checkpointer(
-                    folder, config.keep_checkpoints, config.keep_best, self._program.in_steps(config.keep_every),
+                    folder, config.keep_checkpoints, config.keep_best, self.program.in_steps(config.keep_every),
                     lambda step, reason: self._events.write("checkpoint_damaged", step, checkpoint=step, reason=reason),
                     (config.best_metric, config.best_mode),
                 )
@@ -125,44 +121,42 @@ class Run:
 
     def begin(self) -> tuple[TrainState, Position]:
         """State and position of the newest whole checkpoint, or those that a run starts with; then all is ready."""
-        program, events = self._program, self._events
-        self._peers.progress(self._latest, "restoring")
+        program, events = self.program, self._events
+        self.peers.progress(self._latest, "restoring")
         state, at = self._restore_or_start()
         if at.step:
-            logging.info("resuming %s at step %d of %d", self._folder, at.step, program.total_steps)
+            logging.info("resuming %s at step %d of %d", self.folder, at.step, program.total_steps)
         self._first = at.step  # no checkpoint is due before steps were made
-        self._peers.progress(at.step, "compiling")
-        began = time.perf_counter()
-        with self._clock.spend("compiling"):
-            assert program.compiled  # made now
-        seconds = time.perf_counter() - began
+        self.peers.progress(at.step, "compiling")
+        with self.clock.spend("compiling"):
+            _ = program.compiled  # made now
         if self._primary and not at.step:
-            write_run_info(self._folder, program)
+            write_run_info(self.folder, program)
         self._monitor = self._stack.enter_context(
-            contextlib.closing(Monitor(self._folder, program, self._clock, events, at.step, self._primary))
+            contextlib.closing(Monitor(self.folder, program, self.clock, events, at.step, self._primary))
         )
         events.write(
             "resume" if at.step else "start", at.step, processes=jax.process_count(), devices=program.mesh.size,
             total_steps=program.total_steps, config=self._identity,
         )  # fmt: skip
-        events.write("compile", at.step, seconds=seconds)
+        events.write("compile", at.step, seconds=self.clock.seconds()["compiling"])
         if self._primary:
-            self._stack.callback(self._at_end, self._folder)
+            self._stack.callback(self.at_end, self.folder)
         self._stack.callback(lambda: self._batches.close())  # whichever they are by then
         self._open_batches(at)
         self._stack.enter_context(jax.transfer_guard("disallow"))
-        self._stop.looping = True
+        self.stop.looping = True
         return state, at
 
     def evaluate(self, state: TrainState, at: Position) -> None:
         """Runs the evaluators that are due: at multiples of their durations, and after the last step."""
-        last = at.step == self._program.total_steps
+        last = at.step == self.program.total_steps
         for name, (every, run) in self._evaluators.items():
             if not every or (at.step % every and not last):
                 continue
             self._monitor.flush()  # rows grow by steps
-            self._peers.progress(at.step, f"evaluating {name}")
-            with self._clock.spend("evaluating"), jax.transfer_guard("allow"):
+            self.peers.progress(at.step, f"evaluating {name}")
+            with self.clock.spend("evaluating"), jax.transfer_guard("allow"):
                 self._keep(run(state.result), at.step)
 
     def save(self, state: TrainState, at: Position, last: bool = False) -> None:
@@ -175,10 +169,10 @@ class Run:
             due = self._save_every and at.step % self._save_every == 0 and at.step > self._first
         if not due or (self._monitor.flush().in_a_row and not last):
             return
-        self._peers.progress(at.step, "saving")
+        self.peers.progress(at.step, "saving")
         metrics = {"loss": self._monitor.mean_loss(), **self._values}
         try:
-            with self._clock.spend("saving"):
+            with self.clock.spend("saving"):
                 since = time.perf_counter()
                 self._checkpoints.save(state, at.step, metrics, {"data_order": at.order})
                 if last:
@@ -192,15 +186,15 @@ class Run:
 
     def next_batch(self, at: Position) -> dict[str, jax.Array]:
         """The batch of this step on the devices."""
-        self._peers.progress(at.step)
-        with self._clock.spend("data_wait"):
-            return self._program.place(next(self._batches))
+        self.peers.progress(at.step)
+        with self.clock.spend("data_wait"):
+            return self.program.place(next(self._batches))
 
     def step(self, state: TrainState, batch: dict[str, jax.Array], at: Position) -> TrainState:
         """Makes a step, and reads the metrics of the one before."""
-        with self._clock.spend("stepping"), self._profile.step(at.step, self._metrics):
-            state, self._metrics = self._program.step(state, batch, self._stop.code)
-        last = at.step == self._program.total_steps - 1
+        with self.clock.spend("stepping"), self._profile.step(at.step, self._metrics):
+            state, self._metrics = self.program.step(state, batch, self.stop.code)
+        last = at.step == self.program.total_steps - 1
         log = self._log_every and (at.step % self._log_every == 0 or last)
         self._monitor.step(at.step, self._metrics, bool(log))
         if last:
@@ -220,13 +214,13 @@ class Run:
             self._events.write("stopped", at.step, reason="numbers diverged")
             raise NumbersDiverged(
                 f"{self._config.guards.rollback_after} updates in a row were skipped at step {at.step}, after "
-                f"{self._rollbacks} rollbacks; {self._folder}/events.jsonl names the records: lower "
+                f"{self._rollbacks} rollbacks; {self.folder}/events.jsonl names the records: lower "
                 "optimizer.base_learning_rate, set optimizer.clip_norm, or compute in float32"
             )
         self._rollbacks, self._order = self._rollbacks + 1, max(self._order, at.order) + 1
         with jax.transfer_guard("allow"):
             state, back = self._restore_or_start()
-            none = jax.device_put(np.int32(0), self._program.shardings.guard.in_a_row)
+            none = jax.device_put(np.int32(0), self.program.shardings.guard.in_a_row)
         self._events.write("rollback", at.step, to_step=back.step, data_order=back.order)
         self._first = min(self._first, back.step)
         self._monitor.rewind(back.step)
@@ -238,20 +232,20 @@ class Run:
         """The last evaluation and checkpoint."""
         self._profile.close()
         stop = self.stop_code or self._monitor.flush().stop
-        if at.step == self._program.total_steps:
+        if at.step == self.program.total_steps:
             self.evaluate(state, at)
         self.save(state, at, last=True)
-        finished = at.step == self._program.total_steps
+        finished = at.step == self.program.total_steps
         ending = "finished" if finished else "interrupted" if stop == EXIT_INTERRUPTED else "preempted"
-        self._events.write(ending, at.step, code=stop, shares=self._clock.shares())
-        return Result(state, at.step, self._program.total_steps, stop)
+        self._events.write(ending, at.step, code=stop, shares=self.clock.shares())
+        return Result(state, at.step, self.program.total_steps, stop)
 
     def _restore_or_start(self) -> tuple[TrainState, Position]:
-        with self._clock.spend("restoring"):
-            if (found := self._checkpoints.restore(self._program.state_shapes)) is not None:
+        with self.clock.spend("restoring"):
+            if (found := self._checkpoints.restore(self.program.state_shapes)) is not None:
                 state, step, metadata = found
                 return state, Position(step, max(metadata["data_order"], self._order))
-            return self._program.start(self._initial), Position(0, self._order)
+            return self.program.start(self._initial), Position(0, self._order)
 
     def _open_batches(self, at: Position) -> None:
         self._batches = self._task.train_batches(at)
@@ -268,7 +262,7 @@ class Run:
             file = f"step_{step:08d}_{name.replace('/', '_')}.{'png' if picture else 'json'}"
             try:
                 if self._primary:
-                    with atomic_write(self._folder / ("pictures" if picture else "tables") / file) as path:
+                    with atomic_write(self.folder / ("pictures" if picture else "tables") / file) as path:
                         if picture:
                             Image.fromarray(value).save(path, format="PNG")
                         else:

@@ -5,8 +5,6 @@ RUN/run_info.json   what exactly ran: parameters, devices, versions, data set
 RUN/.lock           keeps other runs out while one works there
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -18,14 +16,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 from absl import logging
 
-from data_pipelines.errors import InputError
-from data_pipelines.files import atomic_write, local_path, require_writable, writing
-from infmae_jax.training.config import differences, to_config
+from data_pipelines.errors import InputError, refusing
+from data_pipelines.files import atomic_write, local_path, read_regular, require_writable, writing
+from infmae_jax.training.config import differences, flat, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.sharding import path_text
 
@@ -49,15 +47,12 @@ def read_config(run: str | Path) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; InputError, in one line, when it holds none."""
-    reason: object = "it holds no object"
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_JSON)))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "brackets within brackets" if isinstance(error, RecursionError) else error
-    raise InputError(f"{path} cannot be read as JSON ({reason}); restore it or start a new run")
+    remedy = "restore it or start a new run"
+    with refusing(f"{path} cannot be read as JSON", remedy, OSError, ValueError, RecursionError):
+        found = json.loads(read_regular(path, _LARGEST_JSON))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
 
 
 def run_path(given: str | os.PathLike, task: str) -> Path:
@@ -100,8 +95,10 @@ def claim(workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any],
     if resuming:
         stored = read_config(workdir)
         _require_task(workdir, stored, task)
-        theirs = _completed(stored, to_config(type(config)()).to_dict())
-        changed = differences(_with_texts(theirs, _last_part), _with_texts(mine, _last_part), config.FREE_KEYS)
+        default, theirs, ours = (
+            flat(_with_texts(each, _last_part)) for each in (to_config(type(config)()).to_dict(), stored, mine)
+        )
+        changed = differences(default | theirs, ours, config.FREE_KEYS)
         if changed:
             raise InputError(
                 f"{workdir} holds a run with another config, which cannot be resumed: {'; '.join(changed)}. "
@@ -111,16 +108,6 @@ def claim(workdir: Path, config: Any, task: str, fingerprint: Mapping[str, Any],
         mine["distributed"] = {**mine["distributed"], **dict.fromkeys(_NAMES_OF_HOSTS, "")}
         with writing(workdir):
             write_object(workdir / CONFIG_NAME, _with_texts(mine, lambda text: _portable(text, workdir)))
-
-
-def _completed(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested config with the keys that it lacks."""
-    nested = {
-        key: _completed(stored[key], default)
-        for key, default in defaults.items()
-        if isinstance(default, Mapping) and isinstance(stored.get(key), Mapping)
-    }
-    return {**defaults, **stored, **nested}
 
 
 def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
@@ -198,44 +185,43 @@ def workdir_lock(run: str | Path) -> Iterator[None]:
     path = Path(local_path(run, "--workdir")) / LOCK_NAME
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = path.open("a+b", buffering=0)
     except OSError as error:
         raise InputError(
             f"{run} cannot be used as --workdir: {error.strerror or error}; make it writable or choose another"
         ) from error
-    try:
-        _lock(descriptor, run)
+    with file:
+        _lock(file, run)
         yield
-        _write(descriptor, "")
-    finally:
-        os.close(descriptor)
+        _write(file, "")
 
 
-def _lock(descriptor: int, run: str | Path) -> None:
+def _lock(file: BinaryIO, run: str | Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
-            f"{run} is in use by {_holder(descriptor)}; wait for it, end it, or choose another --workdir"
+            f"{run} is in use by {_holder(file)}; wait for it, end it, or choose another --workdir"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
             raise
         logging.warning("%s is on a file system without locks: see to it that no second run uses it", run)
         return
-    _write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
+    _write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
 
 
-def _write(descriptor: int, text: str) -> None:
+def _write(file: BinaryIO, text: str) -> None:
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
+        file.truncate(0)
+        file.write(text.encode())
 
 
-def _holder(descriptor: int) -> str:
+def _holder(file: BinaryIO) -> str:
     """Who holds the lock, as far as its file says."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        file.seek(0)
+        holder = json.loads(file.read(4096))
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
         return f"process {holder['pid']} on {holder['host']} since {since}"
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -5,8 +5,6 @@ moves activations where moving weights is cheaper; so the training step says whi
 loss is computed (`gathered`), and the batch decides all the rest.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """What a checkpoint holds: step, parameters, optimizer state, and what the guards remember."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -24,7 +22,7 @@ class GuardState:
     loss_mean: jax.Array
 
     @classmethod
-    def create(cls) -> GuardState:
+    def create(cls) -> Self:
         return cls(skipped=jnp.zeros((), jnp.int32), in_a_row=jnp.zeros((), jnp.int32), loss_mean=jnp.zeros(()))
 
 
@@ -43,7 +41,7 @@ class TrainState:
     average: Any = None
 
     @classmethod
-    def create(cls, params: Any, optimizer: optax.GradientTransformation, average: bool = False) -> TrainState:
+    def create(cls, params: Any, optimizer: optax.GradientTransformation, average: bool = False) -> Self:
         return cls(
             step=jnp.zeros((), jnp.int32),
             params=params,

@@ -1,7 +1,5 @@
 """The one jitted training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -10,8 +10,6 @@ everything else is what a process that was stopped left behind. A verified check
 Orbax never sees a damaged file, of which it would print hundreds of lines.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import errno

@@ -1,10 +1,8 @@
 """The task contract: what the training loop needs to know of a job, whatever the job."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import numpy as np
@@ -48,7 +46,7 @@ class Position(NamedTuple):
     step: int = 0
     order: int = 0
 
-    def next(self) -> Position:
+    def next(self) -> Self:
         return self._replace(step=self.step + 1)
 
 

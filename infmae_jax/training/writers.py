@@ -4,8 +4,6 @@ Losing a line must never lose the run: where a file refuses (full disk, folder g
 one is a warning, and each later line is tried anew. No line is ever left half-written.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -55,6 +53,68 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
             and isinstance(e.get("event"), str)]  # fmt: skip
 
 
+class _Log(contextlib.AbstractContextManager):
+    """A file that a run appends to; inside `with`, what the file refuses is counted, and the first one is a warning."""
+
+    def __init__(self, path: Path, name: str = ""):
+        self._file, self._name, self.failures = AppendOnlyFile(path), name or path.name, 0
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        if not isinstance(error, OSError):
+            return False
+        self.failures += 1
+        if self.failures == 1:
+            logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", self._name, error)
+        return True
+
+
+class _Lines(_Log):
+    """One JSON object a line; where steps grow, it may be rewound."""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        self._file.append((json.dumps(_plain(row), allow_nan=False) + "\n").encode())
+
+    def rewind(self, step: int) -> None:
+        end = 0
+        if step > 0 and self._file.size:
+            for line, line_end in lines_from_the_end(self._file.path):
+                found = _parse_line(line).get("step")
+                if _is_step(found) and found < step:
+                    end = line_end
+                    break
+        self._file.truncate(end)
+
+
+class _TensorBoard(_Log):
+    """Event files in `folder`, one record a logged step.
+
+    Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
+    """
+
+    def __init__(self, folder: Path):
+        # A file for each process; TensorBoard reads them in the order of their names.
+        seconds, fraction = divmod(time.time_ns(), 10**9)
+        super().__init__(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}", folder.name)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
+
+    def rewind(self, step: int) -> None:
+        # TensorBoard drops what it has of this step and later when it reads a session start there.
+        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
+
+    def _append(self, **event: Any) -> None:
+        data = _record(Event(**{"wall_time": time.time(), **event}))
+        if self._file.size == 0:
+            data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
+        self._file.append(data)
+
+
 class EventLog:
     """Appends what happens to a run to RUN/events.jsonl; does nothing where `active` is False.
 
@@ -62,18 +122,17 @@ class EventLog:
     """
 
     def __init__(self, run: str | Path, active: bool = True):
-        self._file = AppendOnlyFile(Path(run) / EVENTS_NAME) if active else None
-        self._guard = _Guard(EVENTS_NAME)
+        self._lines = _Lines(Path(run) / EVENTS_NAME) if active else None
 
     def write(self, event: str, step: int, **details: Any) -> None:
         """One line: the time, the step that it happened at, the event's name, and what is known of it."""
-        if self._file is not None:
-            with self._guard:
-                self._file.append(_to_line({"time": time.time(), "step": int(step), "event": event, **details}))
+        if self._lines is not None:
+            with self._lines:
+                self._lines.write({"time": time.time(), "step": int(step), "event": event, **details})
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
 
 
 class MetricsWriter:
@@ -92,87 +151,29 @@ class MetricsWriter:
     """
 
     def __init__(self, run: str | Path, first_step: int, active: bool = True):
-        sinks = [_JsonRows(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")] if active else []
-        self._sinks = [(sink, _Guard(sink.name)) for sink in sinks]
+        self._logs = [_Lines(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")] if active else []
         self.rewind(first_step)
 
     @property
     def failures(self) -> int:
-        return sum(guard.failures for _, guard in self._sinks)
+        return sum(log.failures for log in self._logs)
 
     def write(self, row: Mapping[str, float]) -> None:
         """One object a logged step; `row` has the key "step". The time of writing is added, as `time`."""
         stamped = {"step": row["step"], "time": time.time(), **row}
-        self._each(lambda sink: sink.write(stamped))
+        self._each(lambda log: log.write(stamped))
 
     def rewind(self, step: int) -> None:
         """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
-        self._each(lambda sink: sink.rewind(step))
+        self._each(lambda log: log.rewind(step))
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
+        self._each(lambda log: log.close())
 
-    def _each(self, act: Callable[[_JsonRows | _TensorBoard], None]) -> None:
-        for sink, guard in self._sinks:
-            with guard:
-                act(sink)
-
-
-class _JsonRows:
-    """metrics.jsonl: one object a logged step, steps growing."""
-
-    name = METRICS_NAME
-
-    def __init__(self, path: Path):
-        self._file = AppendOnlyFile(path)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        self._file.append(_to_line(row))
-
-    def rewind(self, step: int) -> None:
-        end = 0
-        if step > 0 and self._file.size:
-            for line, line_end in lines_from_the_end(self._file.path):
-                found = _parse_line(line).get("step")
-                if _is_step(found) and found < step:
-                    end = line_end
-                    break
-        self._file.truncate(end)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _TensorBoard:
-    """Event files in `folder`, one record a logged step.
-
-    Written here and not by tensorboardX's writer, whose thread dies of a full disk and then blocks the loop.
-    """
-
-    name = "tensorboard"
-
-    def __init__(self, folder: Path):
-        # A file for each process; TensorBoard reads them in the order of their names.
-        seconds, fraction = divmod(time.time_ns(), 10**9)
-        self._file = AppendOnlyFile(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}")
-
-    def write(self, row: Mapping[str, float]) -> None:
-        scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
-        self._append(step=int(row["step"]), wall_time=row["time"], summary=Summary(value=values))
-
-    def rewind(self, step: int) -> None:
-        # TensorBoard drops what it has of this step and later when it reads a session start there.
-        self._append(step=step, session_log=SessionLog(status=SessionLog.START))
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _append(self, **event: Any) -> None:
-        data = _record(Event(**{"wall_time": time.time(), **event}))
-        if self._file.size == 0:
-            data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
-        self._file.append(data)
+    def _each(self, act: Callable[[_Lines | _TensorBoard], None]) -> None:
+        for log in self._logs:
+            with log:
+                act(log)
 
 
 def _record(event: Any) -> bytes:
@@ -180,25 +181,6 @@ def _record(event: Any) -> bytes:
     data = event.SerializeToString()
     length = struct.pack("<Q", len(data))
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
-
-
-class _Guard(contextlib.AbstractContextManager):
-    """Swallows the failures of one file: counts them, and warns at the first."""
-
-    def __init__(self, name: str):
-        self._name, self.failures = name, 0
-
-    def __exit__(self, kind, error, traceback) -> bool:
-        if not isinstance(error, OSError):
-            return False
-        self.failures += 1
-        if self.failures == 1:
-            logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", self._name, error)
-        return True
-
-
-def _to_line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_plain(row), allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

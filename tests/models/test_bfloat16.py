@@ -12,7 +12,7 @@ from infmae_jax.models.config import variant
 from infmae_jax.models.infmae import InfMAE
 from infmae_jax.models.patches import normalize
 from infmae_jax.training.config import OptimizerConfig
-from infmae_jax.training.optimizer import make_optimizer, peak_learning_rate, warmup_half_cosine
+from infmae_jax.training.optimizer import make_optimizer, make_schedule
 from tests.models.random_params import random_params
 
 PUBLISHED_BATCH = 256
@@ -57,7 +57,7 @@ def test_training_at_the_published_rate_stays_finite(shared_folder):
     """Tiny variant on small crops, so that a CPU does the steps in seconds."""
     model = InfMAE(variant("tiny", dtype="bfloat16", depths=(1, 1, 2)))
     config = OptimizerConfig()
-    schedule = warmup_half_cosine(peak_learning_rate(config, PUBLISHED_BATCH), WARMUP, STEPS)
+    schedule = make_schedule(config, PUBLISHED_BATCH, WARMUP, STEPS)
     optimizer = make_optimizer(config)
     images, ids_keep = batch_of(real_crops(shared_folder, 4 * BATCH, 64))
     params = random_params(model, images[:1], ids_keep[:1], noise=0.0)

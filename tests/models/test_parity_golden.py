@@ -18,7 +18,7 @@ from infmae_jax.interop.load import load
 from infmae_jax.models.infmae import InfMAE, masked_loss
 from infmae_jax.models.patches import normalize, patchify
 from infmae_jax.training.config import OptimizerConfig
-from infmae_jax.training.optimizer import make_optimizer, warmup_half_cosine
+from infmae_jax.training.optimizer import make_optimizer, make_schedule
 from tests.interop import published_format
 
 ACTIVATION_TOLERANCE = 2e-5  # absolute
@@ -117,9 +117,12 @@ def test_gradients_and_training(infmae, visible_only):
     checkpoint, golden, meta = infmae
     settings = meta["optimizer"]
     model = InfMAE(checkpoint.config.replace(visible_only=visible_only))
-    schedule = warmup_half_cosine(settings["base_lr"], settings["warmup_steps"], settings["total_steps"])
     b1, b2 = settings["betas"]
-    optimizer = make_optimizer(OptimizerConfig(b1=b1, b2=b2, weight_decay=settings["weight_decay"]))
+    config = OptimizerConfig(
+        base_learning_rate=settings["base_lr"], b1=b1, b2=b2, weight_decay=settings["weight_decay"]
+    )
+    schedule = make_schedule(config, 256, settings["warmup_steps"], settings["total_steps"])
+    optimizer = make_optimizer(config)
     images = golden["images_u8"]
     ids_keep = select_visible(token_scores(images, checkpoint.mask), checkpoint.mask)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from infmae_jax.reporting.history import read_history
+from infmae_jax.reporting.history import RunHistory
 from tests.reporting.run_folders import NOW, event, make_run, metrics_row
 
 
@@ -31,7 +31,7 @@ def test_status(tmp_path, events, age, word, detail):
     rows = [metrics_row(s) for s in range(10)]
     rows = [{**row, "time": NOW - age - 10 + row["step"]} for row in rows]
     run = make_run(tmp_path / "run", rows, [{**e, "time": e["time"] + shift} for e in events])
-    status = read_history(run).status
+    status = RunHistory(run).status
     assert status[0] == word and detail in status[1]
 
 
@@ -39,5 +39,5 @@ def test_of_two_rows_of_a_step_the_later_counts_and_cut_lines_are_left_out(tmp_p
     run = make_run(tmp_path / "run", [metrics_row(5, loss=9.0), *(metrics_row(s) for s in range(10))])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 10, "lo')
-    losses = read_history(run).finite("loss")
+    losses = RunHistory(run).finite("loss")
     assert losses[:, 0].tolist() == list(range(10)) and losses[5, 1] == pytest.approx(1.45)

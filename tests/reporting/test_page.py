@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipelines.errors import InputError
 from infmae_jax.report import summary, write_report
 from infmae_jax.reporting import history
-from infmae_jax.reporting.history import read_history
+from infmae_jax.reporting.history import RunHistory
 from tests.reporting.run_folders import NOW, event, make_run, metrics_row, parse, write_lines
 
 CURVES = 8  # of `metrics_row`: all but step, time, epoch, and the counts that stay zero
@@ -71,7 +71,7 @@ def test_nothing_is_loaded_from_elsewhere(eventful):
 
 
 def test_text_summary(eventful):
-    lines = summary(read_history(eventful)).splitlines()
+    lines = summary(RunHistory(eventful)).splitlines()
     assert lines[0].split(maxsplit=1) == ["status", "finished"]
     assert lines[1].split(maxsplit=1) == ["steps", "100 of 100"]
     assert "restarts                  1" in lines
@@ -166,7 +166,7 @@ def test_whatever_the_files_hold_there_is_a_page_without_foreign_tags(tmp_path_f
         (run / name).write_text(json.dumps(settings))
     page = parse(write_report(run))
     assert page.count("style") == page.count("title") == page.count("b") == 1 and not page.count("script")
-    assert summary(read_history(run)).replace("\n", " ").isprintable()
+    assert summary(RunHistory(run)).replace("\n", " ").isprintable()
 
 
 @pytest.mark.parametrize("place", ["key", "record", "reason", "config", "version"])
@@ -212,7 +212,7 @@ def test_a_very_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", rows)
     monkeypatch.setattr(history, "MOST_ROWS", 2500)
     tracemalloc.start()
-    read = read_history(run)
+    read = RunHistory(run)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     steps = [row["step"] for row in read.rows]

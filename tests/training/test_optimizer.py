@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from infmae_jax.training.config import OptimizerConfig
-from infmae_jax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate, warmup_half_cosine
+from infmae_jax.training.optimizer import make_optimizer, make_schedule, peak_learning_rate
 from infmae_jax.training.task import Group
 
 
 def test_schedule_is_linear_then_half_cosine():
-    schedule = warmup_half_cosine(0.5, 4, 20)
+    schedule = make_schedule(OptimizerConfig(base_learning_rate=0.5), 256, 4, 20)
     for step in range(24):
         if step < 4:
             expected = 0.5 * step / 4

@@ -21,7 +21,6 @@ from infmae_jax.training.run_folder import package_versions
 
 # How JAX calls the ways in which it finds out about a job.
 _DETECTION = {"tpu": ("gketpu", "gcetpu"), "slurm": ("slurm",), "open_mpi": ("ompi",)}
-METHODS = ("none", *_DETECTION, "addresses")
 _LOCAL_KEYS = ("distributed.", "data.shards", "data.workers", "data.threads", "compilation_cache")
 
 
@@ -74,12 +73,6 @@ def joined(config: DistributedConfig, settings: ConfigDict, data: Mapping[str, A
     jax.distributed.shutdown()
 
 
-def require_method(config: DistributedConfig) -> None:
-    """InputError where the method is none of ours."""
-    if config.method not in METHODS:
-        raise InputError(f"distributed.method={config.method!r} is not one of {', '.join(METHODS)}")
-
-
 def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, InputError):
         return error.exit_code, str(error)
@@ -90,7 +83,6 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 def _place(config: DistributedConfig) -> tuple[tuple[str, int], int, int, list[int] | None]:
     """(host, port) of the coordinator, number of processes, this one's index, its devices (None: all it sees)."""
-    require_method(config)
     if config.method == "addresses":
         coordinator, count, index, devices = config.coordinator, config.num_processes, config.process_id, None
     else:
@@ -145,9 +137,8 @@ def source_digest() -> str:
 
 
 def _check_devices() -> None:
-    counts = [0] * jax.process_count()
-    for device in jax.devices():
-        counts[device.process_index] += 1
+    found = [device.process_index for device in jax.devices()]
+    counts = [found.count(index) for index in range(jax.process_count())]
     if len(set(counts)) > 1:
         listing = ", ".join(f"process {i} has {n}" for i, n in enumerate(counts))
         raise InputError(f"processes see different numbers of devices: {listing}; give each the same number")

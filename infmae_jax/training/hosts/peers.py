@@ -14,7 +14,6 @@ JAX itself ends a process by an abort that names nobody, also when not all arriv
 and say which process it was.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -36,6 +35,7 @@ GREETING_SECONDS = 10.0  # in which a connection must have said who it is
 LOOPING = "training"  # the activity in which a step is expected every now and then
 _MOST_GREETINGS = 256  # at the same time
 _CONNECT_PAUSE = 0.2
+_ACCEPT_SECONDS = 0.2  # after which process 0 looks again who has arrived, or died
 _GRACE_SECONDS = 2.0  # for messages on their way before a process ends
 _LONGEST_MESSAGE = 3000
 _CODES = (1, 2, 3, EXIT_PREEMPTED, EXIT_LOST, EXIT_INTERRUPTED)  # without 0: nobody ends a job as "done"
@@ -122,7 +122,7 @@ class _Gathering:
 
     def __init__(self, me: Member, count: int, secret: bytes):
         self._arrived, self._count, self._secret = {0: me}, count, secret
-        self._changed, self._over, self._refused = threading.Condition(), False, 0
+        self._admitting, self._over, self._refused = threading.Lock(), False, 0
         self._greetings = threading.BoundedSemaphore(_MOST_GREETINGS)
 
     @property
@@ -133,27 +133,19 @@ class _Gathering:
 
     def wait(self, listener: socket.socket, timeout: float) -> None:
         """Until all have arrived, or the timeout."""
-        accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
-        accepting.start()
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.members) == self._count, timeout)
-            self._over = True
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        accepting.join(1.0)
-
-    def _accept(self, listener: socket.socket) -> None:
+        deadline = time.monotonic() + timeout
+        listener.settimeout(_ACCEPT_SECONDS)
         while not self._over:
             try:
                 connection, _ = listener.accept()
-            except OSError:
-                if not self._over:
-                    time.sleep(0.01)  # too many connections just now
-                continue
-            if self._greetings.acquire(blocking=False):
-                threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
-            else:
-                connection.close()
+                if self._greetings.acquire(blocking=False):
+                    threading.Thread(target=self._greet, args=(connection,), daemon=True).start()
+                else:
+                    connection.close()
+            except OSError:  # nobody comes, or too many connections just now
+                time.sleep(0.01)
+            with self._admitting:
+                self._over = len(self.members) == self._count or time.monotonic() > deadline
 
     def _greet(self, connection: socket.socket) -> None:
         limit = time.monotonic() + GREETING_SECONDS
@@ -171,7 +163,7 @@ class _Gathering:
             self._greetings.release()
 
     def _admit(self, member: Member) -> None:
-        with self._changed:
+        with self._admitting:
             before = self._arrived.get(member.index)
             taken = any(before is other for other in self.members)  # one that died may be started again
             if self._over or taken or member.index >= self._count:
@@ -181,7 +173,6 @@ class _Gathering:
                 member.line.send("end", EXIT_LOST, text)
                 raise ConnectionAbortedError
             self._arrived[member.index] = member
-            self._changed.notify()
 
     def judge(self, address: tuple[str, int], timeout: float) -> list[Member]:
         """Welcomes the others and returns them, or tells all why the job cannot begin and raises that."""
