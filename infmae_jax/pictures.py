@@ -245,12 +245,13 @@ def _render(figure: "Figure") -> np.ndarray:
 
 
 def class_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8: colours of class numbers, the first black; neighbours differ by the golden angle of hue."""
+    """(count, 3) uint8: colours of class numbers, the first black. Neighbours differ by the golden angle of hue; the
+    eighth after one has nearly its hue again, but another brightness, as that goes round by threes."""
     from matplotlib.colors import hsv_to_rgb
 
     numbers = np.arange(count)
-    hue, bright = (0.02 + numbers * 0.61803398875) % 1.0, np.where(numbers % 2, 1.0, 0.75)
-    colours = hsv_to_rgb(np.stack([hue, np.full(count, 0.75), bright], axis=-1))
+    hue, bright = (0.6 + numbers * 0.61803398875) % 1.0, np.where(numbers % 3, 1.0, 0.6)
+    colours = hsv_to_rgb(np.stack([hue, np.where(numbers % 2, 0.5, 1.0), bright], axis=-1))
     colours[:1] = 0
     return (255 * colours).astype(np.uint8)
 

@@ -25,7 +25,7 @@ def run_process(module, *arguments):
         ([SMOKE, "--config.durration=3 steps"], "durration"),
         (["--config.model.encoder.widhts=3"], "did you mean model.encoder.widths?"),
         ([SMOKE, "--config.data.image_size=(100,96)"], "100x96"),
-        ([SMOKE, "--config.duration=soon"], "duration 'soon' is not understood"),
+        ([SMOKE, "--config.duration=soon"], "key duration: duration 'soon' is not understood"),
         ([SMOKE.removesuffix(":smoke")], "data.shards"),
         ([SMOKE, "--config.data.shards=nowhere"], "nowhere"),
         ([SMOKE, "--config.seed=one"], "seed"),

@@ -301,7 +301,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)
         value = _convert(hint, value, path)
-        if not _within(value, allowed):
+        try:
+            within = _within(value, allowed)
+        except InputError as error:
+            raise InputError(f"config key {path}: {error}") from error
+        if not within:
             relation = "one of" if hint is str else "in"
             raise InputError(f"config key {path}={reprlib.repr(value)} must be {relation} {allowed}")
         return value
