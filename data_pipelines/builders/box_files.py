@@ -93,7 +93,10 @@ def _read_all(
 
 
 def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
-    """InputError for a file of labels without image: its boxes would be lost without a word."""
+    """InputError for a file of labels without image, whose boxes would be lost without a word, or images whose folder
+    of labels is not there, which would all count as empty."""
+    if not labels.is_dir():
+        raise InputError(f"{images} has no folder of labels {labels}: put them there, or remove the images")
     known = {path.stem for path in images_of(images)} | {Path(name).stem for name in _NAME_LISTS}
     if lost := sorted(path.name for path in labels.glob(f"*{suffix}") if path.stem not in known):
         raise InputError(
