@@ -8,7 +8,7 @@ import io
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -89,7 +89,8 @@ def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if records[pickles[0]].file_size > pickle_data.MAX_BYTES:
             raise pickle_data.PickleRefused("its pickle is too large to describe a model")
         swapped = f"{root}byteorder" in records and record(f"{root}byteorder") == b"big"
-        return _arrays_of(pickle_data.read_pickle(record(pickles[0])), file, storage_bytes, swapped)
+        tree, _ = pickle_data.read_pickle(io.BytesIO(record(pickles[0])))
+        return _arrays_of(tree, file, storage_bytes, swapped)
 
 
 def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -97,13 +98,13 @@ def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], d
     if start[2:14] != b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little"):
         raise pickle_data.PickleRefused("it is not a torch checkpoint (neither a zip archive nor torch's older format)")
     head = io.BytesIO(file.read(pickle_data.MAX_BYTES))
-    _, _, system, tree, keys = [pickle_data.read_pickle(head) for _ in range(_LEGACY_PICKLES)]
+    _, _, (system, _), (tree, storages), (keys, _) = [pickle_data.read_pickle(head) for _ in range(_LEGACY_PICKLES)]
     if not isinstance(system, dict) or not isinstance(keys, list):
         raise pickle_data.PickleRefused("its header is damaged")
     swapped = system.get("little_endian") is False
     size = os.fstat(file.fileno()).st_size
     places = {}  # key -> (first byte, elements); the size of an element is known only with the tensor
-    sizes = {storage.key: _dtype(storage).itemsize for storage in _storages(tree)}
+    sizes = {key: _dtype(storage).itemsize for key, storage in storages.items()}
     position = head.tell()
     for key in map(str, keys):
         file.seek(position)
@@ -125,18 +126,6 @@ def _read_exactly(file: BinaryIO, count: int, file_size: int) -> bytes:
     if file.tell() + count > file_size:
         raise EOFError("it ends inside its tensors")
     return file.read(count)
-
-
-def _storages(tree: Any) -> Iterator[pickle_data.Storage]:
-    """Every storage that the object mentions; shared or cyclic containers are visited once."""
-    pending, seen = [tree], set()
-    while pending:
-        item = pending.pop()
-        if isinstance(item, pickle_data.StoredTensor):
-            yield item.storage
-        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            pending.extend(item.values() if isinstance(item, dict) else item)
 
 
 def _arrays_of(
