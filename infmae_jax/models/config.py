@@ -42,7 +42,8 @@ class EncoderConfig:
       visible_only: compute the convolution stages on visible patches alone; False computes masked patches too, as
         published. Same values and gradients.
       depthwise: how the 5 x 5 depthwise convolutions are computed, see `depthwise`; "auto": by backend.
-      attention: "xla", "heads", "cudnn" in bfloat16 on NVIDIA GPUs, or "auto", see `transformer.Attention`.
+      attention: "xla", "heads", "cudnn" (in bfloat16 on NVIDIA GPUs, elsewhere as "auto"), or "auto", see
+        `transformer.Attention`.
       drop_path: stochastic depth: how often the last block is left out in training, [0, 1). The share grows linearly
         from 0 in the first block. Active only where a random stream "drop_path" is given.
       position: position embeddings of other grids than `position_grid`: "recompute" the sines and cosines, or

@@ -48,8 +48,8 @@ class Attention(nn.Module):
     xla    written out, tokens before heads.
     heads  heads before all else, so that products make and take q, k and v in the layout that TPUs multiply in; one
            head at a time where the logits of all do not fit fast memory, computed again in the backward pass.
-    cudnn  the fused kernel of NVIDIA GPUs, in bfloat16. It trains on even numbers of tokens only; odd ones (the 49
-           visible of 196) go to "xla".
+    cudnn  the fused kernel of NVIDIA GPUs, in bfloat16; elsewhere as "auto". It trains on even numbers of tokens only;
+           odd ones (the 49 visible of 196) go to "xla".
     auto   "heads" on TPUs, and on CPUs where that takes one at a time; "cudnn" on GPUs that have it; else "xla".
     """
 
@@ -69,12 +69,13 @@ class Attention(nn.Module):
             "heads": functools.partial(_heads_first, self.heads, first),
             "cudnn": functools.partial(_tokens_first, on_gpu, self.heads, first),
         }
-        if self.method != "auto":
+        fused = _has_fused_attention(self.dtype, width // self.heads)
+        if self.method != "auto" and (self.method != "cudnn" or fused):
             return forms[self.method](x, *weights)
         best = {"tpu": forms["heads"], "default": forms["xla"]}
         if _one_at_a_time(x, self.heads, first):
             best["cpu"] = forms["heads"]
-        if _has_fused_attention(self.dtype, width // self.heads):
+        if fused:
             best["cuda"] = forms["cudnn"]
         return jax.lax.platform_dependent(x, *weights, **best)
 
