@@ -39,7 +39,7 @@ def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int, method: str = 
       cells: (B,R,S,C).
       kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
       patch_cells: r, a divisor of R and S; how "shift" sums the kernel's gradient.
-      method: of `config.DEPTHWISE_METHODS`; those for visible patches alone are "conv" here.
+      method: of `EncoderConfig.depthwise`; those for visible patches alone are "conv" here.
 
     Returns:
       (B,R,S,C).
@@ -58,7 +58,7 @@ def on_visible(
       kernel: (5,5,C).
       ids: (B,K) int32, which patches they are; no repeats.
       grid: token rows and columns.
-      method: of `config.DEPTHWISE_METHODS`.
+      method: of `EncoderConfig.depthwise`.
 
     Returns:
       (B,K,r,r,C).
