@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from infmae_jax.models import depthwise, patches
+from infmae_jax.models.config import EncoderConfig
 
 CONV_EPS = 1e-5  # LayerNorm in patch embeddings and convolution blocks
 TOKEN_EPS = 1e-6  # LayerNorm in transformer blocks and final norms
@@ -146,6 +147,12 @@ class Layout:
         if not self.packed:
             return cells
         return patches.take_tokens(patches.grid_to_tokens(cells, self.grid), self.ids_keep)
+
+    def positions(self, config: EncoderConfig, dtype: jnp.dtype) -> jax.Array:
+        """Position embeddings of the encoder's tokens: (B,K,D), or (1,N,D) where all are visible."""
+        source = config.position_grid if config.position == "interpolate" else None
+        table = jnp.asarray(patches.position_embedding(self.grid, config.widths[-1], source), dtype)
+        return table[None] if self.ids_keep is None else table[self.ids_keep]
 
     def tokens(self, cells: jax.Array) -> jax.Array:
         """One cell a patch, (B,K,1,1,D) or (B,h,w,D), to tokens: (B,K,D), or (B,N,D) where all are visible."""

@@ -102,11 +102,6 @@ class EncoderConfig:
             raise ValueError(f"model.encoder.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
         _check_heads(self.widths[-1], self.heads, self.attention)
 
-    @property
-    def position_source(self) -> tuple[int, int] | None:
-        """The grid whose position embeddings are interpolated, None where they are recomputed."""
-        return self.position_grid if self.position == "interpolate" else None
-
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:

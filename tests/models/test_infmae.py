@@ -1,6 +1,5 @@
 """Shapes, precision, variants and refusals of the model."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +66,7 @@ def test_sizes_and_channels(encoder, size, in_channels):
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="100x64 is not divisible by the patch size 16"):
+    with pytest.raises(ValueError, match="100x64 is not divisible by the patch side 16"):
         shapes_of(InfMAEConfig().replace(**TINY), size=(100, 64), keep=4)
 
 
