@@ -85,12 +85,6 @@ def _detect(path: str) -> str:
     return "safetensors" if Path(path).suffix == ".safetensors" else "torch"
 
 
-def encoder_params(path: str | os.PathLike, **options: Any) -> TrainedModel:
-    """The encoder alone of what `load` reads; `options` as there."""
-    trained = load(path, subtree="encoder", **options)
-    return dataclasses.replace(trained, params={"encoder": trained.params["encoder"]})
-
-
 class Account(NamedTuple):
     """What `graft` did with each subtree of parameters: loaded, left new, or ignored in what was loaded."""
 
@@ -110,7 +104,7 @@ def graft(
 
     Args:
       params: subtrees by name, "encoder" among them; arrays or shapes.
-      loaded: from `load` or `encoder_params`. Of its other subtrees those are taken that are the same throughout.
+      loaded: from `load` or `load_encoder`. Of its other subtrees those are taken that are the same throughout.
       encoder: the architecture of `params`, compared where shapes do not tell it (attention heads).
 
     Returns:
@@ -280,14 +274,13 @@ def load_encoder(
     if checkpoint == RANDOM:
         if like and model:
             raise InputError(f"like={like} and model={model} both name an architecture; give one of them")
-        described = _described(os.path.expanduser(like)) if like else TrainedModel(_variant(model or "tiny"), {})
+        described = _described(os.path.expanduser(like)) if like else TrainedModel(variant(model or "tiny"), {})
         trained = untrained(described.config, described.image_size, seed)
         trained = dataclasses.replace(trained, intensity=described.intensity)
     else:
-        if not Path(local_path(checkpoint, "checkpoint")).exists():
-            raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
-        trained = encoder_params(checkpoint, **options)
-        if model and not same_encoder(_variant(model).encoder, trained.config.encoder):
+        trained = load(checkpoint, subtree="encoder", **options)
+        trained = dataclasses.replace(trained, params={"encoder": trained.params["encoder"]})
+        if model and not same_encoder(variant(model).encoder, trained.config.encoder):
             found = _describe(trained.config.encoder)
             raise InputError(f"checkpoint {checkpoint} is not the variant {model!r} but {found}; leave model empty")
     size = tuple(image_size) if any(image_size) else trained.image_size
@@ -312,12 +305,6 @@ def untrained(config: InfMAEConfig, image_size: tuple[int, int] = DEFAULT_SIZE, 
 def same_encoder(a: EncoderConfig, b: EncoderConfig) -> bool:
     """Whether weights of one are weights of the other: the architecture, not how it is computed."""
     return all(getattr(a, field) == getattr(b, field) for field in ARCHITECTURE)
-
-
-def _variant(name: str) -> InfMAEConfig:
-    if name not in VARIANTS:
-        raise InputError(f"model {name!r} is not one of {', '.join(VARIANTS)}")
-    return variant(name)
 
 
 def _describe(encoder: EncoderConfig) -> str:

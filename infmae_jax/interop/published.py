@@ -20,6 +20,7 @@ from infmae_jax.interop import names, wrappers
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
 from infmae_jax.models.patches import PATCH, position_embedding
+from infmae_jax.training.config import from_config
 
 METADATA_KEY = "infmae_jax"
 # What tensors do not tell of an architecture, as published.
@@ -103,7 +104,8 @@ def published_mask(filters: tuple[np.ndarray, np.ndarray] | None) -> MaskConfig:
         return MaskConfig(score="none", selection="random")
     kernel = filters[0].astype(np.float64).mean(axis=0).transpose(1, 2, 0)
     bias = float(filters[1].astype(np.float64).mean())
-    return MaskConfig(score="kernel", kernel=_nested_tuple(kernel.tolist()), bias=bias, descending=False, stride=4)
+    published = dict(score="kernel", kernel=kernel.tolist(), bias=bias, descending=False, stride=4)
+    return from_config(MaskConfig, published, "mask.")
 
 
 def score_filters(config: InfMAEConfig, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -131,14 +133,10 @@ def _read_metadata(metadata: str | None) -> tuple[dict[str, Any], MaskConfig | N
     try:
         fields = json.loads(metadata)
         model = {field: type(default)(fields["model"][field]) for field, default in _UNTOLD.items()}
-        mask = MaskConfig(**{**fields["mask"], "kernel": _nested_tuple(fields["mask"]["kernel"])})
+        mask = from_config(MaskConfig, fields["mask"], "mask.")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"its {METADATA_KEY!r} entry is damaged; remove the entry or copy the file again") from error
     return model, mask
-
-
-def _nested_tuple(values):
-    return tuple(_nested_tuple(value) for value in values) if isinstance(values, list) else values
 
 
 def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) -> InfMAEConfig:
@@ -208,9 +206,7 @@ def _check_tensors(
     if config.encoder.kind == "hybrid":
         width = config.encoder.widths[-1]
         expected |= {_SCORE_WEIGHT: (width, config.encoder.in_channels, PATCH, PATCH), _SCORE_BIAS: (width,)}
-    missing = [
-        name for name in (*expected, *_POSITIONS) if name not in state and (whole or name not in optional)
-    ]
+    missing = [name for name in (*expected, *_POSITIONS) if name not in state and (whole or name not in optional)]
     unknown = [name for name in state if name not in expected and name not in _POSITIONS]
     misshaped = [
         f"{name} {state[name].shape}, not {shape}"

@@ -4,6 +4,8 @@ import dataclasses
 import typing
 from typing import Annotated, Any, Self
 
+from data_pipelines.errors import InputError
+
 Norm = Annotated[str, "group, layer"]
 HeadWidth = Annotated[int, "[8, inf)"]
 Convolutions = Annotated[int, "[1, 64]"]
@@ -313,8 +315,8 @@ def variant(name: str, **overrides: Any) -> InfMAEConfig:
       **overrides: as in `InfMAEConfig.replace`.
 
     Raises:
-      ValueError: an unknown name, or an impossible architecture.
+      InputError: an unknown name. ValueError: an impossible architecture.
     """
     if name not in VARIANTS:
-        raise ValueError(f"model variant {name!r} is not one of {', '.join(VARIANTS)}")
+        raise InputError(f"model variant {name!r} is not one of {', '.join(VARIANTS)}")
     return InfMAEConfig().replace(**VARIANTS[name] | overrides)

@@ -20,7 +20,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.intensity import Intensity
 from infmae_jax.convert import convert
 from infmae_jax.interop import safetensors_file, torch_file
-from infmae_jax.interop.load import encoder_params, graft, load_encoder, untrained
+from infmae_jax.interop.load import graft, load_encoder, untrained
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import variant
 from infmae_jax.models.infmae import InfMAE, abstract_params
@@ -172,7 +172,7 @@ def test_grafting_takes_what_fits_and_accounts_for_it(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, out["encoder"], dict(loaded.params["encoder"]))
     assert out["head"] is params["head"] and account == (("encoder",), ("decoder", "head"), ("decoder",))
     assert str(account) == "weights: loaded encoder; new decoder, head; ignored decoder"
-    assert set(encoder_params(path, **TINY_HEADS).params) == {"encoder"}
+    assert set(load_encoder(str(path), **TINY_HEADS).params) == {"encoder"}
     deeper = abstract_params(loaded.config.replace(depths=(2, 1, 4)))
     with pytest.raises(InputError, match=r"does not cover the encoder: 12 of \d+ arrays.*blocks3_3"):
         graft(deeper, loaded)
