@@ -133,8 +133,8 @@ class Layout:
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
     def shown(self, cells: jax.Array) -> jax.Array:
-        """A whole map (B,h*r,w*r,C), made zero at masked patches: what the depthwise convolution reads."""
-        if self.ids_keep is None:
+        """What the depthwise convolution reads: packed cells, or a whole map (B,h*r,w*r,C), zero at masked patches."""
+        if self.packed or self.ids_keep is None:
             return cells
         batch, n = cells.shape[0], self.grid[0] * self.grid[1]
         r = cells.shape[1] // self.grid[0]
@@ -256,11 +256,8 @@ class DepthwiseConv(nn.Module):
         init, param_dtype = fan_in_uniform(size * size), float_dtype(self.dtype)
         kernel = self.param("kernel", init, (size, size, channels), param_dtype).astype(cells.dtype)
         bias = self.param("bias", init, (channels,), param_dtype)
-        if layout.packed:
-            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid, self.method)
-        else:
-            out = depthwise.on_map(layout.shown(cells), kernel, cells.shape[1] // layout.grid[0], self.method)
-        return add_bias(out, bias)
+        ids = layout.ids_keep if layout.packed else None
+        return add_bias(depthwise.convolve(layout.shown(cells), kernel, ids, layout.grid, self.method), bias)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -32,40 +32,6 @@ _FEW = 128  # visible patches: where the cycles that the v5e compiler expects of
 _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
-def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int, method: str = "auto") -> jax.Array:
-    """Zero-padded depthwise convolution of whole maps.
-
-    Args:
-      cells: (B,R,S,C).
-      kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
-      patch_cells: r, a divisor of R and S; how "shift" sums the kernel's gradient.
-      method: of `EncoderConfig.depthwise`; those for visible patches alone are "conv" here.
-
-    Returns:
-      (B,R,S,C).
-    """
-    grid = cells.shape[1] // patch_cells, cells.shape[2] // patch_cells
-    return _convolved(cells, kernel, None, grid, method)
-
-
-def on_visible(
-    cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int], method: str = "auto"
-) -> jax.Array:
-    """The same at visible patches alone, masked ones reading as zero.
-
-    Args:
-      cells: (B,K,r,r,C), the cells of the visible patches.
-      kernel: (5,5,C).
-      ids: (B,K) int32, which patches they are; no repeats.
-      grid: token rows and columns.
-      method: of `EncoderConfig.depthwise`.
-
-    Returns:
-      (B,K,r,r,C).
-    """
-    return _convolved(cells, kernel, ids, grid, method)
-
-
 class _Form(NamedTuple):
     """One way to compute. Whole maps, which come without ids, are spread and taken as they are.
 
@@ -83,21 +49,33 @@ class _Form(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _convolved(
-    cells: jax.Array, kernel: jax.Array, ids: jax.Array | None, grid: tuple[int, int], method: str
+def convolve(
+    cells: jax.Array, kernel: jax.Array, ids: jax.Array | None, grid: tuple[int, int], method: str = "auto"
 ) -> jax.Array:
+    """Zero-padded depthwise convolution of whole maps, or at visible patches alone, masked ones reading as zero.
+
+    Args:
+      cells: (B,h*r,w*r,C), or (B,K,r,r,C), the cells of the visible patches.
+      kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
+      ids: None, or (B,K) int32, which patches they are; no repeats.
+      grid: token rows and columns (h, w).
+      method: of `EncoderConfig.depthwise`; those for visible patches alone are "conv" for whole maps.
+
+    Returns:
+      As `cells`.
+    """
     return _computed(_forward, method, grid, cells, kernel, ids)
 
 
-def _convolved_forward(cells, kernel, ids, grid, method):
-    return _convolved(cells, kernel, ids, grid, method), (cells, kernel, ids)
+def _convolve_forward(cells, kernel, ids, grid, method):
+    return convolve(cells, kernel, ids, grid, method), (cells, kernel, ids)
 
 
-def _convolved_backward(grid, method, saved, grad):
+def _convolve_backward(grid, method, saved, grad):
     return *_computed(_backward, method, grid, *saved, grad), None
 
 
-_convolved.defvjp(_convolved_forward, _convolved_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 def _computed(direction: Callable, method: str, grid: tuple[int, int], cells: jax.Array, *arrays: jax.Array | None):
@@ -136,7 +114,7 @@ def _backward(
     return turned.astype(cells.dtype), kernel_gradient.astype(kernel.dtype)
 
 
-def _convolve(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax.Array:
+def _convolve_map(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax.Array:
     """(B,R,S,C), (5,5,C) -> (B,R,S,C) by XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         whole, kernel[:, :, None, :], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -224,7 +202,7 @@ def _windows_by_product(cells: jax.Array, ids: jax.Array, grid: tuple[int, int])
 
 def _convolve_windows(windows: jax.Array, kernel: jax.Array) -> jax.Array:
     """(B,K,r+4,r+4,C), (5,5,C) -> (B,K,r,r,C) by XLA's grouped convolution."""
-    out = _convolve(windows.reshape(-1, *windows.shape[2:]), kernel, "VALID")
+    out = _convolve_map(windows.reshape(-1, *windows.shape[2:]), kernel, "VALID")
     return out.reshape(*windows.shape[:2], *out.shape[1:])
 
 
@@ -275,11 +253,11 @@ def _patch_sum(cells: jax.Array, grad: jax.Array, step: int) -> jax.Array:
     return functools.reduce(jnp.add, products).reshape(cells.shape[0], -1, cells.shape[-1])
 
 
-_of_map, _of_windows = (functools.partial(_transposed, convolve) for convolve in (_convolve, _convolve_windows))
+_of_map, _of_windows = (functools.partial(_transposed, convolve) for convolve in (_convolve_map, _convolve_windows))
 _FORMS = {
     "shift": _Form(_windows, _multiply_add, _kernel_gradient),
-    "conv": _Form(_place, _convolve, _of_map, _take),
-    "products": _Form(_place_by_products, _convolve, _of_map, _take_by_products),
+    "conv": _Form(_place, _convolve_map, _of_map, _take),
+    "products": _Form(_place_by_products, _convolve_map, _of_map, _take_by_products),
     "windows": _Form(_windows_by_product, _convolve_windows, _of_windows),
 }
 _BEST = {"tpu": "windows", "cuda": "conv", "default": "shift"}
