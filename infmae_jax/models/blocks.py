@@ -69,17 +69,13 @@ def gelu(x: jax.Array) -> jax.Array:
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
-def _gelu_forward(x):
-    return gelu(x), x
-
-
 def _gelu_backward(x, grad):
     wide = x.astype(float_dtype(x.dtype))
     density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
     return (((_normal_cdf(wide) + wide * density) * grad).astype(x.dtype),)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -96,15 +92,11 @@ def residual(x: jax.Array) -> jax.Array:
     return x
 
 
-def _residual_forward(x):
-    return x, None
-
-
 def _residual_backward(_, grad):
     return (jax.lax.platform_dependent(grad, cpu=_unfused, default=lambda x: x),)
 
 
-residual.defvjp(_residual_forward, _residual_backward)
+residual.defvjp(lambda x: (x, None), _residual_backward)
 
 
 def _unfused(x: jax.Array) -> jax.Array:
