@@ -201,6 +201,15 @@ def require_fit(run: str | os.PathLike, params: Any, blocks: int, expected: Call
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """What the section `data` of a run's config says that belongs to a `TrainedModel`."""
+
+    mask: MaskConfig = MaskConfig()
+    image_size: tuple[int, int] = DEFAULT_SIZE
+    intensity: Intensity = Intensity()
+
+
 def _described(run: str) -> TrainedModel:
     """What the config of a run says, without weights."""
     config = read_config(run)
@@ -214,17 +223,13 @@ def _described(run: str) -> TrainedModel:
             f"the weights file itself{f', {weights[0]}' if weights else ''}"
         )
     data = config.get("data", {})
-    size = data.get("image_size", DEFAULT_SIZE) if isinstance(data, dict) else None
-    if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
-        raise InputError(f"{run}: its config.json has no data.image_size of rows and columns; restore it")
-    return TrainedModel(
-        from_config(InfMAEConfig, model, "model."),
-        {},
-        from_config(MaskConfig, data.get("mask", {}), "data.mask."),
-        tuple(size),
-        from_config(Intensity, data.get("intensity", {}), "data.intensity."),
-        run,
-    )
+    if isinstance(data, dict):
+        data = {field.name: data[field.name] for field in dataclasses.fields(_Images) if field.name in data}
+    try:
+        images = from_config(_Images, data, "data.")
+        return TrainedModel(from_config(InfMAEConfig, model, "model."), {}, **vars(images), name=run)
+    except InputError as error:
+        raise InputError(f"{run}: its config.json has another form: {error}") from error
 
 
 def _read_score_filters(run: Path, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray] | None:

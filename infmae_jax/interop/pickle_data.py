@@ -12,7 +12,6 @@ import io
 import pickle
 import pickletools
 import re
-import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -124,11 +123,9 @@ def _short(name: str) -> str:
 def _is_key(key: Any) -> bool:
     """What may be hashed: the hash of deep tuples crashes the interpreter, that of shared ones or large values takes
     time without end."""
-    return len(key) <= MAX_NAME if isinstance(key, str) else key is None or isinstance(key, float) or _is_index(key)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) < 1 << 63
+    if isinstance(key, str):
+        return len(key) <= MAX_NAME
+    return key is None or isinstance(key, float) or (isinstance(key, int) and abs(key) < 1 << 63)
 
 
 class _Machine(pickle._Unpickler):
@@ -229,8 +226,5 @@ def read_pickle(stream: io.BytesIO) -> tuple[Any, dict[str, Storage]]:
         return machine.load(), machine.storages
     except PickleRefused:
         raise
-    except (
-        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
-        pickle.UnpicklingError, struct.error,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever the machine makes of it
         raise PickleRefused(_DAMAGED) from error

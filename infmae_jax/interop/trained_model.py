@@ -183,27 +183,24 @@ def encode(
 ) -> dict[str, jax.Array]:
     """(N,H,W,C) uint8 padded, and the size before -> float32 maps that cover that size, or their means."""
     at_once = images_at_once(len(pixels), jax.devices()[:1])
-    take = functools.partial(_encode_at_once, config, params, size, average)
+
+    def take(some: jax.Array) -> dict[str, jax.Array]:
+        features = functools.partial(InfMAE(config).apply, {"params": params}, normalize(some), method="features")
+        maps = features()
+        found = {"pooled": maps["pooled"].astype(jnp.float32)}
+        if average and "stage1_output_decode" in params["encoder"]:
+            # XLA computes what both calls share once.
+            found["fused"] = features(fuse_stages=True)["pooled"].astype(jnp.float32)
+        for name, stride in _STRIDES.items():
+            if name in maps:
+                cells = maps[name][:, : -(-size[0] // stride), : -(-size[1] // stride)].astype(jnp.float32)
+                found[name] = cells.mean(axis=(1, 2)) if average else cells
+        return found
+
     if at_once == len(pixels):
         return take(pixels)
     pieces = jax.lax.map(take, pixels.reshape(-1, at_once, *pixels.shape[1:]))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
-
-
-def _encode_at_once(
-    config: InfMAEConfig, params: dict, size: tuple[int, int], average: bool, pixels: jax.Array
-) -> dict[str, jax.Array]:
-    maps = InfMAE(config).apply({"params": params}, normalize(pixels), method="features")
-    found = {"pooled": maps["pooled"].astype(jnp.float32)}
-    if average and "stage1_output_decode" in params["encoder"]:
-        # XLA computes what both calls share once.
-        fused = InfMAE(config).apply({"params": params}, normalize(pixels), fuse_stages=True, method="features")
-        found["fused"] = fused["pooled"].astype(jnp.float32)
-    for name, stride in _STRIDES.items():
-        if name in maps:
-            cells = maps[name][:, : -(-size[0] // stride), : -(-size[1] // stride)].astype(jnp.float32)
-            found[name] = cells.mean(axis=(1, 2)) if average else cells
-    return found
 
 
 @functools.partial(jax.jit, static_argnums=0)
