@@ -19,7 +19,7 @@ from infmae_jax.interop import published, safetensors_file, stablehlo, torch_fil
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import VARIANTS, EncoderConfig, InfMAEConfig, variant
 from infmae_jax.models.infmae import InfMAE, abstract_params
-from infmae_jax.models.patches import PATCH, token_grid
+from infmae_jax.models.patches import PATCH
 from infmae_jax.training.checkpoint import restore_params, write_run
 from infmae_jax.training.config import from_config
 from infmae_jax.training.run_folder import read_config
@@ -289,10 +289,8 @@ def load_encoder(
             found = _describe(trained.config.encoder)
             raise InputError(f"checkpoint {checkpoint} is not the variant {model!r} but {found}; leave model empty")
     size = tuple(image_size) if any(image_size) else trained.image_size
-    try:
-        token_grid(*size)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"image_size {size} must be rows, columns, both multiples of {PATCH}") from error
+    if len(size) != 2 or any(side < PATCH or side % PATCH for side in size):
+        raise InputError(f"image_size {size} must be rows, columns, both multiples of {PATCH}")
     return dataclasses.replace(trained, image_size=size)
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 MAX_BYTES = 32 << 20  # the pickle of a billion-parameter model with optimizer state is below 1 MB
 MAX_STEPS = 500_000  # instructions and arguments of calls; Base with its optimizer has 30,000
 MAX_RANK = 32
-MAX_NAME = 1000  # characters of a key or of an imported name
+MAX_KEY, MAX_NAME = 1000, 200  # characters of a key, of an imported name
 
 
 class PickleRefused(ValueError):
@@ -81,7 +81,7 @@ def _rebuild_tensor(storage, offset, shape, stride, *unused) -> StoredTensor:
 
 def _rebuild_typed_tensor(storage, offset, shape, stride, grad, hooks, dtype, *unused):
     name = getattr(dtype, "name", "unknown")
-    raise PickleRefused(f"a tensor has the element type {_short(name)}, which is not supported")
+    raise PickleRefused(f"a tensor has the element type {name!r}, which is not supported")
 
 
 # What a call of these names makes. The names are data of the file format.
@@ -116,15 +116,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:80] + "...")
-
-
 def _is_key(key: Any) -> bool:
     """What may be hashed: the hash of deep tuples crashes the interpreter, that of shared ones or large values takes
     time without end."""
     if isinstance(key, str):
-        return len(key) <= MAX_NAME
+        return len(key) <= MAX_KEY
     return key is None or isinstance(key, float) or (isinstance(key, int) and abs(key) < 1 << 63)
 
 
@@ -147,7 +143,7 @@ class _Machine(pickle._Unpickler):
             raise PickleRefused(_DAMAGED)
         name = f"{module}.{attribute}"
         if name not in _MAKERS and not _INERT.fullmatch(name):
-            raise PickleRefused(f"it asks to import {_short(name)}, and loading a checkpoint never runs code from it")
+            raise PickleRefused(f"it asks to import {name!r}, and loading a checkpoint never runs code from it")
         return Inert(name)
 
     def load_reduce(self) -> None:

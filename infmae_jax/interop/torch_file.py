@@ -132,8 +132,7 @@ def _arrays_of(
 
 def _dtype(storage: pickle_data.Storage) -> np.dtype:
     if storage.kind not in _DTYPES:
-        kind = storage.kind[:80]
-        raise pickle_data.PickleRefused(f"a tensor has the element type {kind!r}, which is not supported")
+        raise pickle_data.PickleRefused(f"a tensor has the element type {storage.kind!r}, which is not supported")
     return _DTYPES[storage.kind]
 
 
