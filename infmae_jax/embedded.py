@@ -1,7 +1,5 @@
 """The demo's two ends: the embedded synthetic data set before pretraining, a probe of the encoder after it."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

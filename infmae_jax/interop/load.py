@@ -19,7 +19,7 @@ from infmae_jax.interop import published, safetensors_file, stablehlo, torch_fil
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import VARIANTS, EncoderConfig, InfMAEConfig, variant
 from infmae_jax.models.infmae import InfMAE, abstract_params
-from infmae_jax.models.patches import PATCH, token_grid
+from infmae_jax.models.patches import PATCH
 from infmae_jax.training.checkpoint import restore_params, write_run
 from infmae_jax.training.config import from_config
 from infmae_jax.training.run_folder import read_config
@@ -85,12 +85,6 @@ def _detect(path: str) -> str:
     return "safetensors" if Path(path).suffix == ".safetensors" else "torch"
 
 
-def encoder_params(path: str | os.PathLike, **options: Any) -> TrainedModel:
-    """The encoder alone of what `load` reads; `options` as there."""
-    trained = load(path, subtree="encoder", **options)
-    return dataclasses.replace(trained, params={"encoder": trained.params["encoder"]})
-
-
 class Account(NamedTuple):
     """What `graft` did with each subtree of parameters: loaded, left new, or ignored in what was loaded."""
 
@@ -110,7 +104,7 @@ def graft(
 
     Args:
       params: subtrees by name, "encoder" among them; arrays or shapes.
-      loaded: from `load` or `encoder_params`. Of its other subtrees those are taken that are the same throughout.
+      loaded: from `load` or `load_encoder`. Of its other subtrees those are taken that are the same throughout.
       encoder: the architecture of `params`, compared where shapes do not tell it (attention heads).
 
     Returns:
@@ -207,6 +201,15 @@ def require_fit(run: str | os.PathLike, params: Any, blocks: int, expected: Call
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Images:
+    """What the section `data` of a run's config says that belongs to a `TrainedModel`."""
+
+    mask: MaskConfig = MaskConfig()
+    image_size: tuple[int, int] = DEFAULT_SIZE
+    intensity: Intensity = Intensity()
+
+
 def _described(run: str) -> TrainedModel:
     """What the config of a run says, without weights."""
     config = read_config(run)
@@ -220,17 +223,13 @@ def _described(run: str) -> TrainedModel:
             f"the weights file itself{f', {weights[0]}' if weights else ''}"
         )
     data = config.get("data", {})
-    size = data.get("image_size", DEFAULT_SIZE) if isinstance(data, dict) else None
-    if not isinstance(size, (list, tuple)) or [type(side) for side in size] != [int, int]:
-        raise InputError(f"{run}: its config.json has no data.image_size of rows and columns; restore it")
-    return TrainedModel(
-        from_config(InfMAEConfig, model, "model."),
-        {},
-        from_config(MaskConfig, data.get("mask", {}), "data.mask."),
-        tuple(size),
-        from_config(Intensity, data.get("intensity", {}), "data.intensity."),
-        run,
-    )
+    if isinstance(data, dict):
+        data = {field.name: data[field.name] for field in dataclasses.fields(_Images) if field.name in data}
+    try:
+        images = from_config(_Images, data, "data.")
+        return TrainedModel(from_config(InfMAEConfig, model, "model."), {}, **vars(images), name=run)
+    except InputError as error:
+        raise InputError(f"{run}: its config.json has another form: {error}") from error
 
 
 def _read_score_filters(run: Path, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray] | None:
@@ -280,21 +279,18 @@ def load_encoder(
     if checkpoint == RANDOM:
         if like and model:
             raise InputError(f"like={like} and model={model} both name an architecture; give one of them")
-        described = _described(os.path.expanduser(like)) if like else TrainedModel(_variant(model or "tiny"), {})
+        described = _described(os.path.expanduser(like)) if like else TrainedModel(variant(model or "tiny"), {})
         trained = untrained(described.config, described.image_size, seed)
         trained = dataclasses.replace(trained, intensity=described.intensity)
     else:
-        if not Path(local_path(checkpoint, "checkpoint")).exists():
-            raise InputError(f"checkpoint {checkpoint} does not exist; give a run folder, a file or {RANDOM!r}")
-        trained = encoder_params(checkpoint, **options)
-        if model and not same_encoder(_variant(model).encoder, trained.config.encoder):
+        trained = load(checkpoint, subtree="encoder", **options)
+        trained = dataclasses.replace(trained, params={"encoder": trained.params["encoder"]})
+        if model and not same_encoder(variant(model).encoder, trained.config.encoder):
             found = _describe(trained.config.encoder)
             raise InputError(f"checkpoint {checkpoint} is not the variant {model!r} but {found}; leave model empty")
     size = tuple(image_size) if any(image_size) else trained.image_size
-    try:
-        token_grid(*size)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"image_size {size} must be rows, columns, both multiples of {PATCH}") from error
+    if len(size) != 2 or any(side < PATCH or side % PATCH for side in size):
+        raise InputError(f"image_size {size} must be rows, columns, both multiples of {PATCH}")
     return dataclasses.replace(trained, image_size=size)
 
 
@@ -312,12 +308,6 @@ def untrained(config: InfMAEConfig, image_size: tuple[int, int] = DEFAULT_SIZE, 
 def same_encoder(a: EncoderConfig, b: EncoderConfig) -> bool:
     """Whether weights of one are weights of the other: the architecture, not how it is computed."""
     return all(getattr(a, field) == getattr(b, field) for field in ARCHITECTURE)
-
-
-def _variant(name: str) -> InfMAEConfig:
-    if name not in VARIANTS:
-        raise InputError(f"model {name!r} is not one of {', '.join(VARIANTS)}")
-    return variant(name)
 
 
 def _describe(encoder: EncoderConfig) -> str:

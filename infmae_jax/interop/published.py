@@ -20,6 +20,7 @@ from infmae_jax.interop import names, wrappers
 from infmae_jax.interop.trained_model import DEFAULT_SIZE, TrainedModel
 from infmae_jax.models.config import DecoderConfig, EncoderConfig, InfMAEConfig
 from infmae_jax.models.patches import PATCH, position_embedding
+from infmae_jax.training.config import from_config
 
 METADATA_KEY = "infmae_jax"
 # What tensors do not tell of an architecture, as published.
@@ -103,7 +104,8 @@ def published_mask(filters: tuple[np.ndarray, np.ndarray] | None) -> MaskConfig:
         return MaskConfig(score="none", selection="random")
     kernel = filters[0].astype(np.float64).mean(axis=0).transpose(1, 2, 0)
     bias = float(filters[1].astype(np.float64).mean())
-    return MaskConfig(score="kernel", kernel=_nested_tuple(kernel.tolist()), bias=bias, descending=False, stride=4)
+    published = dict(score="kernel", kernel=kernel.tolist(), bias=bias, descending=False, stride=4)
+    return from_config(MaskConfig, published, "mask.")
 
 
 def score_filters(config: InfMAEConfig, mask: MaskConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -131,52 +133,41 @@ def _read_metadata(metadata: str | None) -> tuple[dict[str, Any], MaskConfig | N
     try:
         fields = json.loads(metadata)
         model = {field: type(default)(fields["model"][field]) for field, default in _UNTOLD.items()}
-        mask = MaskConfig(**{**fields["mask"], "kernel": _nested_tuple(fields["mask"]["kernel"])})
+        mask = from_config(MaskConfig, fields["mask"], "mask.")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"its {METADATA_KEY!r} entry is damaged; remove the entry or copy the file again") from error
     return model, mask
 
 
-def _nested_tuple(values):
-    return tuple(_nested_tuple(value) for value in values) if isinstance(values, list) else values
-
-
 def _read_architecture(state: Mapping[str, np.ndarray], untold: dict[str, Any]) -> InfMAEConfig:
     """Widths and depths as the tensors have them; what they cannot tell comes from `untold`."""
-    hybrid = any(name.startswith("patch_embed1.") for name in state) or any(n.startswith("blocks3.") for n in state)
+    hybrid = any(name.startswith(("patch_embed1.", "blocks3.")) for name in state)
     if not hybrid and not ("cls_token" in state and any(name.startswith("blocks.") for name in state)):
         raise InputError(
             "it is not the state dict of an InfMAE or MAE model: it has neither patch_embed1 nor cls_token and blocks, "
             f"but {_listing(list(state))}"
         )
-    if hybrid:
-        shapes = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in (1, 2, 3)]
-        widths, depths = tuple(s[0] for s in shapes), tuple(_depth(state, f"blocks{s}") for s in (1, 2, 3))
-        block = "blocks3.0"
-    else:
-        shapes = [_shape(state, "patch_embed.proj.weight", 4)]
-        widths, depths = (shapes[0][0],) * 3, (_depth(state, "blocks"),) * 3
-        block = "blocks.0"
-    hidden = _shape(state, f"{block}.mlp.fc1.weight", 2)[0]
+    stages = ("1", "2", "3") if hybrid else ("",) * 3
+    shapes = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in stages]
+    widths = tuple(shape[0] for shape in shapes)
+    hidden = _shape(state, f"blocks{stages[2]}.0.mlp.fc1.weight", 2)[0]
     if hidden % widths[-1]:
         raise InputError(f"its MLPs are {hidden} wide, not a multiple of the width {widths[-1]}")
+    decoder = {}
+    if _has_decoder(state):
+        width, depth = _shape(state, "decoder_embed.weight", 2)[0], _depth(state, "decoder_blocks")
+        decoder = {"width": width, "depth": depth, "heads": untold["decoder_heads"]}
     try:
         encoder = EncoderConfig(
             kind="hybrid" if hybrid else "vit",
             in_channels=shapes[0][1],
             widths=widths,
-            depths=depths,
+            depths=tuple(_depth(state, f"blocks{stage}") for stage in stages),
             heads=untold["heads"],
             mlp_ratio=hidden // widths[-1],
             fuse_stages=not hybrid or any(name.startswith("stage1_output_decode.") for name in state),
         )
-        decoder = DecoderConfig()
-        if _has_decoder(state):
-            width, depth = _shape(state, "decoder_embed.weight", 2)[0], _depth(state, "decoder_blocks")
-            decoder = DecoderConfig(width=width, depth=depth, heads=untold["decoder_heads"])
-        return InfMAEConfig(encoder, decoder, untold["norm_pix_loss"])
-    except InputError:
-        raise
+        return InfMAEConfig(encoder, DecoderConfig(**decoder), untold["norm_pix_loss"])
     except ValueError as error:
         raise InputError(f"{error}; give the checkpoint's own --heads and --decoder_heads") from error
 
@@ -203,27 +194,24 @@ def _check_tensors(
     state: Mapping[str, np.ndarray], config: InfMAEConfig, entries: list[names.Entry], whole: bool
 ) -> None:
     expected = {entry.name: entry.shape for entry in entries}
-    # What an encoder alone may lack: all of it is computed or has a default.
-    optional = _POSITIONS if whole else (*_POSITIONS, _SCORE_WEIGHT, _SCORE_BIAS)
+    required = list(expected)
     if config.encoder.kind == "hybrid":
         width = config.encoder.widths[-1]
         expected |= {_SCORE_WEIGHT: (width, config.encoder.in_channels, PATCH, PATCH), _SCORE_BIAS: (width,)}
-    missing = [
-        name for name in (*expected, *_POSITIONS) if name not in state and (whole or name not in optional)
-    ]
+    if whole:  # what an encoder alone may lack is computed or has a default
+        required = [*expected, *_POSITIONS]
+    missing = [name for name in required if name not in state]
     unknown = [name for name in state if name not in expected and name not in _POSITIONS]
     misshaped = [
         f"{name} {state[name].shape}, not {shape}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
-    problems = [("missing", missing), ("unknown", unknown), ("of the wrong shape", misshaped)]
-    found = [f"{len(listed)} {what}: {_listing(listed)}" for what, listed in problems if listed]
+    integers = [name for name in state if state[name].dtype.kind in "biu"]
+    problems = {"missing": missing, "unknown": unknown, "of the wrong shape": misshaped, "of integers": integers}
+    found = [f"{len(listed)} {what}: {_listing(listed)}" for what, listed in problems.items() if listed]
     if found:
         raise InputError(f"its tensors do not fit an InfMAE or MAE model; {'; '.join(found)}")
-    not_real = [name for name in state if state[name].dtype.kind in "biu"]
-    if not_real:
-        raise InputError(f"tensors hold integers where weights are expected: {_listing(not_real)}")
 
 
 def _listing(items: list[str]) -> str:

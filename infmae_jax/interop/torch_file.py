@@ -5,10 +5,11 @@ tensors, and `NAME/data/KEY`, the bytes of each storage. Before that it was five
 """
 
 import io
+import mmap
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,67 +81,37 @@ def _read_zip(file: BinaryIO) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 raise pickle_data.PickleRefused("its records are compressed, which torch never does")
             return archive.read(records[name])
 
-        def storage_bytes(storage: pickle_data.Storage) -> bytes:
-            name = f"{root}data/{storage.key}"
-            if name not in records:
-                raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
-            return record(name)
+        def storage_bytes(key: str) -> bytes | None:
+            name = f"{root}data/{key}"
+            return record(name) if name in records else None
 
         if records[pickles[0]].file_size > pickle_data.MAX_BYTES:
             raise pickle_data.PickleRefused("its pickle is too large to describe a model")
         swapped = f"{root}byteorder" in records and record(f"{root}byteorder") == b"big"
-        return _arrays_of(pickle_data.read_pickle(record(pickles[0])), file, storage_bytes, swapped)
+        tree, _ = pickle_data.read_pickle(io.BytesIO(record(pickles[0])))
+        return _arrays_of(tree, file, storage_bytes, swapped)
 
 
 def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     # The stream opens with the pickled magic number: protocol 2, LONG1, ten bytes.
     if start[2:14] != b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little"):
         raise pickle_data.PickleRefused("it is not a torch checkpoint (neither a zip archive nor torch's older format)")
-    head = io.BytesIO(file.read(pickle_data.MAX_BYTES))
-    _, _, system, tree, keys = [pickle_data.read_pickle(head) for _ in range(_LEGACY_PICKLES)]
-    if not isinstance(system, dict) or not isinstance(keys, list):
+    data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    head = io.BytesIO(data[: pickle_data.MAX_BYTES])
+    _, _, (system, _), (tree, storages), (keys, _) = [pickle_data.read_pickle(head) for _ in range(_LEGACY_PICKLES)]
+    if not isinstance(system, dict) or not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise pickle_data.PickleRefused("its header is damaged")
-    swapped = system.get("little_endian") is False
-    size = os.fstat(file.fileno()).st_size
-    places = {}  # key -> (first byte, elements); the size of an element is known only with the tensor
-    sizes = {storage.key: _dtype(storage).itemsize for storage in _storages(tree)}
-    position = head.tell()
-    for key in map(str, keys):
-        file.seek(position)
-        count = int.from_bytes(_read_exactly(file, 8, size), "little")
-        places[key] = (file.tell(), count)
-        position = file.tell() + count * sizes.get(key, 0)
-
-    def storage_bytes(storage: pickle_data.Storage) -> bytes:
-        if storage.key not in places:
-            raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
-        position, count = places[storage.key]
-        file.seek(position)
-        return _read_exactly(file, count * _dtype(storage).itemsize, size)
-
-    return _arrays_of(tree, file, storage_bytes, swapped)
-
-
-def _read_exactly(file: BinaryIO, count: int, file_size: int) -> bytes:
-    if file.tell() + count > file_size:
-        raise EOFError("it ends inside its tensors")
-    return file.read(count)
-
-
-def _storages(tree: Any) -> Iterator[pickle_data.Storage]:
-    """Every storage that the object mentions; shared or cyclic containers are visited once."""
-    pending, seen = [tree], set()
-    while pending:
-        item = pending.pop()
-        if isinstance(item, pickle_data.StoredTensor):
-            yield item.storage
-        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            pending.extend(item.values() if isinstance(item, dict) else item)
+    sizes = {key: _dtype(storage).itemsize for key, storage in storages.items()}
+    found, end = {}, head.tell()
+    for key in keys:
+        first = end + 8
+        end = first + int.from_bytes(data[end:first], "little") * sizes.get(key, 0)
+        found[key] = data[first:end]
+    return _arrays_of(tree, file, found.get, system.get("little_endian") is False)
 
 
 def _arrays_of(
-    tree: Any, file: BinaryIO, storage_bytes: Callable[[pickle_data.Storage], bytes], swapped: bool
+    tree: Any, file: BinaryIO, storage_bytes: Callable[[str], bytes | memoryview | None], swapped: bool
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not isinstance(tree, dict):
         raise pickle_data.PickleRefused("it holds no state dict (a whole pickled module cannot be loaded)")
@@ -152,7 +123,7 @@ def _arrays_of(
     stored = sum(storage.count * _dtype(storage).itemsize for storage in storages.values())
     if stored > size:
         raise EOFError(f"its tensors have {stored} bytes, the file has {size}")
-    flat = {key: _storage_array(storage, storage_bytes(storage), swapped) for key, storage in storages.items()}
+    flat = {key: _storage_array(storage, storage_bytes(key), swapped) for key, storage in storages.items()}
     arrays = {name: _view(name, tensor, flat[tensor.storage.key]) for name, tensor in tensors.items()}
     if sum(array.nbytes for array in arrays.values()) > _MAX_EXPANSION * size:
         raise pickle_data.PickleRefused(f"its tensors are more than {_MAX_EXPANSION} times as large as the file")
@@ -161,16 +132,17 @@ def _arrays_of(
 
 def _dtype(storage: pickle_data.Storage) -> np.dtype:
     if storage.kind not in _DTYPES:
-        kind = storage.kind[:80]
-        raise pickle_data.PickleRefused(f"a tensor has the element type {kind!r}, which is not supported")
+        raise pickle_data.PickleRefused(f"a tensor has the element type {storage.kind!r}, which is not supported")
     return _DTYPES[storage.kind]
 
 
-def _storage_array(storage: pickle_data.Storage, data: bytes, swapped: bool) -> np.ndarray:
+def _storage_array(storage: pickle_data.Storage, data: bytes | memoryview | None, swapped: bool) -> np.ndarray:
     dtype = _dtype(storage)
+    if data is None:
+        raise pickle_data.PickleRefused(f"the numbers of storage {storage.key} are not in the file")
     if len(data) != storage.count * dtype.itemsize:
         raise EOFError(f"storage {storage.key} has {len(data)} bytes, {storage.count * dtype.itemsize} expected")
-    array = np.frombuffer(data, dtype)
+    array = np.frombuffer(bytes(data), dtype)
     return array.byteswap() if swapped else array
 
 

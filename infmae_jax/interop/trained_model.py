@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +51,8 @@ class TrainedModel:
     step: int | None = None
     score_filters: tuple[np.ndarray, np.ndarray] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.module, self.params))
-
     def __getitem__(self, index: int) -> Any:
+        """Of `module, params`, which is how Python unpacks what has no iterator."""
         return (self.module, self.params)[index]
 
     @property
@@ -113,8 +111,9 @@ class TrainedModel:
 
     def _encode(self, images: np.ndarray, average: bool) -> dict[str, jax.Array]:
         pixels = self.to_pixels(images)
-        encoder = {"encoder": self.device_params["encoder"]}
-        return encode(self.config, encoder, _padded(pixels), pixels.shape[1:3], average)
+        rows, columns = (-extent % PATCH for extent in pixels.shape[1:3])
+        padded = np.pad(pixels, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge")
+        return encode(self.config, {"encoder": self.device_params["encoder"]}, padded, pixels.shape[1:3], average)
 
     def to_pixels(self, images: np.ndarray) -> np.ndarray:
         """Stored images, see `features`, as (N,H,W,1 or 3) uint8 under the run's intensity mapping; InputError."""
@@ -159,8 +158,7 @@ class TrainedModel:
         return Reconstruction(pixels[..., 0], scores, ids_keep, pred[:, 0].astype(np.float32), losses)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reconstruction:
+class Reconstruction(NamedTuple):
     """images (N,H,W) uint8 as the model sees them, scores (N,n) of their tokens, ids_keep (N,K) of the visible ones,
     pred (N,n,P) predicted patches, losses (N,) float32."""
 
@@ -171,24 +169,11 @@ class Reconstruction:
     losses: np.ndarray
 
 
-def _padded(pixels: np.ndarray) -> np.ndarray:
-    rows, columns = (-extent % PATCH for extent in pixels.shape[1:3])
-    return np.pad(pixels, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge")
-
-
 def images_at_once(batch: int, devices: Sequence[jax.Device]) -> int:
     """How many images of a batch to take at once: all; on a lone CPU a few, whose activations its caches hold."""
     first, *others = devices
     some = max(n for n in range(1, _AT_ONCE_ON_CPU + 1) if batch % n == 0)
     return some if first.platform == "cpu" and not others and 2 * some >= _AT_ONCE_ON_CPU else batch
-
-
-def in_pieces(take: Callable[[jax.Array], Any], images: jax.Array, at_once: int) -> Any:
-    """`take(images)`, a function of each image by itself, for so many images at a time."""
-    if at_once == len(images):
-        return take(images)
-    pieces = jax.lax.map(take, images.reshape(-1, at_once, *images.shape[1:]))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
@@ -197,23 +182,24 @@ def encode(
 ) -> dict[str, jax.Array]:
     """(N,H,W,C) uint8 padded, and the size before -> float32 maps that cover that size, or their means."""
     at_once = images_at_once(len(pixels), jax.devices()[:1])
-    return in_pieces(lambda some: _encode_at_once(config, params, some, size, average), pixels, at_once)
 
+    def take(some: jax.Array) -> dict[str, jax.Array]:
+        features = functools.partial(InfMAE(config).apply, {"params": params}, normalize(some), method="features")
+        maps = features()
+        found = {"pooled": maps["pooled"].astype(jnp.float32)}
+        if average and "stage1_output_decode" in params["encoder"]:
+            # XLA computes what both calls share once.
+            found["fused"] = features(fuse_stages=True)["pooled"].astype(jnp.float32)
+        for name, stride in _STRIDES.items():
+            if name in maps:
+                cells = maps[name][:, : -(-size[0] // stride), : -(-size[1] // stride)].astype(jnp.float32)
+                found[name] = cells.mean(axis=(1, 2)) if average else cells
+        return found
 
-def _encode_at_once(
-    config: InfMAEConfig, params: dict, pixels: jax.Array, size: tuple[int, int], average: bool
-) -> dict[str, jax.Array]:
-    maps = InfMAE(config).apply({"params": params}, normalize(pixels), method="features")
-    found = {"pooled": maps["pooled"].astype(jnp.float32)}
-    if average and "stage1_output_decode" in params["encoder"]:
-        # XLA computes what both calls share once.
-        fused = InfMAE(config).apply({"params": params}, normalize(pixels), fuse_stages=True, method="features")
-        found["fused"] = fused["pooled"].astype(jnp.float32)
-    for name, stride in _STRIDES.items():
-        if name in maps:
-            cells = maps[name][:, : -(-size[0] // stride), : -(-size[1] // stride)].astype(jnp.float32)
-            found[name] = cells.mean(axis=(1, 2)) if average else cells
-    return found
+    if at_once == len(pixels):
+        return take(pixels)
+    pieces = jax.lax.map(take, pixels.reshape(-1, at_once, *pixels.shape[1:]))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), pieces)
 
 
 @functools.partial(jax.jit, static_argnums=0)

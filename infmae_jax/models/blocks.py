@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from infmae_jax.models import depthwise, patches
+from infmae_jax.models.config import EncoderConfig
 
 CONV_EPS = 1e-5  # LayerNorm in patch embeddings and convolution blocks
 TOKEN_EPS = 1e-6  # LayerNorm in transformer blocks and final norms
@@ -68,17 +69,13 @@ def gelu(x: jax.Array) -> jax.Array:
     return (wide * _normal_cdf(wide)).astype(x.dtype)
 
 
-def _gelu_forward(x):
-    return gelu(x), x
-
-
 def _gelu_backward(x, grad):
     wide = x.astype(float_dtype(x.dtype))
     density = jnp.exp(-0.5 * wide * wide) * (2 * math.pi) ** -0.5
     return (((_normal_cdf(wide) + wide * density) * grad).astype(x.dtype),)
 
 
-gelu.defvjp(_gelu_forward, _gelu_backward)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
@@ -95,15 +92,11 @@ def residual(x: jax.Array) -> jax.Array:
     return x
 
 
-def _residual_forward(x):
-    return x, None
-
-
 def _residual_backward(_, grad):
     return (jax.lax.platform_dependent(grad, cpu=_unfused, default=lambda x: x),)
 
 
-residual.defvjp(_residual_forward, _residual_backward)
+residual.defvjp(lambda x: (x, None), _residual_backward)
 
 
 def _unfused(x: jax.Array) -> jax.Array:
@@ -132,8 +125,8 @@ class Layout:
     packed: bool = flax.struct.field(pytree_node=False, default=False)
 
     def shown(self, cells: jax.Array) -> jax.Array:
-        """A whole map (B,h*r,w*r,C), made zero at masked patches: what the depthwise convolution reads."""
-        if self.ids_keep is None:
+        """What the depthwise convolution reads: packed cells, or a whole map (B,h*r,w*r,C), zero at masked patches."""
+        if self.packed or self.ids_keep is None:
             return cells
         batch, n = cells.shape[0], self.grid[0] * self.grid[1]
         r = cells.shape[1] // self.grid[0]
@@ -146,6 +139,12 @@ class Layout:
         if not self.packed:
             return cells
         return patches.take_tokens(patches.grid_to_tokens(cells, self.grid), self.ids_keep)
+
+    def positions(self, config: EncoderConfig, dtype: jnp.dtype) -> jax.Array:
+        """Position embeddings of the encoder's tokens: (B,K,D), or (1,N,D) where all are visible."""
+        source = config.position_grid if config.position == "interpolate" else None
+        table = jnp.asarray(patches.position_embedding(self.grid, config.widths[-1], source), dtype)
+        return table[None] if self.ids_keep is None else table[self.ids_keep]
 
     def tokens(self, cells: jax.Array) -> jax.Array:
         """One cell a patch, (B,K,1,1,D) or (B,h,w,D), to tokens: (B,K,D), or (B,N,D) where all are visible."""
@@ -249,11 +248,8 @@ class DepthwiseConv(nn.Module):
         init, param_dtype = fan_in_uniform(size * size), float_dtype(self.dtype)
         kernel = self.param("kernel", init, (size, size, channels), param_dtype).astype(cells.dtype)
         bias = self.param("bias", init, (channels,), param_dtype)
-        if layout.packed:
-            out = depthwise.on_visible(cells, kernel, layout.ids_keep, layout.grid, self.method)
-        else:
-            out = depthwise.on_map(layout.shown(cells), kernel, cells.shape[1] // layout.grid[0], self.method)
-        return add_bias(out, bias)
+        ids = layout.ids_keep if layout.packed else None
+        return add_bias(depthwise.convolve(layout.shown(cells), kernel, ids, layout.grid, self.method), bias)
 
 
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:

@@ -1,19 +1,41 @@
 """Architectures: what each part of the model takes, and the variants by name."""
 
 import dataclasses
-from typing import Any, Self
+import typing
+from typing import Annotated, Any, Self
 
-ENCODERS = ("hybrid", "vit")
-DTYPES = ("float32", "bfloat16", "float64")
-DEPTHWISE_METHODS = ("auto", "shift", "conv", "products", "windows")
-ATTENTION_METHODS = ("auto", "xla", "heads", "cudnn")
-POSITIONS = ("recompute", "interpolate")
-SEGMENTATION_HEADS = ("upernet", "fcn")
-HEAD_NORMS = ("group", "layer")
-ROI_ALIGNS = ("auto", "gather", "einsum")
+from data_pipelines.errors import InputError
+
+Norm = Annotated[str, "group, layer"]
+HeadWidth = Annotated[int, "[8, inf)"]
+Convolutions = Annotated[int, "[1, 64]"]
+Positive = Annotated[int, "[1, inf)"]
+Share = Annotated[float, "(0, 1]"]
 # Configs may come from strangers: no architecture takes a program without end.
-_MOST_WIDTH, _MOST_BLOCKS, _MOST_RATIO, _LONGEST_SIDE = 1 << 16, 1000, 64, 1 << 12
+_MOST_WIDTH, _MOST_BLOCKS, _LONGEST_SIDE = 1 << 16, 1000, 1 << 12
 _DECODER_KEYS = ("decoder_width", "decoder_depth", "decoder_heads", "predict_masked_only")
+
+
+def within(value: Any, allowed: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"."""
+    if allowed[0] not in "[(":
+        return value in allowed.split(", ")
+    low, high = (float(end) for end in allowed[1:-1].split(","))
+    above = low <= value if allowed[0] == "[" else low < value
+    return above and (value <= high if allowed[-1] == "]" else value < high)
+
+
+def _check(config: Any, section: str, *others: tuple[str, bool, str]) -> None:
+    """ValueError where a value is not what the annotation of its field allows, see `within`, or one of `others` is not
+    valid: field, whether it is, what it must be."""
+    annotated = (
+        (name, within(getattr(config, name), allowed), f"{'in' if allowed[0] in '[(' else 'one of'} {allowed}")
+        for name, hint in typing.get_type_hints(type(config), include_extras=True).items()
+        for allowed in getattr(hint, "__metadata__", ())
+    )
+    for field, valid, allowed in (*annotated, *others):
+        if not valid:
+            raise ValueError(f"{section}.{field}={getattr(config, field)!r} must be {allowed}")
 
 
 def _check_heads(width: int, heads: int, attention: str = "auto") -> None:
@@ -42,7 +64,8 @@ class EncoderConfig:
       visible_only: compute the convolution stages on visible patches alone; False computes masked patches too, as
         published. Same values and gradients.
       depthwise: how the 5 x 5 depthwise convolutions are computed, see `depthwise`; "auto": by backend.
-      attention: "xla", "heads", "cudnn" in bfloat16 on NVIDIA GPUs, or "auto", see `transformer.Attention`.
+      attention: "xla", "heads", "cudnn" (in bfloat16 on NVIDIA GPUs, elsewhere as "auto"), or "auto", see
+        `transformer.Attention`.
       drop_path: stochastic depth: how often the last block is left out in training, [0, 1). The share grows linearly
         from 0 in the first block. Active only where a random stream "drop_path" is given.
       position: position embeddings of other grids than `position_grid`: "recompute" the sines and cosines, or
@@ -50,52 +73,36 @@ class EncoderConfig:
       position_grid: token rows and columns of the images in pretraining.
     """
 
-    kind: str = "hybrid"
+    kind: Annotated[str, "hybrid, vit"] = "hybrid"
     in_channels: int = 3
     widths: tuple[int, int, int] = (256, 384, 768)
     depths: tuple[int, int, int] = (2, 2, 11)
     heads: int = 12
-    mlp_ratio: int = 4
+    mlp_ratio: Annotated[int, "[1, 64]"] = 4
     fuse_stages: bool = True
-    dtype: str = "float32"
+    dtype: Annotated[str, "float32, bfloat16, float64"] = "float32"
     remat: bool = False
     visible_only: bool = True
-    depthwise: str = "auto"
-    attention: str = "auto"
-    drop_path: float = 0.0
-    position: str = "recompute"
+    depthwise: Annotated[str, "auto, shift, conv, products, windows"] = "auto"
+    attention: Annotated[str, "auto, xla, heads, cudnn"] = "auto"
+    drop_path: Annotated[float, "[0, 1)"] = 0.0
+    position: Annotated[str, "recompute, interpolate"] = "recompute"
     position_grid: tuple[int, int] = (14, 14)
 
     def __post_init__(self):
-        for field, allowed in (
-            ("kind", ENCODERS),
-            ("in_channels", (1, 3)),
-            ("dtype", DTYPES),
-            ("depthwise", DEPTHWISE_METHODS),
-            ("attention", ATTENTION_METHODS),
-            ("position", POSITIONS),
-        ):
-            value = getattr(self, field)
-            if value not in allowed:
-                raise ValueError(f"model.encoder.{field}={value!r} is not one of {', '.join(map(str, allowed))}")
-        if len(self.widths) != 3 or not all(1 <= width <= _MOST_WIDTH for width in self.widths):
-            raise ValueError(f"model.encoder.widths={self.widths} must be three from 1 to {_MOST_WIDTH}")
-        if len(self.depths) != 3 or not all(0 <= depth <= _MOST_BLOCKS for depth in self.depths):
-            raise ValueError(f"model.encoder.depths={self.depths} must be three from 0 to {_MOST_BLOCKS}")
-        if not 1 <= self.mlp_ratio <= _MOST_RATIO:
-            raise ValueError(f"model.encoder.mlp_ratio={self.mlp_ratio} must be from 1 to {_MOST_RATIO}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.encoder.drop_path={self.drop_path} must be in [0, 1)")
-        if len(self.position_grid) != 2 or not all(1 <= side <= _LONGEST_SIDE for side in self.position_grid):
-            raise ValueError(f"model.encoder.position_grid={self.position_grid} must be token rows, columns")
+        widths, depths, grid = self.widths, self.depths, self.position_grid
+        short = len(grid) == 2 and all(1 <= side <= _LONGEST_SIDE for side in grid)
+        _check(
+            self,
+            "model.encoder",
+            ("in_channels", self.in_channels in (1, 3), "one of 1, 3"),
+            ("widths", len(widths) == 3 and all(1 <= n <= _MOST_WIDTH for n in widths), f"three, 1 to {_MOST_WIDTH}"),
+            ("depths", len(depths) == 3 and all(0 <= n <= _MOST_BLOCKS for n in depths), f"three, 0 to {_MOST_BLOCKS}"),
+            ("position_grid", short, "token rows, columns"),
+        )
         if self.attention == "cudnn" and self.dtype != "bfloat16":
             raise ValueError(f"model.encoder.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
         _check_heads(self.widths[-1], self.heads, self.attention)
-
-    @property
-    def position_source(self) -> tuple[int, int] | None:
-        """The grid whose position embeddings are interpolated, None where they are recomputed."""
-        return self.position_grid if self.position == "interpolate" else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +115,13 @@ class DecoderConfig:
         values and gradients.
     """
 
-    width: int = 512
-    depth: int = 2
+    width: Annotated[int, f"[1, {_MOST_WIDTH}]"] = 512
+    depth: Annotated[int, f"[1, {_MOST_BLOCKS}]"] = 2
     heads: int = 16
     predict_masked_only: bool = True
 
     def __post_init__(self):
-        if not 1 <= self.depth <= _MOST_BLOCKS or self.width > _MOST_WIDTH:
-            raise ValueError(
-                f"model.decoder.depth={self.depth} must be from 1 to {_MOST_BLOCKS}, its width at most {_MOST_WIDTH}"
-            )
+        _check(self, "model.decoder")
         _check_heads(self.width, self.heads)
 
 
@@ -173,31 +177,20 @@ class SegmentationHeadConfig:
       pool_scales: bins per side of UperNet's pyramid pooling.
     """
 
-    kind: str = "upernet"
-    channels: int = 256
-    norm: str = "group"
-    dropout: float = 0.1
-    auxiliary_weight: float = 0.4
-    auxiliary_channels: int = 256
-    fcn_stage: int = 3
-    fcn_convs: int = 2
+    kind: Annotated[str, "upernet, fcn"] = "upernet"
+    channels: HeadWidth = 256
+    norm: Norm = "group"
+    dropout: Annotated[float, "[0, 1)"] = 0.1
+    auxiliary_weight: Annotated[float, "[0, inf)"] = 0.4
+    auxiliary_channels: HeadWidth = 256
+    fcn_stage: Annotated[int, "[1, 4]"] = 3
+    fcn_convs: Convolutions = 2
     pool_scales: tuple[int, ...] = (1, 2, 3, 6)
 
     def __post_init__(self):
         scales = self.pool_scales
-        for field, valid, allowed in (
-            ("kind", self.kind in SEGMENTATION_HEADS, f"one of {', '.join(SEGMENTATION_HEADS)}"),
-            ("channels", self.channels >= 8, "at least 8"),
-            ("norm", self.norm in HEAD_NORMS, f"one of {', '.join(HEAD_NORMS)}"),
-            ("dropout", 0 <= self.dropout < 1, "in [0, 1)"),
-            ("auxiliary_weight", 0 <= self.auxiliary_weight < float("inf"), "a number of at least 0"),
-            ("auxiliary_channels", self.auxiliary_channels >= 8, "at least 8"),
-            ("fcn_stage", self.fcn_stage in (1, 2, 3, 4), "one of 1, 2, 3, 4"),
-            ("fcn_convs", 1 <= self.fcn_convs <= 64, "from 1 to 64"),
-            ("pool_scales", all(1 <= n <= 64 for n in scales) and len({*scales}) == len(scales), "different, 1 to 64"),
-        ):
-            if not valid:
-                raise ValueError(f"model.head.{field}={getattr(self, field)!r} must be {allowed}")
+        different = all(1 <= n <= 64 for n in scales) and len({*scales}) == len(scales)
+        _check(self, "model.head", ("pool_scales", different, "different, 1 to 64"))
 
     def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
         """ValueError if the head reads maps that the encoder does not have."""
@@ -210,8 +203,15 @@ class SegmentationHeadConfig:
             raise ValueError(f"model.head.{reads} reads stages that a vit encoder lacks; use kind=fcn, fcn_stage=3")
 
 
+class _ReadsFineMaps:
+    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+        """ValueError if the encoder lacks the maps of strides 4 and 8."""
+        if encoder.kind == "vit":
+            raise ValueError("model.head reads maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
+
+
 @dataclasses.dataclass(frozen=True)
-class DetectionHeadConfig:
+class DetectionHeadConfig(_ReadsFineMaps):
     """Two-stage detector, see `heads.detection`; the numbers are detectron2's.
 
     Attributes:
@@ -237,64 +237,48 @@ class DetectionHeadConfig:
       max_detections: kept of an image.
     """
 
-    channels: int = 256
-    box_channels: int = 1024
-    norm: str = "layer"
-    box_convs: int = 4
-    mask_convs: int = 4
+    channels: HeadWidth = 256
+    box_channels: HeadWidth = 1024
+    norm: Norm = "layer"
+    box_convs: Convolutions = 4
+    mask_convs: Convolutions = 4
     cascade: bool = False
-    roi_align: str = "auto"
+    roi_align: Annotated[str, "auto, gather, einsum"] = "auto"
     anchor_sizes: tuple[float, ...] = ()
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     rpn_iou: tuple[float, float] = (0.3, 0.7)
-    rpn_samples: int = 256
-    rpn_positive: float = 0.5
-    pre_nms_train: int = 2000
-    pre_nms_test: int = 1000
-    rpn_nms: float = 0.7
-    proposals_train: int = 1000
-    proposals_test: int = 1000
-    rois: int = 512
-    roi_positive: float = 0.25
+    rpn_samples: Positive = 256
+    rpn_positive: Share = 0.5
+    pre_nms_train: Positive = 2000
+    pre_nms_test: Positive = 1000
+    rpn_nms: Share = 0.7
+    proposals_train: Positive = 1000
+    proposals_test: Positive = 1000
+    rois: Positive = 512
+    roi_positive: Share = 0.25
     roi_iou: float = 0.5
-    score_threshold: float = 0.05
-    nms: float = 0.5
-    max_candidates: int = 1000
-    max_detections: int = 100
+    score_threshold: Annotated[float, "[0, 1)"] = 0.05
+    nms: Share = 0.5
+    max_candidates: Positive = 1000
+    max_detections: Positive = 100
 
     def __post_init__(self):
-        counts = (
-            "rpn_samples", "pre_nms_train", "pre_nms_test", "proposals_train",
-            "proposals_test", "rois", "max_candidates", "max_detections",
-        )  # fmt: skip
-        shares = ("rpn_positive", "roi_positive")
-        sizes, low_high = self.anchor_sizes, self.rpn_iou
-        positive = all(0 < size < float("inf") for size in sizes)
-        for field, valid, allowed in (
-            ("channels", self.channels >= 8, "at least 8"),
-            ("box_channels", self.box_channels >= 8, "at least 8"),
-            ("norm", self.norm in HEAD_NORMS, f"one of {', '.join(HEAD_NORMS)}"),
-            ("roi_align", self.roi_align in ROI_ALIGNS, f"one of {', '.join(ROI_ALIGNS)}"),
-            ("anchor_sizes", len(sizes) in (0, 5) and positive, "five positive numbers, or none"),
-            ("ratios", 0 < len(self.ratios) <= 64 and all(0 < r < 1e6 for r in self.ratios), "1 to 64 numbers above 0"),
-            *((name, 1 <= getattr(self, name) <= 64, "from 1 to 64") for name in ("box_convs", "mask_convs")),
-            ("rpn_iou", len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < 1, "two numbers in (0, 1), in order"),
+        sizes, ratios, low_high = self.anchor_sizes, self.ratios, self.rpn_iou
+        five = len(sizes) in (0, 5) and all(0 < size < float("inf") for size in sizes)
+        ordered = len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < 1
+        _check(
+            self,
+            "model.head",
+            ("anchor_sizes", five, "five positive numbers, or none"),
+            ("ratios", 0 < len(ratios) <= 64 and all(0 < r < 1e6 for r in ratios), "1 to 64 numbers above 0"),
+            ("rpn_iou", ordered, "two numbers in (0, 1), in order"),
             ("roi_iou", 0 < self.roi_iou <= (0.7 if self.cascade else 0.9), "in (0, 0.9], with a cascade (0, 0.7]"),
-            ("score_threshold", 0 <= self.score_threshold < 1, "in [0, 1)"),
             ("max_detections", self.max_detections <= self.max_candidates, "at most max_candidates"),
-            *((name, getattr(self, name) >= 1, "at least 1") for name in counts),
-            *((name, 0 < getattr(self, name) <= 1, "in (0, 1]") for name in (*shares, "rpn_nms", "nms")),
-        ):
-            if not valid:
-                raise ValueError(f"model.head.{field}={getattr(self, field)!r} must be {allowed}")
-
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
-        """ValueError if the encoder lacks the maps of strides 4 and 8."""
-        _check_fine_maps("detection", encoder)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallTargetHeadConfig:
+class SmallTargetHeadConfig(_ReadsFineMaps):
     """Decoder of small-target detection, see `heads.small_targets`.
 
     Attributes:
@@ -305,26 +289,13 @@ class SmallTargetHeadConfig:
     """
 
     widths: tuple[int, int, int, int, int] = (256, 128, 64, 32, 16)
-    norm: str = "group"
+    norm: Norm = "group"
     deep_supervision: bool = True
-    prior: float = 0.01
+    prior: Annotated[float, "(0, 1)"] = 0.01
 
     def __post_init__(self):
-        if len(self.widths) != 5 or min(self.widths) < 8:
-            raise ValueError(f"model.head.widths={self.widths} must be five numbers of at least 8")
-        if self.norm not in HEAD_NORMS or not 0 < self.prior < 1:
-            raise ValueError(
-                f"model.head.norm={self.norm} must be one of {', '.join(HEAD_NORMS)}, prior={self.prior} in (0, 1)"
-            )
-
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
-        """ValueError if the encoder lacks the maps of strides 4 and 8."""
-        _check_fine_maps("small targets", encoder)
-
-
-def _check_fine_maps(task: str, encoder: EncoderConfig) -> None:
-    if encoder.kind == "vit":
-        raise ValueError(f"{task} reads maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
+        wide = len(self.widths) == 5 and min(self.widths) >= 8
+        _check(self, "model.head", ("widths", wide, "five numbers of at least 8"))
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -344,8 +315,8 @@ def variant(name: str, **overrides: Any) -> InfMAEConfig:
       **overrides: as in `InfMAEConfig.replace`.
 
     Raises:
-      ValueError: an unknown name, or an impossible architecture.
+      InputError: an unknown name. ValueError: an impossible architecture.
     """
     if name not in VARIANTS:
-        raise ValueError(f"model variant {name!r} is not one of {', '.join(VARIANTS)}")
+        raise InputError(f"model variant {name!r} is not one of {', '.join(VARIANTS)}")
     return InfMAEConfig().replace(**VARIANTS[name] | overrides)

@@ -19,6 +19,7 @@ the (slow) reduction over patches.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,126 +32,89 @@ _FEW = 128  # visible patches: where the cycles that the v5e compiler expects of
 _TAPS = [(i, j) for i in range(SIZE) for j in range(SIZE)]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def on_map(cells: jax.Array, kernel: jax.Array, patch_cells: int, method: str = "auto") -> jax.Array:
-    """Zero-padded depthwise convolution of whole maps.
+class _Form(NamedTuple):
+    """One way to compute. Whole maps, which come without ids, are spread and taken as they are.
 
-    Args:
-      cells: (B,R,S,C).
-      kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
-      patch_cells: r, a divisor of R and S; how "shift" sums the kernel's gradient.
-      method: of `config.DEPTHWISE_METHODS`; those for visible patches alone are "conv" here.
-
-    Returns:
-      (B,R,S,C).
+    Attributes:
+      spread: cells of visible patches, ids, grid -> what is convolved: the map of zeros and patches, or windows.
+      convolve: that, kernel -> its convolution.
+      kernel_gradient: that, the gradient of its convolution, r -> (5,5,C).
+      take: that convolution of a map, ids, grid -> visible patches; None for windows, which give those alone.
     """
-    return _computed(_MAP_FORMS, method, 0, patch_cells, cells, kernel)
 
-
-def _on_map_forward(cells, kernel, patch_cells, method):
-    return on_map(cells, kernel, patch_cells, method), (cells, kernel)
-
-
-def _on_map_backward(patch_cells, method, saved, grad):
-    return _computed(_MAP_FORMS, method, 1, patch_cells, *saved, grad)
-
-
-on_map.defvjp(_on_map_forward, _on_map_backward)
+    spread: Callable
+    convolve: Callable
+    kernel_gradient: Callable
+    take: Callable | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def on_visible(
-    cells: jax.Array, kernel: jax.Array, ids: jax.Array, grid: tuple[int, int], method: str = "auto"
+def convolve(
+    cells: jax.Array, kernel: jax.Array, ids: jax.Array | None, grid: tuple[int, int], method: str = "auto"
 ) -> jax.Array:
-    """The same at visible patches alone, masked ones reading as zero.
+    """Zero-padded depthwise convolution of whole maps, or at visible patches alone, masked ones reading as zero.
 
     Args:
-      cells: (B,K,r,r,C), the cells of the visible patches.
-      kernel: (5,5,C).
-      ids: (B,K) int32, which patches they are; no repeats.
-      grid: token rows and columns.
-      method: of `config.DEPTHWISE_METHODS`.
+      cells: (B,h*r,w*r,C), or (B,K,r,r,C), the cells of the visible patches.
+      kernel: (5,5,C), applied without flipping, as convolutions in deep learning are.
+      ids: None, or (B,K) int32, which patches they are; no repeats.
+      grid: token rows and columns (h, w).
+      method: of `EncoderConfig.depthwise`; those for visible patches alone are "conv" for whole maps.
 
     Returns:
-      (B,K,r,r,C).
+      As `cells`.
     """
-    return _computed(_FORMS, method, 0, grid, cells, kernel, ids)
+    return _computed(_forward, method, grid, cells, kernel, ids)
 
 
-def _on_visible_forward(cells, kernel, ids, grid, method):
-    return on_visible(cells, kernel, ids, grid, method), (cells, kernel, ids)
+def _convolve_forward(cells, kernel, ids, grid, method):
+    return convolve(cells, kernel, ids, grid, method), (cells, kernel, ids)
 
 
-def _on_visible_backward(grid, method, saved, grad):
-    return *_computed(_FORMS, method, 1, grid, *saved, grad), None
+def _convolve_backward(grid, method, saved, grad):
+    return *_computed(_backward, method, grid, *saved, grad), None
 
 
-on_visible.defvjp(_on_visible_forward, _on_visible_backward)
+convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
-def _computed(forms: dict[str, tuple[Callable, Callable]], method: str, direction: int, static, *arrays: jax.Array):
-    """A form's result, forward (direction 0) or backward (1). What depends on the backend is chosen when the program is
-    lowered for it, so that another machine can compile for it too."""
+def _computed(direction: Callable, method: str, grid: tuple[int, int], cells: jax.Array, *arrays: jax.Array | None):
+    """A form's result, `_forward` or `_backward`. What depends on the backend is chosen when the program is lowered for
+    it, so that another machine can compile for it too."""
+    whole = arrays[1] is None
     if method != "auto":
-        return forms[method][direction](static, *arrays)
-    best = {backend: functools.partial(forms[name][direction], static) for backend, name in _BEST.items()}
-    return jax.lax.platform_dependent(*arrays, **best)
+        return direction(_form(method, cells, whole), grid, cells, *arrays)
+    best = {backend: functools.partial(direction, _form(name, cells, whole), grid) for backend, name in _BEST.items()}
+    return jax.lax.platform_dependent(cells, *arrays, **best)
 
 
-def _window_forward(
-    cut: Callable, apply: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array
+def _form(method: str, cells: jax.Array, whole: bool) -> _Form:
+    """That of a method: two are for whole maps, and windows are for few visible patches."""
+    if whole and method != "shift":
+        return _FORMS["conv"]
+    return _FORMS["products" if method == "windows" and cells.shape[1] > _FEW else method]
+
+
+def _forward(
+    form: _Form, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array | None
 ) -> jax.Array:
-    """`on_visible` by windows."""
-    return apply(cut(cells, ids, grid), kernel)
+    """The convolution. With products a cell that is not finite makes its whole sample so, not only what is near it."""
+    out = form.convolve(form.spread(cells, ids, grid), kernel)
+    return form.take(out, ids, grid) if form.take else out
 
 
-def _window_backward(
-    cut: Callable, apply: Callable, kernel_gradient: Callable, grid: tuple[int, int], cells: jax.Array,
-    kernel: jax.Array, ids: jax.Array, grad: jax.Array,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Gradients of `on_visible` with respect to cells and kernel."""
-    return (
-        apply(cut(grad, ids, grid), kernel[::-1, ::-1]).astype(cells.dtype),
-        kernel_gradient(cut(cells, ids, grid), grad, cells.shape[2]).astype(kernel.dtype),
-    )
+def _backward(
+    form: _Form, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array | None, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients with respect to cells and kernel."""
+    turned = _forward(form, grid, grad, kernel[::-1, ::-1], ids)
+    out_grad = form.spread(grad, ids, grid) if form.take else grad  # XLA computes once what `turned` spreads too
+    r = cells.shape[2] if ids is not None else cells.shape[1] // grid[0]
+    kernel_gradient = form.kernel_gradient(form.spread(cells, ids, grid), out_grad, r)
+    return turned.astype(cells.dtype), kernel_gradient.astype(kernel.dtype)
 
 
-def _if_few(few: Callable, many: Callable, grid: tuple[int, int], *arrays: jax.Array):
-    """One form of `on_visible` for at most `_FEW` visible patches, another for more."""
-    return (few if arrays[0].shape[1] <= _FEW else many)(grid, *arrays)
-
-
-def _convolution_forward(
-    place: Callable, take: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array
-) -> jax.Array:
-    """`on_visible` by XLA's convolution of whole maps.
-
-    With products a cell that is not finite makes its whole sample so, not only what is near it.
-    """
-    return take(_convolve(place(cells, ids, grid), kernel), ids, grid)
-
-
-def _convolution_backward(
-    place: Callable, take: Callable, grid: tuple[int, int], cells: jax.Array, kernel: jax.Array, ids: jax.Array,
-    grad: jax.Array,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    turned, kernel_gradient = _convolve_backward(place(cells, ids, grid), kernel, place(grad, ids, grid))
-    return take(turned, ids, grid), kernel_gradient
-
-
-def _convolve_backward(whole: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    _, kernel_gradient = jax.vjp(lambda weights: _convolve(whole, weights), kernel)
-    return _convolve(grad, kernel[::-1, ::-1]), kernel_gradient(grad)[0]
-
-
-def _shift_map_backward(r: int, cells: jax.Array, kernel: jax.Array, grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return (
-        _multiply_add(_pad(grad), kernel[::-1, ::-1]).astype(cells.dtype),
-        _kernel_gradient(_pad(cells), grad, r).astype(kernel.dtype),
-    )
-
-
-def _convolve(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax.Array:
+def _convolve_map(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax.Array:
     """(B,R,S,C), (5,5,C) -> (B,R,S,C) by XLA's grouped convolution."""
     return jax.lax.conv_general_dilated(
         whole, kernel[:, :, None, :], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -158,16 +122,18 @@ def _convolve(whole: jax.Array, kernel: jax.Array, padding: str = "SAME") -> jax
     )  # fmt: skip
 
 
-def _place(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def _place(cells: jax.Array, ids: jax.Array | None, grid: tuple[int, int]) -> jax.Array:
     """(B,K,r,r,C) -> (B,h*r,w*r,C), zero where no patch is visible."""
+    if ids is None:
+        return cells
     batch, _, r, _, channels = cells.shape
     empty = jnp.zeros((batch, grid[0] * grid[1], r, r, channels), cells.dtype)
     return patches.tokens_to_grid(patches.place_tokens(cells, ids, empty), grid)
 
 
-def _take(whole: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def _take(whole: jax.Array, ids: jax.Array | None, grid: tuple[int, int]) -> jax.Array:
     """(B,h*r,w*r,C) -> (B,K,r,r,C): the visible patches."""
-    return patches.take_tokens(patches.grid_to_tokens(whole, grid), ids)
+    return whole if ids is None else patches.take_tokens(patches.grid_to_tokens(whole, grid), ids)
 
 
 def _place_by_products(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -199,8 +165,10 @@ def _pad(cells: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _windows(cells: jax.Array, ids: jax.Array, grid: tuple[int, int]) -> jax.Array:
+def _windows(cells: jax.Array, ids: jax.Array | None, grid: tuple[int, int]) -> jax.Array:
     """(B,K,r,r,C) -> (B,K,r+4,r+4,C): each visible patch with its surroundings, zero where nothing is visible."""
+    if ids is None:
+        return _pad(cells)
     r, channels = cells.shape[2], cells.shape[-1]
     whole = _pad(_place(cells, ids, grid))
     rows, columns = ids // grid[1] * r, ids % grid[1] * r
@@ -234,14 +202,14 @@ def _windows_by_product(cells: jax.Array, ids: jax.Array, grid: tuple[int, int])
 
 def _convolve_windows(windows: jax.Array, kernel: jax.Array) -> jax.Array:
     """(B,K,r+4,r+4,C), (5,5,C) -> (B,K,r,r,C) by XLA's grouped convolution."""
-    out = _convolve(windows.reshape(-1, *windows.shape[2:]), kernel, "VALID")
+    out = _convolve_map(windows.reshape(-1, *windows.shape[2:]), kernel, "VALID")
     return out.reshape(*windows.shape[:2], *out.shape[1:])
 
 
-def _convolved_kernel_gradient(windows: jax.Array, grad: jax.Array, _: int) -> jax.Array:
-    """As `_kernel_gradient`."""
+def _transposed(convolve: Callable, cells: jax.Array, grad: jax.Array, _: int) -> jax.Array:
+    """As `_kernel_gradient`, by XLA."""
     kernel = jax.ShapeDtypeStruct((SIZE, SIZE, grad.shape[-1]), grad.dtype)
-    return jax.linear_transpose(lambda weights: _convolve_windows(windows, weights), kernel)(grad)[0]
+    return jax.linear_transpose(lambda weights: convolve(cells, weights), kernel)(grad)[0]
 
 
 @jax.jit
@@ -285,28 +253,11 @@ def _patch_sum(cells: jax.Array, grad: jax.Array, step: int) -> jax.Array:
     return functools.reduce(jnp.add, products).reshape(cells.shape[0], -1, cells.shape[-1])
 
 
-_products = tuple(
-    functools.partial(form, _place_by_products, _take_by_products)
-    for form in (_convolution_forward, _convolution_backward)
-)
-_FORMS = {  # method -> forward and backward at visible patches
-    "shift": (
-        functools.partial(_window_forward, _windows, _multiply_add),
-        functools.partial(_window_backward, _windows, _multiply_add, _kernel_gradient),
-    ),
-    "conv": tuple(functools.partial(form, _place, _take) for form in (_convolution_forward, _convolution_backward)),
-    "products": _products,
-    "windows": tuple(
-        functools.partial(_if_few, functools.partial(form, _windows_by_product, *by), many)
-        for form, by, many in (
-            (_window_forward, (_convolve_windows,), _products[0]),
-            (_window_backward, (_convolve_windows, _convolved_kernel_gradient), _products[1]),
-        )
-    ),
-}
-_whole = (lambda _, *arrays: _convolve(*arrays), lambda _, *arrays: _convolve_backward(*arrays))
-_MAP_FORMS = {  # the same for whole maps
-    "shift": (lambda _, cells, kernel: _multiply_add(_pad(cells), kernel), _shift_map_backward),
-    **dict.fromkeys(("conv", "products", "windows"), _whole),
+_of_map, _of_windows = (functools.partial(_transposed, convolve) for convolve in (_convolve_map, _convolve_windows))
+_FORMS = {
+    "shift": _Form(_windows, _multiply_add, _kernel_gradient),
+    "conv": _Form(_place, _convolve_map, _of_map, _take),
+    "products": _Form(_place_by_products, _convolve_map, _of_map, _take_by_products),
+    "windows": _Form(_windows_by_product, _convolve_windows, _of_windows),
 }
 _BEST = {"tpu": "windows", "cuda": "conv", "default": "shift"}

@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from infmae_jax.models import blocks, patches, transformer
@@ -80,15 +79,10 @@ class HybridEncoder(nn.Module):
         for block in self.blocks2:
             stage2 = block(stage2, layout)
         tokens = layout.tokens(self.patch_embed4(self.patch_embed3(stage2)))
-        tokens = tokens + self._positions(layout, tokens.dtype)
+        tokens = tokens + layout.positions(self.config, tokens.dtype)
         for block in self.blocks3:
             tokens = block(tokens)
         if fuse_stages:
             tokens = tokens + layout.tokens(self.stage1_output_decode(stage1))
             tokens = tokens + layout.tokens(self.stage2_output_decode(stage2))
         return stage1, stage2, tokens
-
-    def _positions(self, layout: blocks.Layout, dtype: jnp.dtype) -> jax.Array:
-        c = self.config
-        positions = jnp.asarray(patches.position_embedding(layout.grid, c.widths[-1], c.position_source), dtype)
-        return positions[None] if layout.ids_keep is None else positions[layout.ids_keep]

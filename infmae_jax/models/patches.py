@@ -4,21 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PATCH = 16
-PIXEL_MEAN = 0.425
-PIXEL_STD = 0.200
+from data_pipelines.masking import PATCH, token_grid
+from data_pipelines.transforms import MEAN as PIXEL_MEAN
+from data_pipelines.transforms import STD as PIXEL_STD
 
 
 def normalize(images: jax.Array) -> jax.Array:
     """Maps uint8 intensities (any shape) to float32 network input: (x / 255 - 0.425) / 0.200 (InfMAE's constants)."""
     return (images.astype(jnp.float32) / 255.0 - PIXEL_MEAN) / PIXEL_STD
-
-
-def token_grid(height: int, width: int, patch: int = PATCH) -> tuple[int, int]:
-    """Token rows and columns of an image; ValueError if a side is not a positive multiple of the patch."""
-    if height <= 0 or width <= 0 or height % patch or width % patch:
-        raise ValueError(f"image size {height}x{width} is not divisible by the patch size {patch}")
-    return height // patch, width // patch
 
 
 def check_images(images: jax.Array, channels: int) -> tuple[int, int]:
@@ -65,10 +58,10 @@ def tokens_to_grid(tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return tokens.transpose(0, 1, 3, 2, 4, 5).reshape(batch, h * r, w * s, channels)
 
 
-def patchify(images: jax.Array, patch: int = PATCH) -> jax.Array:
+def patchify(images: jax.Array) -> jax.Array:
     """(B,H,W,C) -> (B,N,P): the pixels of each patch in the order row, column, channel."""
-    batch, height, width, _ = images.shape
-    return grid_to_tokens(images, token_grid(height, width, patch)).reshape(batch, -1, patch * patch * images.shape[-1])
+    batch, height, width, channels = images.shape
+    return grid_to_tokens(images, token_grid(height, width)).reshape(batch, -1, PATCH**2 * channels)
 
 
 def take_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:

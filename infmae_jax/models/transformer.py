@@ -48,8 +48,8 @@ class Attention(nn.Module):
     xla    written out, tokens before heads.
     heads  heads before all else, so that products make and take q, k and v in the layout that TPUs multiply in; one
            head at a time where the logits of all do not fit fast memory, computed again in the backward pass.
-    cudnn  the fused kernel of NVIDIA GPUs, in bfloat16. It trains on even numbers of tokens only; odd ones (the 49
-           visible of 196) go to "xla".
+    cudnn  the fused kernel of NVIDIA GPUs, in bfloat16; elsewhere as "auto". It trains on even numbers of tokens only;
+           odd ones (the 49 visible of 196) go to "xla".
     auto   "heads" on TPUs, and on CPUs where that takes one at a time; "cudnn" on GPUs that have it; else "xla".
     """
 
@@ -69,12 +69,13 @@ class Attention(nn.Module):
             "heads": functools.partial(_heads_first, self.heads, first),
             "cudnn": functools.partial(_tokens_first, on_gpu, self.heads, first),
         }
-        if self.method != "auto":
+        fused = _has_fused_attention(self.dtype, width // self.heads)
+        if self.method != "auto" and (self.method != "cudnn" or fused):
             return forms[self.method](x, *weights)
         best = {"tpu": forms["heads"], "default": forms["xla"]}
         if _one_at_a_time(x, self.heads, first):
             best["cpu"] = forms["heads"]
-        if _has_fused_attention(self.dtype, width // self.heads):
+        if fused:
             best["cuda"] = forms["cudnn"]
         return jax.lax.platform_dependent(x, *weights, **best)
 
@@ -96,7 +97,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: int) -> jax.Array:
 
 
 def _written_out(q: jax.Array, k: jax.Array, v: jax.Array, first: int) -> jax.Array:
-    weights = _softmax(jnp.einsum("bqhd,bkhd->bhqk", q[:, first:], k, preferred_element_type=_wide(q)), q)
+    weights = _shares("bqhd,bkhd->bhqk", q[:, first:], k)
     # Heads first, then moved: XLA writes products with the heads in the middle three times slower on a CPU.
     return jnp.swapaxes(jnp.einsum("bhqk,bkhd->bhqd", weights, v), 1, 2)
 
@@ -117,16 +118,14 @@ def _heads_first(heads: int, first: int, x: jax.Array, qkv: Weights, proj: Weigh
 
 def _one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """(B,N-first,D/heads), (B,N,D/heads) twice -> as the first."""
-    weights = _softmax(jnp.einsum("bqd,bkd->bqk", q, k, preferred_element_type=_wide(q)), q)
+    weights = _shares("bqd,bkd->bqk", q, k)
     return jnp.einsum("bqk,bkd->bqd", weights, v)
 
 
-def _softmax(logits: jax.Array, q: jax.Array) -> jax.Array:
+def _shares(product: str, q: jax.Array, k: jax.Array) -> jax.Array:
+    """How much each query takes of each key: softmax, in the dtype of q."""
+    logits = jnp.einsum(product, q, k, preferred_element_type=blocks.float_dtype(q.dtype))
     return jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(q.dtype)
-
-
-def _wide(x: jax.Array) -> jnp.dtype:
-    return blocks.float_dtype(x.dtype)
 
 
 def _one_at_a_time(x: jax.Array, heads: int, first: int) -> bool:
@@ -136,7 +135,7 @@ def _one_at_a_time(x: jax.Array, heads: int, first: int) -> bool:
     parts = math.prod(size for name, size in mesh.shape.items() if name != "tensor")
     batch, n = x.shape[:2]
     images = batch / parts if isinstance(batch, int) else 1
-    return heads * images * (n - first) * n * _wide(x).itemsize > _MOST_LOGITS
+    return heads * images * (n - first) * n * blocks.float_dtype(x.dtype).itemsize > _MOST_LOGITS
 
 
 class TransformerBlock(nn.Module):

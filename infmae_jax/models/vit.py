@@ -45,8 +45,7 @@ class ViTEncoder(nn.Module):
         grid = patches.check_images(images, c.in_channels)
         layout = blocks.Layout(grid, ids_keep, packed=ids_keep is not None)
         tokens = layout.tokens(self.patch_embed(layout.gather(images)))
-        positions = jnp.asarray(patches.position_embedding(layout.grid, c.widths[-1], c.position_source), tokens.dtype)
-        tokens = tokens + (positions[None] if ids_keep is None else positions[ids_keep])
+        tokens = tokens + layout.positions(c, tokens.dtype)
         cls = jnp.broadcast_to(self.cls_token.astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[-1]))
         tokens = jnp.concatenate([cls, tokens], axis=1)
         for block in self.blocks:

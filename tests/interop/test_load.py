@@ -20,7 +20,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.intensity import Intensity
 from infmae_jax.convert import convert
 from infmae_jax.interop import safetensors_file, torch_file
-from infmae_jax.interop.load import encoder_params, graft, load_encoder, untrained
+from infmae_jax.interop.load import graft, load_encoder, untrained
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import variant
 from infmae_jax.models.infmae import InfMAE, abstract_params
@@ -172,7 +172,7 @@ def test_grafting_takes_what_fits_and_accounts_for_it(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, out["encoder"], dict(loaded.params["encoder"]))
     assert out["head"] is params["head"] and account == (("encoder",), ("decoder", "head"), ("decoder",))
     assert str(account) == "weights: loaded encoder; new decoder, head; ignored decoder"
-    assert set(encoder_params(path, **TINY_HEADS).params) == {"encoder"}
+    assert set(load_encoder(str(path), **TINY_HEADS).params) == {"encoder"}
     deeper = abstract_params(loaded.config.replace(depths=(2, 1, 4)))
     with pytest.raises(InputError, match=r"does not cover the encoder: 12 of \d+ arrays.*blocks3_3"):
         graft(deeper, loaded)
@@ -193,6 +193,11 @@ def many_copies():
     return b"\x80\x02" + items + b"0ctorch\nSize\nq\x01" + b"h\x01h\x00\x85R" * 50_000 + b"."
 
 
+def copies_of_a_dictionary():
+    pairs = b"".join(b"X\x02\x00\x00\x00%c%cN" % (a, b) for a in range(128) for b in range(128))
+    return b"\x80\x02}q\x00(" + pairs + b"u0ccollections\nOrderedDict\nq\x01" + b"h\x01h\x00\x85R0" * 90_000 + b"."
+
+
 HOSTILE = {
     "deep tuple as a key": deep_key(),
     "shared tuples as a key": shared_key(),
@@ -201,6 +206,8 @@ HOSTILE = {
     "sets of everything": b"\x80\x04" + b"\x8f" * 8_000_000 + b".",
     "lists of everything": b"\x80\x04" + b"]" * 16_000_000 + b".",
     "copies of a long list": many_copies(),
+    "copies of a long dictionary": copies_of_a_dictionary(),
+    "room for bytes that do not follow": b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little") + b".",
     "long integers as keys": b"\x80\x02}q\x00" + b"\x8b" + (1 << 23).to_bytes(4, "little") + b"\x7f" * (1 << 23)
     + b"q\x01" + b"0h\x00" + b"h\x01h\x01s" * 100_000 + b".",
     "unknown element type": b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n(NK\x00))\x89}ctorch\nfloat8_e4m3fn\ntR.",

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import io
 import os
 import pickle
 import subprocess
@@ -47,6 +48,15 @@ def test_reads_the_format_before_torch_1_6(tmp_path):
     (tmp_path / "short.pth").write_bytes(data[:-3])
     with pytest.raises(InputError, match="short.pth is truncated"):
         torch_file.read_checkpoint(tmp_path / "short.pth")
+
+
+def test_keys_of_the_older_format_are_text(tmp_path):
+    """The text of lists that share their parts would have no end."""
+    header, _ = torch_like.pickle_objects([torch_like.LEGACY_MAGIC, 1001, {"little_endian": True}, {}])
+    nested = b"\x80\x02]" + b"".join(b"q%c0](h%ch%ce" % (i, i, i) for i in range(1, 61)) + b"."
+    (tmp_path / "c.pth").write_bytes(header + nested)
+    with pytest.raises(InputError, match="its header is damaged"):
+        torch_file.read_checkpoint(tmp_path / "c.pth")
 
 
 def test_views_share_a_storage(tmp_path):
@@ -159,7 +169,7 @@ def test_handwritten_pickles_are_refused(tmp_path, name):
 @given(st.binary(max_size=200))
 def test_random_pickles_are_values_or_refused(data):
     try:
-        pickle_data.read_pickle(data)
+        pickle_data.read_pickle(io.BytesIO(data))
     except pickle_data.PickleRefused as refused:
         assert "\n" not in str(refused)
 

@@ -110,11 +110,20 @@ def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeyp
     params = plain.init(jax.random.key(0), x)
     with monkeypatch.context() as patch:
         patch.setattr(transformer, "dot_product_attention", stand_in)
+        patch.setattr(transformer, "_has_fused_attention", lambda *of: True)
         out = module.apply(params, x, tokens // 4)
     assert asked == ([((1, tokens, 2, 8), jnp.bfloat16, "cudnn")] if fused else [])
     np.testing.assert_allclose(
         np.asarray(out, np.float32), np.asarray(plain.apply(params, x, tokens // 4), np.float32), rtol=0.05, atol=0.05
     )
+
+
+def test_cudnn_attention_by_name_is_that_of_auto_where_there_is_none():
+    """So that a model trained with it on a GPU can be used on any machine."""
+    x = jax.random.normal(jax.random.key(0), (1, 4, 16), jnp.bfloat16)
+    auto, by_name = (transformer.Attention(2, "bfloat16", method) for method in ("auto", "cudnn"))
+    params = auto.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(by_name.apply(params, x), auto.apply(params, x))
 
 
 def test_residual_changes_neither_values_nor_gradients(monkeypatch):

@@ -42,13 +42,16 @@ def patches_of(whole, ids, grid, r):
 def test_every_form_and_its_gradients_against_nested_loops(method, h, w, r, seed, data):
     """Convolution is linear: its gradients follow from those of single kernel positions and from the turned kernel."""
     with jax.enable_x64(True):
-        forward, backward = depthwise._FORMS[method]
         rng, grid, keep = np.random.default_rng(seed), (h, w), data.draw(st.integers(1, h * w))
         ids = np.stack([rng.permutation(h * w)[:keep] for _ in range(2)]).astype(np.int32)
         cells, grad = rng.standard_normal((2, 2, keep, r, r, 3))
         kernel = rng.standard_normal((5, 5, 3))
-        out = jax.jit(forward, static_argnums=0)(grid, cells, kernel, ids)
-        cells_grad, kernel_grad = jax.jit(backward, static_argnums=0)(grid, cells, kernel, ids, grad)
+
+        def convolved(cells, kernel):
+            return depthwise.convolve(cells, kernel, jnp.asarray(ids), grid, method)
+
+        out, pullback = jax.vjp(jax.jit(convolved), cells, kernel)
+        cells_grad, kernel_grad = pullback(jnp.asarray(grad))
         expected = np.zeros((5, 5, 3))
         for sample in range(2):
             whole, whole_grad = np.zeros((2, h * r, w * r, 3))
@@ -73,17 +76,17 @@ def test_gradients_against_finite_differences(r, method):
     kernel = jnp.asarray(rng.standard_normal((5, 5, 2)))
     cells = jnp.asarray(rng.standard_normal((2, 3, r, r, 2)))
     jax.test_util.check_grads(
-        jax.jit(lambda c, k: depthwise.on_visible(c, k, ids, (2, 3), method)), (cells, kernel), order=1, modes=["rev"]
+        jax.jit(lambda c, k: depthwise.convolve(c, k, ids, (2, 3), method)), (cells, kernel), order=1, modes=["rev"]
     )
     whole = jnp.asarray(rng.standard_normal((2, 2 * r, 3 * r, 2)))
-    on_map = jax.jit(lambda c, k: depthwise.on_map(c, k, r, method))
+    on_map = jax.jit(lambda c, k: depthwise.convolve(c, k, None, (2, 3), method))
     jax.test_util.check_grads(on_map, (whole, kernel), order=1, modes=["rev"])
 
 
 def test_whole_map_against_nested_loops():
     rng = np.random.default_rng(0)
     cells, kernel = rng.standard_normal((2, 8, 12, 3)), rng.standard_normal((5, 5, 3))
-    out = depthwise.on_map(jnp.asarray(cells), jnp.asarray(kernel), 4)
+    out = depthwise.convolve(jnp.asarray(cells), jnp.asarray(kernel), None, (2, 3))
     for got, sample in zip(out, cells, strict=True):
         np.testing.assert_allclose(got, slow_depthwise(sample, kernel), atol=1e-12)
 
@@ -107,7 +110,7 @@ def test_products_place_and_take_patches_exactly_in_bfloat16():
 def test_windows_are_for_few_visible_patches(visible, windows):
     shapes = [((1, visible, 2, 2, 8), "float32"), ((5, 5, 8), "float32"), ((1, visible), "int32")]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    form = jax.jit(depthwise.on_visible, static_argnums=(3, 4)).lower(*arguments, (16, 16), "windows").as_text()
+    form = jax.jit(depthwise.convolve, static_argnums=(3, 4)).lower(*arguments, (16, 16), "windows").as_text()
     assert ("1x32x32x8" not in form) == windows  # the whole map
 
 
@@ -115,7 +118,7 @@ def test_bfloat16_is_rounded_once():
     rng = np.random.default_rng(0)
     cells = jnp.asarray(rng.standard_normal((1, 8, 8, 3)), jnp.bfloat16)
     kernel = jnp.asarray(rng.standard_normal((5, 5, 3)), jnp.bfloat16)
-    out = jax.jit(depthwise.on_map, static_argnums=2)(cells, kernel, 4)
+    out = jax.jit(depthwise.convolve, static_argnums=3)(cells, kernel, None, (2, 2))
     assert out.dtype == jnp.bfloat16
     exact = slow_depthwise(np.asarray(cells[0], np.float64), np.asarray(kernel, np.float64))
     np.testing.assert_allclose(np.asarray(out[0], np.float64), exact, rtol=2**-8, atol=1e-5)

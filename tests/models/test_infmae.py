@@ -1,6 +1,5 @@
 """Shapes, precision, variants and refusals of the model."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +66,7 @@ def test_sizes_and_channels(encoder, size, in_channels):
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="100x64 is not divisible by the patch size 16"):
+    with pytest.raises(ValueError, match="100x64 is not divisible by the patch side 16"):
         shapes_of(InfMAEConfig().replace(**TINY), size=(100, 64), keep=4)
 
 
@@ -111,7 +110,7 @@ def test_position_embedding_encodes_columns_first():
 
 @pytest.mark.parametrize("change, message", [
     (dict(kind="cnn"), "kind='cnn'"), (dict(heads=5), "768"), (dict(dtype="int8"), "int8"),
-    (dict(attention="flash"), "attention='flash' is not one of auto, xla, heads, cudnn"),
+    (dict(attention="flash"), "attention='flash' must be one of auto, xla, heads, cudnn"),
     (dict(attention="cudnn"), "cudnn computes in bfloat16, not float32; use xla"),
     (dict(attention="cudnn", dtype="bfloat16", heads=4), "heads of 8, 16, ... 128 features, not 768 / 4"),
     (dict(attention="cudnn", dtype="bfloat16", decoder_width=384, decoder_heads=32), "384 / 32"),

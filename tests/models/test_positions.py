@@ -64,7 +64,7 @@ def test_the_encoder_takes_the_choice(kind):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(position="learned"), "position='learned' is not one of recompute, interpolate"),
+    (dict(position="learned"), "position='learned' must be one of recompute, interpolate"),
     (dict(position_grid=(14, 0)), "position_grid=.14, 0. must be token rows, columns"),
 ])  # fmt: skip
 def test_impossible_choices_are_refused(change, message):

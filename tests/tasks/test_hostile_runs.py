@@ -32,7 +32,7 @@ def image(tmp_path):
 
 
 @pytest.mark.parametrize("section, change, message", [
-    ("head", {"fcn_convs": 10**6, "kind": "fcn"}, "fcn_convs=1000000 must be from 1 to 64"),
+    ("head", {"fcn_convs": 10**6, "kind": "fcn"}, "fcn_convs=1000000 must be in [1, 64]"),
     ("head", {"pool_scales": [10**9], "kind": "upernet"}, "pool_scales=(1000000000,)"),
     ("head", {"kind": "upernet"}, "does not fit its config: ['head']"),
     ("head", {"channels": 10**9}, "does not fit its config"),
