@@ -32,18 +32,17 @@ from data_pipelines.files import output_file, writing
 from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
-from infmae_jax.bench.step import endless_run, visible_tokens
+from infmae_jax.bench.step import endless_run, task_of, visible_tokens
 from infmae_jax.models import patches
 from infmae_jax.models.config import EncoderConfig
 from infmae_jax.models.infmae import InfMAE, abstract_params
 from infmae_jax.tasks.finetune import FineTuneConfig, without_data
-from infmae_jax.tasks.finetuned import KINDS, kind_of
-from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
+from infmae_jax.tasks.finetuned import kind_of
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, define_config, from_config, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import package_versions, write_object
-from infmae_jax.training.task import Task
 
 Config = PretrainConfig | FineTuneConfig
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
@@ -99,8 +98,7 @@ def compile_ahead(
       InputError: batch or model do not fit the mesh.
     """
     images = config.data.batch_size
-    program = _Features(config, _mesh(config, devices)) if features else _program(config, devices)
-    each = images // len(devices)
+    program = _program(config, devices, features)
     told: dict[str, Any] = {
         "topology": target.name,
         "device": f"{len(devices)} x {devices[0].device_kind}",
@@ -111,21 +109,14 @@ def compile_ahead(
         "config": to_config(config).to_dict(),
     }
     try:
-        compiled = account.compile_step(program)
+        compiled = _compiled(program)
+        useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
+        told |= account.account(compiled, target, useful, _encoder(config).dtype)
     except account.DoesNotFit as error:
         needed = {"needed": error.needed} if error.needed else {}
-        return told | {
-            "fits": False,
-            "memory_bytes": needed,
-            "chip_memory_bytes": error.capacity or target.chip.memory,
-            "help": _helps(config, each, len(devices), features),
-        }
-    if features:
-        useful = _counted_gflop(_Features(config, _mesh(config, jax.devices("cpu")[:1])))
-    else:
-        useful = _useful_gflop(config) * images / len(devices)
-    told |= account.account(compiled, target, useful, _encoder(config).dtype)
-    return told if told["fits"] else told | {"help": _helps(config, each, len(devices), features)}
+        capacity = error.capacity or target.chip.memory
+        told |= {"fits": False, "memory_bytes": needed, "chip_memory_bytes": capacity}
+    return told if told["fits"] else told | {"help": _helps(config, images // len(devices), len(devices), features)}
 
 
 def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -139,7 +130,7 @@ def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.
             return math.inf
         try:
             program = _program(_with_batch(config, each * parts), devices)
-            tried[each * parts] = account.compile_step(program).memory["needed"]
+            tried[each * parts] = _compiled(program).memory["needed"]
         except account.DoesNotFit as error:
             # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
             tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)
@@ -164,8 +155,10 @@ def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     return sharding.make_mesh(config.mesh, devices)
 
 
-def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
-    """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
+def _program(config: Config, devices: Sequence[jax.Device], features: bool = False) -> Program | _Features:
+    """What trains, or makes features; durations, which may be in epochs of data that are not here, do not change it."""
+    if features:
+        return _Features(config, _mesh(config, devices))
     images, parts = config.data.batch_size, _parts(config, devices)
     if images % parts:
         near = sorted({max(images // parts, 1) * parts, (images // parts + 1) * parts})
@@ -173,13 +166,12 @@ def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
             f"a batch of {images} does not divide into {parts} parts (devices along mesh.data, mesh.fsdp x "
             f"optimizer.accumulate): use --batch={' or '.join(map(str, near))}"
         )
-    guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
-    run = dataclasses.replace(endless_run(config, images), guards=guards)
-    return Program.build(_task(run), run, _mesh(config, devices))
+    run = endless_run(config, images)
+    return Program.build(task_of(run), run, _mesh(config, devices))
 
 
-def _task(config: Config) -> Task:
-    return PretrainTask(config) if isinstance(config, PretrainConfig) else KINDS[config.task].task(config, None)
+def _compiled(program: Program | _Features) -> account.Compiled:
+    return account.compile_step(program.lowered(), program.mesh, program.batch_shapes)
 
 
 def _encoder(config: Config) -> EncoderConfig:
@@ -193,11 +185,12 @@ def _useful_gflop(config: Config) -> float:
     alone = dataclasses.replace(
         _with_batch(config, 1), mesh=MeshConfig(1), optimizer=dataclasses.replace(config.optimizer, accumulate=1)
     )
-    return _counted_gflop(_program(alone, jax.devices("cpu")[:1]))
+    return _counted_gflop(alone)
 
 
-def _counted_gflop(program: Program | _Features) -> float:
-    return program.lowered().cost_analysis()["flops"] / 1e9
+def _counted_gflop(config: Config, features: bool = False) -> float:
+    """Of a batch, as one device would compute it."""
+    return _program(config, jax.devices("cpu")[:1], features).lowered().cost_analysis()["flops"] / 1e9
 
 
 def _helps(config: Config, each: int, devices: int, features: bool = False) -> list[str]:

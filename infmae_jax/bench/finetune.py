@@ -31,7 +31,7 @@ _SHARE_NOTE = (
 def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dict[str, Any]:
     """Training step, prediction and evaluation in turns, with random weights on one device and synthetic scenes."""
     config = without_data(config)
-    program = TimedStep(config, batch, lambda config: kind.task(config, None))
+    program = TimedStep(config, batch)
     program.start()
     model, at_once = kind.model(config), min(host_programs().images_of(config.windows)(config.data.image_size), batch)
     params = jax.device_get(program.state.result)

@@ -16,6 +16,7 @@ import numpy as np
 from infmae_jax.bench import flops, timing
 from infmae_jax.bench.results import Row, report
 from infmae_jax.models.patches import token_grid
+from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, RunConfig
@@ -42,11 +43,11 @@ class TimedStep:
       memory_gib: of the device while it steps, by the compiled program: state, batch and temporaries.
     """
 
-    def __init__(self, config: Config, batch: int, make_task: Callable[[Config], Task] = PretrainTask):
+    def __init__(self, config: RunConfig, batch: int):
         self.config = endless_run(config, batch)
         self.batch = batch
-        task = make_task(self.config)
-        self.program = Program.build(task, self.config, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+        mesh = sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+        self.program = Program.build(task_of(self.config), self.config, mesh)
         since = time.perf_counter()
         memory = self.program.compiled.memory_analysis()
         self.compile_seconds = time.perf_counter() - since
@@ -70,12 +71,18 @@ class TimedStep:
             leaf.delete()
 
 
+def task_of(config: RunConfig) -> Task:
+    """The task of a config of pretraining or, with random weights, of fine-tuning."""
+    return PretrainTask(config) if isinstance(config, PretrainConfig) else KINDS[config.task].task(config, None)
+
+
 def endless_run(config: Config, batch: int) -> Config:
-    """The config with batches of this size, and a learning rate that stays at its peak."""
+    """The config with batches of this size, and a learning rate that stays at its peak; no duration is in epochs."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, warmup="0 steps"),
+        guards=dataclasses.replace(config.guards, spike_warmup="0 steps"),
         duration=f"{10**9} steps",
     )
 
