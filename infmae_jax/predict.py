@@ -30,7 +30,7 @@ from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, images_in, local_path, output_file, read_text, writing
 from infmae_jax.evaluation import windows
-from infmae_jax.left_out import ended, require_some
+from infmae_jax.left_out import ended, require_any, require_some
 from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
 from infmae_jax.training.config import RunConfig, use_compilation_cache
@@ -69,20 +69,13 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     todo = [(name, path) for name, path in files.items() if name not in done]
     intensity = tuned.model.config.data.intensity
 
-    def read(item: tuple[str, Path]) -> _Image | str:
-        try:
-            name, path = item
-            return _Image(name, name + path.suffix, _digest(path), read_image_file(path, intensity))
-        except InputError as error:
-            return str(error)
+    def read(item: tuple[str, Path]) -> _Image:
+        name, path = item
+        return _Image(name, name + path.suffix, _digest(path), read_image_file(path, intensity))
 
-    def readable() -> Iterator[_Image]:
-        for found in windows.ahead(read, todo):
-            if isinstance(found, str):
-                left_out.append(found)
-                bar.update(1)
-            else:
-                yield found
+    def leave_out(_: Any, error: Exception) -> None:
+        left_out.append(str(error))
+        bar.update(1)
 
     def write(prediction: tuple[_Image, Any]) -> dict[str, Any]:
         image, found = prediction
@@ -96,7 +89,8 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
         (output / RESULTS_NAME).open("a") as results,
         progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
     ):
-        predictions = tuned.model.predictions(tuned.params, readable(), lambda image: image.pixels)
+        images = windows.readable(read, todo, InputError, leave_out)
+        predictions = tuned.model.predictions(tuned.params, images, lambda image: image.pixels)
         for row in windows.ahead(write, predictions, threads=2, most=2):  # while the devices compute the next ones
             results.write(json.dumps(row) + "\n")
             results.flush()
@@ -123,9 +117,7 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
             if name in files:
                 raise InputError(f"{files[name]} and {path} would both be called {name}: predict them into two folders")
             files[name] = path
-    if not files:
-        where = f" in {', '.join(map(str, sources))}" if sources else ""
-        raise InputError(f"no images{where}: name image files, or a folder of them")
+    require_any(files, sources)
     return files
 
 
