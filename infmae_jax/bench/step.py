@@ -146,8 +146,6 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
       InputError: PyTorch is not installed.
       ArithmeticError: the first losses differ by more than rounding.
     """
-    from infmae_jax.bench import torch_model
-
     program = TimedStep(config, batch)
     program.start()
     calls: dict[str, timing.Call] = {"ours": program, **torch_steps(config, batch, program.state.params, forms)}
@@ -160,7 +158,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     for name in list(calls)[1:]:
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
-    settings = settings_of(config) | {"batch": batch, "rounds": rounds} | torch_model.settings()
+    settings = settings_of(config) | {"batch": batch, "rounds": rounds}
     return report("step --torch", settings, rows, [_MFU_NOTE])
 
 
