@@ -60,31 +60,6 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", "", "JSON file to write the account to.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Features:
-    """Features of whole images, in place of the training step."""
-
-    config: PretrainConfig
-    mesh: Mesh
-
-    @property
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (self.config.data.batch_size, *self.config.data.image_size, 1)
-        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.batch_sharding(self.mesh))}
-
-    def lowered(self) -> jax.stages.Lowered:
-        model, whole = InfMAE(self.config.model), NamedSharding(self.mesh, PartitionSpec())
-        params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-            {"encoder": abstract_params(self.config.model)["encoder"]},
-        )
-
-        def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return model.apply({"params": params}, patches.normalize(batch["image"]), method="features")
-
-        return jax.jit(features).lower(params, self.batch_shapes)
-
-
 def compile_ahead(
     config: Config, target: targets.Target, devices: Sequence[jax.Device], features: bool = False
 ) -> dict[str, Any]:
@@ -98,18 +73,18 @@ def compile_ahead(
       InputError: batch or model do not fit the mesh.
     """
     images = config.data.batch_size
-    program = _program(config, devices, features)
+    traced = _traced(config, devices, features)
     told: dict[str, Any] = {
         "topology": target.name,
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "mesh": dict(program.mesh.shape),
+        "mesh": dict(traced.mesh.shape),
         "batch": images,
         "batch_per_device": images / len(devices),
         "versions": package_versions(),
         "config": to_config(config).to_dict(),
     }
     try:
-        compiled = _compiled(program)
+        compiled = account.compile_step(traced)
         useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
         told |= account.account(compiled, target, useful, _encoder(config).dtype)
     except account.DoesNotFit as error:
@@ -129,8 +104,8 @@ def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.
         if each * parts > _MOST_IMAGES:
             return math.inf
         try:
-            program = _program(_with_batch(config, each * parts), devices)
-            tried[each * parts] = _compiled(program).memory["needed"]
+            traced = _traced(_with_batch(config, each * parts), devices)
+            tried[each * parts] = account.compile_step(traced).memory["needed"]
         except account.DoesNotFit as error:
             # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
             tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)
@@ -155,10 +130,8 @@ def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     return sharding.make_mesh(config.mesh, devices)
 
 
-def _program(config: Config, devices: Sequence[jax.Device], features: bool = False) -> Program | _Features:
-    """What trains, or makes features; durations, which may be in epochs of data that are not here, do not change it."""
-    if features:
-        return _Features(config, _mesh(config, devices))
+def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
+    """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
     images, parts = config.data.batch_size, _parts(config, devices)
     if images % parts:
         near = sorted({max(images // parts, 1) * parts, (images // parts + 1) * parts})
@@ -170,8 +143,21 @@ def _program(config: Config, devices: Sequence[jax.Device], features: bool = Fal
     return Program.build(task_of(run), run, _mesh(config, devices))
 
 
-def _compiled(program: Program | _Features) -> account.Compiled:
-    return account.compile_step(program.lowered(), program.mesh, program.batch_shapes)
+def _traced(config: Config, devices: Sequence[jax.Device], features: bool = False) -> account.Traced:
+    """The step of the program that trains or, in its place, features of whole images."""
+    if not features:
+        program = _program(config, devices)
+        return account.Traced(program.lowered(), program.mesh, program.batch_shapes)
+    model, mesh = InfMAE(config.model), _mesh(config, devices)
+    layout = sharding.batch_sharding(mesh)
+    shape = (config.data.batch_size, *config.data.image_size, 1)
+    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=layout)}
+
+    def of_images(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return model.apply({"params": params}, patches.normalize(batch["image"]), method="features")
+
+    program = jax.jit(of_images, in_shardings=(NamedSharding(mesh, PartitionSpec()), layout))
+    return account.Traced(program.lower({"encoder": abstract_params(config.model)["encoder"]}, batch), mesh, batch)
 
 
 def _encoder(config: Config) -> EncoderConfig:
@@ -190,7 +176,7 @@ def _useful_gflop(config: Config) -> float:
 
 def _counted_gflop(config: Config, features: bool = False) -> float:
     """Of a batch, as one device would compute it."""
-    return _program(config, jax.devices("cpu")[:1], features).lowered().cost_analysis()["flops"] / 1e9
+    return _traced(config, jax.devices("cpu")[:1], features).lowered.cost_analysis()["flops"] / 1e9
 
 
 def _helps(config: Config, each: int, devices: int, features: bool = False) -> list[str]:

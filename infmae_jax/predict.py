@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from absl import flags
 
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import atomic_write, images_in, local_path, output_file, read_text, writing
 from infmae_jax.evaluation import windows
 from infmae_jax.left_out import ended, require_any, require_some
@@ -148,16 +148,10 @@ def _begun(output: Path, tuned: FineTuned, files: dict[str, Path]) -> set[str]:
         return _finished(output / RESULTS_NAME, files)
 
 
-@contextlib.contextmanager
-def _of_before(output: Path) -> Iterator[None]:
+def _of_before(output: Path) -> contextlib.AbstractContextManager:
     """InputError where reading what a folder holds fails because nobody predicted it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{output} holds files that are not of predictions ({what}): name another --output") from error
+    kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
+    return refusing(f"{output} holds files that are not of predictions", "name another --output", *kinds)
 
 
 def _finished(path: Path, files: dict[str, Path]) -> set[str]:

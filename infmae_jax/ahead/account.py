@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -85,21 +85,29 @@ class Compiled:
     compile_seconds: float
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh: Mesh, batch_shapes: Mapping[str, jax.ShapeDtypeStruct]) -> Compiled:
-    """Compiles a program that was traced for a mesh of described devices, with batches of these shapes.
+class Traced(NamedTuple):
+    """A program that was traced for a mesh of described devices, and batches of these shapes."""
+
+    lowered: jax.stages.Lowered
+    mesh: Mesh
+    batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
+
+
+def compile_step(traced: Traced) -> Compiled:
+    """Compiles it.
 
     Raises:
       DoesNotFit: the compiler finds too little device memory.
     """
     options = None
-    if mesh.devices.flat[0].platform == "gpu":
+    if traced.mesh.devices.flat[0].platform == "gpu":
         # Which tiles suit a matrix product is measured on a GPU. Without one, jaxlib 0.10 may find none at all.
         options = {"xla_gpu_enable_triton_gemm": False}
     since = time.perf_counter()
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # so that the time is that of compiling
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = traced.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error)) from None
@@ -108,7 +116,7 @@ def compile_step(lowered: jax.stages.Lowered, mesh: Mesh, batch_shapes: Mapping[
         jax.config.update("jax_enable_compilation_cache", cached)
     seconds, analysis = time.perf_counter() - since, compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
-    shards = [(shape.sharding.shard_shape(shape.shape), shape.dtype) for shape in batch_shapes.values()]
+    shards = [(shape.sharding.shard_shape(shape.shape), shape.dtype) for shape in traced.batch_shapes.values()]
     batch = sum(math.prod(sides) * dtype.itemsize for sides, dtype in shards)
     memory = {
         "state": analysis.argument_size_in_bytes - batch,
