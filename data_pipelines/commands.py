@@ -85,6 +85,12 @@ def _leave_at_once() -> NoReturn:
     os._exit(EXIT_INTERRUPTED)
 
 
+def flags_only(argv: Sequence[str]) -> None:
+    """InputError for a command line with more than flags; `argv` is what is left of it after them."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+
+
 def run_command(
     main: Callable[[Sequence[str]], int | None],
     argv: Sequence[str] | None = None,

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import output_file, writing
 from infmae_jax.ahead import account, targets
@@ -287,8 +287,7 @@ def _config_of(given: Any) -> Config:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 where the program fits, 1 where it does not."""
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be touched
     values = flags.FLAGS
     target, config = targets.target(values.topology), _config_of(values.config)

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
 from infmae_jax.evaluation.hosts import same_everywhere
@@ -48,8 +48,7 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     clock, given = Goodput(), flags.FLAGS.config
     if "task" not in given:
         raise InputError("--config is not of fine-tuning: give one of configs/segment, detect or small_target")

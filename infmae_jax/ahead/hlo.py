@@ -86,14 +86,12 @@ class Collective:
       bytes: of the whole result on one device (for a reduce-scatter: of its operand).
       groups: (groups, members) devices by position in the mesh, flattened; those of a permute are (source, target).
       times: how often a step makes it, more than once inside loops.
-      source: the operation of the model it comes from, by JAX's name stack.
     """
 
     kind: str
     bytes: int
     groups: tuple[tuple[int, ...], ...]
     times: int
-    source: str
 
     @property
     def members(self) -> int:
@@ -292,7 +290,7 @@ def _collective(operation: Operation, times: int) -> Collective:
     size = sum(sizes)
     if kind == "reduce-scatter":
         size *= len(groups[0])
-    return Collective(kind, size, groups, times, operation.source)
+    return Collective(kind, size, groups, times)
 
 
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:
