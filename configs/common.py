@@ -32,11 +32,10 @@ def check_argument(arg: str) -> bool:
 
 def pretrain(config: PretrainConfig, arg: str) -> ConfigDict:
     """The config as ConfigDict, shrunk to seconds of CPU time when `arg` is "smoke"."""
-    return to_config(smoke(config) if check_argument(arg) else config)
+    return to_config(_smoke(config) if check_argument(arg) else config)
 
 
-def smoke(config: PretrainConfig) -> PretrainConfig:
-    """The same run, seconds of CPU time long."""
+def _smoke(config: PretrainConfig) -> PretrainConfig:
     return dataclasses.replace(
         config,
         model=config.model.replace(**_SMOKE_MODEL),

@@ -132,14 +132,7 @@ def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
 
 def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
     """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
-    images, parts = config.data.batch_size, _parts(config, devices)
-    if images % parts:
-        near = sorted({max(images // parts, 1) * parts, (images // parts + 1) * parts})
-        raise InputError(
-            f"a batch of {images} does not divide into {parts} parts (devices along mesh.data, mesh.fsdp x "
-            f"optimizer.accumulate): use --batch={' or '.join(map(str, near))}"
-        )
-    run = endless_run(config, images)
+    run = endless_run(config, config.data.batch_size)
     return Program.build(task_of(run), run, _mesh(config, devices))
 
 
@@ -204,9 +197,7 @@ def text(told: dict[str, Any]) -> str:
     lines = [head, f"batch {told['batch']}, {told['batch_per_device']:g} a device", _memory(told)]
     if "operations" in told:
         lines += [*_work(told), *_estimate(told), "", "most expensive operations"]
-        rows = [{"part": row["part"], **_cost(row), "operation": row["operation"],
-                 "result": row["result"].split("{")[0]} for row in told["most_expensive"]]  # fmt: skip
-        lines.append(table(rows))
+        lines.append(table([_shown(row) for row in told["most_expensive"]]))
     if "largest_batch" in told:
         largest = told["largest_batch"]
         lines.append(f"largest batch that fits: {largest['images']} (multiples of {largest['multiple_of']} tried)")
@@ -262,10 +253,10 @@ def _estimate(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cost(row: dict[str, Any]) -> dict[str, Any]:
-    if "cycles" in row:
-        return {"Mcycles": round(row["cycles"] / 1e6, 2), "times": row["times"]}
-    return {"MiB touched": round(row["bytes_touched"] / 2**20, 1), "times": row["times"]}
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    cost = {"Mcycles": row["cycles"] / 1e6} if "cycles" in row else {"MiB touched": row["bytes_touched"] / 2**20}
+    result = row["result"].split("{")[0]
+    return {"part": row["part"], **cost, "times": row["times"], "operation": row["operation"], "result": result}
 
 
 def _with_size(config: Config, size: str) -> PretrainConfig:

@@ -36,7 +36,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from configs.common import smoke
+from configs import common
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import output_file
@@ -96,7 +96,8 @@ class _Settings:
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
         model = variant(values.variant) if values.variant else config.model
         config = dataclasses.replace(config, model=model, data=data)
-        config = smoke(config) if self.quick else config
+        if self.quick:
+            config = from_config(PretrainConfig, common.pretrain(config, "smoke"))
         model = dataclasses.replace(config.model, encoder=_computed(config.model.encoder))
         return dataclasses.replace(config, model=model)
 
