@@ -96,7 +96,7 @@ def compile_ahead(
 
 def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Images of the largest batch whose program fits, and what each try needed; compiles once a try."""
-    parts = _parts(config, devices)
+    parts = sharding.batch_parts(_mesh(config, devices)) * config.optimizer.accumulate
     granule = _GRANULE if config.data.batch_size // parts >= _GRANULE else 1
     tried: dict[int, float] = {}
 
@@ -120,10 +120,6 @@ def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.
 
 def _with_batch(config: Config, images: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
-
-
-def _parts(config: Config, devices: Sequence[jax.Device]) -> int:
-    return sharding.batch_parts(_mesh(config, devices)) * config.optimizer.accumulate
 
 
 def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:

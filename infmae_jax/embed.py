@@ -45,7 +45,6 @@ def embed(
     feature: str = "pooled",
     view: str = "stretch",
     batch_size: int = 32,
-    progress: bool = True,
 ) -> list[str]:
     """Writes features of image files.
 
@@ -56,7 +55,6 @@ def embed(
       feature: see `TrainedModel.vectors`.
       view: "stretch" (the whole image, squeezed), "crop" (its centre), or "original" (pixel by pixel as it is).
       batch_size: images per device call.
-      progress: show a progress line.
 
     Returns:
       One line per image that was left out.
@@ -73,7 +71,7 @@ def embed(
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     parts = output.with_name(f".{output.name}.parts-{key}")
     names, features, left_out = [], [], []
-    with writing(output), progress_bar("embed", len(files), "image", active=progress) as bar:
+    with writing(output), progress_bar("embed", len(files), "image") as bar:
         for start in range(0, len(files), _PART):
             chosen = files[start : start + _PART]
             part = parts / f"{start:09d}.npz"

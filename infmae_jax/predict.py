@@ -47,14 +47,13 @@ class _Image(NamedTuple):
     pixels: np.ndarray
 
 
-def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path, progress: bool = True) -> list[str]:
+def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path) -> list[str]:
     """Writes predictions for image files.
 
     Args:
       tuned: the model.
       sources: image files, and folders that are searched for images.
       output: folder; what it holds of an earlier call with the same model is kept, unless an image has changed.
-      progress: show a progress line.
 
     Returns:
       One line per image that was left out.
@@ -87,7 +86,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     with (
         writing(output),
         (output / RESULTS_NAME).open("a") as results,
-        progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
+        progress_bar("predict", len(files), "image", done=len(files) - len(todo)) as bar,
     ):
         images = windows.readable(read, todo, InputError, leave_out)
         predictions = tuned.model.predictions(tuned.params, images, lambda image: image.pixels)
