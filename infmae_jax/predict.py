@@ -19,7 +19,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,13 +38,6 @@ from infmae_jax.training.run_folder import write_object
 
 RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
 _LARGEST_RESULTS, _LARGEST_SETTINGS = 4 << 30, 1 << 24  # bytes
-
-
-class _Image(NamedTuple):
-    name: str
-    file: str
-    sha256: str
-    pixels: np.ndarray
 
 
 def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path) -> list[str]:
@@ -68,20 +61,19 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path)
     todo = [(name, path) for name, path in files.items() if name not in done]
     intensity = tuned.model.config.data.intensity
 
-    def read(item: tuple[str, Path]) -> _Image:
+    def read(item: tuple[str, Path]) -> tuple[dict[str, Any], np.ndarray]:
         name, path = item
-        return _Image(name, name + path.suffix, _digest(path), read_image_file(path, intensity))
+        known = {"image": name, "file": name + path.suffix, "sha256": _digest(path)}
+        pixels = read_image_file(path, intensity)
+        return known | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 
     def leave_out(_: Any, error: Exception) -> None:
         left_out.append(str(error))
         bar.update(1)
 
-    def write(prediction: tuple[_Image, Any]) -> dict[str, Any]:
-        image, found = prediction
-        height, width = image.pixels.shape
-        noted = tuned.model.write(output, image.name, image.pixels, found)
-        told = {"image": image.name, "file": image.file, "sha256": image.sha256, "height": height, "width": width}
-        return told | noted
+    def write(prediction: tuple[tuple[dict[str, Any], np.ndarray], Any]) -> dict[str, Any]:
+        (known, pixels), found = prediction
+        return known | tuned.model.write(output, known["image"], pixels, found)
 
     with (
         writing(output),
@@ -89,7 +81,7 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path)
         progress_bar("predict", len(files), "image", done=len(files) - len(todo)) as bar,
     ):
         images = windows.readable(read, todo, InputError, leave_out)
-        predictions = tuned.model.predictions(tuned.params, images, lambda image: image.pixels)
+        predictions = tuned.model.predictions(tuned.params, images, lambda image: image[1])
         for row in windows.ahead(write, predictions, threads=2, most=2):  # while the devices compute the next ones
             results.write(json.dumps(row) + "\n")
             results.flush()
