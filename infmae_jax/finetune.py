@@ -49,10 +49,7 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     flags_only(argv)
-    clock, given = Goodput(), flags.FLAGS.config
-    if "task" not in given:
-        raise InputError("--config is not of fine-tuning: give one of configs/segment, detect or small_target")
-    kind = kind_of(given, "--config")
+    clock, kind = Goodput(), kind_of(flags.FLAGS.config, "--config")
     workdir = run_path(flags.FLAGS.workdir, kind.task.name)
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:

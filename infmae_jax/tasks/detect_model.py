@@ -132,11 +132,9 @@ class DetectionModel(FineTuneModel):
 
     def write(self, folder: Path, name: str, image: np.ndarray, found: Boxes) -> dict[str, Any]:
         """Writes the picture of one image with its boxes, and returns what is to be noted of it."""
-        overlay = folder / "overlays" / f"{name}.png"
-        with atomic_write(overlay) as path:
-            shown = found.only(found.scores >= self.config.threshold)
-            box_overlay(image, shown, self.classes).save(path, "PNG")
-        return {"overlay": str(overlay.relative_to(folder)), "objects": self._objects(found, image.shape)}
+        shown = found.only(found.scores >= self.config.threshold)
+        files = self.save(folder, name, {"overlays": box_overlay(image, shown, self.classes)})
+        return {"overlay": files["overlays"], "objects": self._objects(found, image.shape)}
 
     def _objects(self, found: Boxes, size: tuple[int, int]) -> list[dict[str, Any]]:
         """What is noted of each box, best first; with masks their run-length code."""
