@@ -40,8 +40,10 @@ _FREE = re.compile(
 )
 _NO_WORK = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"')
 # The TPU compiler's two ways to refuse a program; the second counts temporaries alone.
-_SIZE = r"\(?([\d.]+)([KMGT]?)\)?"
-_REFUSED = re.compile(rf"(?:Used|temporaries) {_SIZE} (?:of|exceeds available HBM) {_SIZE}", re.IGNORECASE)
+_REFUSED = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE),
+    re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", re.IGNORECASE),
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -59,7 +61,7 @@ class DoesNotFit(Exception):
 
     def __init__(self, text: str):
         super().__init__(text)
-        found = _REFUSED.search(text)
+        found = next(filter(None, (pattern.search(text) for pattern in _REFUSED)), None)
         sizes = [int(float(found[i]) * _UNITS[found[i + 1].upper()]) for i in (1, 3)] if found else (None, None)
         self.needed, self.capacity = sizes
 
@@ -92,7 +94,7 @@ class Traced(NamedTuple):
 
 
 def compile_step(traced: Traced) -> Compiled:
-    """Compiles it.
+    """Compiles a traced program for the devices of its mesh.
 
     Raises:
       DoesNotFit: the compiler finds too little device memory.

@@ -76,6 +76,7 @@ def test_estimated_time_adds_up():
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5, 15.75),
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (56.95G) exceeds "
          "available HBM (15.75G).", 56.95, 15.75),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.00M of 16.00M vmem.", None, None),
         ("RESOURCE_EXHAUSTED: something else", None, None),
     ],
 )  # fmt: skip
