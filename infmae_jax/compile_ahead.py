@@ -10,8 +10,6 @@ exchange, what the compiler expects it to take. Nothing is run. Minutes for larg
 Topologies: v5e-16, v6e-64 (chips), v4-32, v5p-128 (cores, two a chip, as Google Cloud names slices), h100, h100x8.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -5,8 +5,6 @@
 Prints a table with the protocol that its numbers follow. DIR gets scores.json, the table and pictures.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -7,8 +7,6 @@ ENCODER is a run folder, a published `.pth` or `.safetensors` file, or "random".
 end the best checkpoint on the validation split is measured once on the test split, if there is one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ Labels come from a CSV (columns file, split and labels) or from shard sets that 
 resumes, or shows the results.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import urllib.parse
 from collections.abc import Sequence

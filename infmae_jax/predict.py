@@ -11,8 +11,6 @@ read are named and left out.
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Running the same command again resumes. Without flags it runs the demo on the embedded synthetic data set.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Nothing here is measured but the compile time. Estimates are named so wherever they are shown.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

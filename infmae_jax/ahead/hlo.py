@@ -5,8 +5,6 @@ once. How many turns a loop makes it writes for CPUs and GPUs only (`known_trip_
 loop's condition.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """Devices that are only described: TPU slices and GPUs by name, what each chip has, and how to find their compiler."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib.metadata

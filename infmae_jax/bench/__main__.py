@@ -20,8 +20,6 @@ all         each of them, the most telling first: --minutes (none begins later);
 figures.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

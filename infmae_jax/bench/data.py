@@ -5,8 +5,6 @@ them alike; ratios are those of the same round. "Per core" is per second of CPU 
 (records come from the page cache). Worker processes are counted by wall time on all cores.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

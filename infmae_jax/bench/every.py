@@ -1,7 +1,5 @@
 """Subjects in order of worth within a time budget; what is known is on disk after each of them."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Dense features of whole images, as for transfer: images per second, against PyTorch in the same run on request."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """A fine-tuning task, whatever it is: training, prediction, and what evaluating takes of a run."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ A multiply-add is two operations. The hand count has convolutions, linear layers
 architecture has them; XLA's also has norms, activations, softmax and loss.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

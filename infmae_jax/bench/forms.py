@@ -1,7 +1,5 @@
 """Ways to compute the training step on this device, in turns and with PyTorch; and the operations it spends time on."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import dataclasses

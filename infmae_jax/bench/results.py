@@ -1,7 +1,5 @@
 """How every measurement is reported: one dict for JSON, and its rows as a table for people."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

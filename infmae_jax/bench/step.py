@@ -3,8 +3,6 @@
 What is measured is the program that trains (`training.program.Program`), on one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence

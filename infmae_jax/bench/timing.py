@@ -4,8 +4,6 @@ Ratios are those of the same round; medians and first and last decile of the rou
 not count: it compiles, fills caches and finds out how many calls make a slice that a clock can resolve.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The labelled images of a split at their stored size, each host its share: with masks, or with objects."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar

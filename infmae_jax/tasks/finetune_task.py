@@ -1,8 +1,6 @@
 """What all fine-tuning tasks train and predict with: an encoder from a checkpoint under a new head, a learning rate for
 each layer, labelled batches, measures of the validation split."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

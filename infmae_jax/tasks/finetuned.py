@@ -1,7 +1,5 @@
 """The fine-tuning tasks by name, and fine-tuned runs read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Semantic segmentation: a class for every pixel of an infrared image, by UperNet or FCN on the encoder's maps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Infrared small-target detection: which pixels belong to targets of a few pixels, and which targets there are."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
