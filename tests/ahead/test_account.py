@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infmae_jax.ahead import account, targets
@@ -85,6 +85,7 @@ def test_a_compilers_refusal_says_by_how_much(text, needed, capacity):
     assert error.needed == (needed and int(needed * 2**30)) and error.capacity == (capacity and capacity * 2**30)
 
 
+@settings(deadline=None)
 @given(
     fixed=st.floats(0, 90), each=st.floats(0.01, 30), start=st.integers(1, 40), granule=st.sampled_from([1, 8]),
     bend=st.floats(1, 1.5), silent=st.booleans(),
