@@ -47,6 +47,12 @@ def csv_cell(value: Any) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
+def flags_only(argv: Sequence[str]) -> None:
+    """InputError for a command line with more than flags; `argv` is what is left of it after them."""
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+
+
 def progress_bar(description: str, total: int, unit: str, done: int = 0, active: bool = True) -> tqdm.tqdm:
     """A progress line with rate and time left: live on a terminal, one line every 15 s elsewhere."""
     terminal = sys.stderr.isatty()

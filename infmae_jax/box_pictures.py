@@ -1,7 +1,5 @@
 """Boxes drawn into images: predictions and truth. NumPy arrays in, pixels out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

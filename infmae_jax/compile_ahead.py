@@ -10,8 +10,6 @@ exchange, what the compiler expects it to take. Nothing is run. Minutes for larg
 Topologies: v5e-16, v6e-64 (chips), v4-32, v5p-128 (cores, two a chip, as Google Cloud names slices), h100, h100x8.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -26,24 +24,23 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import output_file, writing
 from infmae_jax.ahead import account, targets
 from infmae_jax.bench.flops import useful_gflop
 from infmae_jax.bench.results import table
-from infmae_jax.bench.step import endless_run, visible_tokens
+from infmae_jax.bench.step import endless_run, task_of, visible_tokens
 from infmae_jax.models import patches
 from infmae_jax.models.config import EncoderConfig
 from infmae_jax.models.infmae import InfMAE, abstract_params
 from infmae_jax.tasks.finetune import FineTuneConfig, without_data
-from infmae_jax.tasks.finetuned import KINDS, kind_of
-from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
+from infmae_jax.tasks.finetuned import kind_of
+from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, define_config, from_config, to_config
 from infmae_jax.training.program import Program
 from infmae_jax.training.run_folder import package_versions, write_object
-from infmae_jax.training.task import Task
 
 Config = PretrainConfig | FineTuneConfig
 _BASE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "inf30_base.py"
@@ -61,31 +58,6 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", "", "JSON file to write the account to.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Features:
-    """Features of whole images, in place of the training step."""
-
-    config: PretrainConfig
-    mesh: Mesh
-
-    @property
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (self.config.data.batch_size, *self.config.data.image_size, 1)
-        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=sharding.batch_sharding(self.mesh))}
-
-    def lowered(self) -> jax.stages.Lowered:
-        model, whole = InfMAE(self.config.model), NamedSharding(self.mesh, PartitionSpec())
-        params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-            {"encoder": abstract_params(self.config.model)["encoder"]},
-        )
-
-        def features(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-            return model.apply({"params": params}, patches.normalize(batch["image"]), method="features")
-
-        return jax.jit(features).lower(params, self.batch_shapes)
-
-
 def compile_ahead(
     config: Config, target: targets.Target, devices: Sequence[jax.Device], features: bool = False
 ) -> dict[str, Any]:
@@ -99,38 +71,30 @@ def compile_ahead(
       InputError: batch or model do not fit the mesh.
     """
     images = config.data.batch_size
-    program = _Features(config, _mesh(config, devices)) if features else _program(config, devices)
-    each = images // len(devices)
+    traced = _traced(config, devices, features)
     told: dict[str, Any] = {
         "topology": target.name,
         "device": f"{len(devices)} x {devices[0].device_kind}",
-        "mesh": dict(program.mesh.shape),
+        "mesh": dict(traced.mesh.shape),
         "batch": images,
         "batch_per_device": images / len(devices),
         "versions": package_versions(),
         "config": to_config(config).to_dict(),
     }
     try:
-        compiled = account.compile_step(program)
+        compiled = account.compile_step(traced)
+        useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
+        told |= account.account(compiled, target, useful, _encoder(config).dtype)
     except account.DoesNotFit as error:
         needed = {"needed": error.needed} if error.needed else {}
-        return told | {
-            "fits": False,
-            "memory_bytes": needed,
-            "chip_memory_bytes": error.capacity or target.chip.memory,
-            "help": _helps(config, each, len(devices), features),
-        }
-    if features:
-        useful = _counted_gflop(_Features(config, _mesh(config, jax.devices("cpu")[:1])))
-    else:
-        useful = _useful_gflop(config) * images / len(devices)
-    told |= account.account(compiled, target, useful, _encoder(config).dtype)
-    return told if told["fits"] else told | {"help": _helps(config, each, len(devices), features)}
+        capacity = error.capacity or target.chip.memory
+        told |= {"fits": False, "memory_bytes": needed, "chip_memory_bytes": capacity}
+    return told if told["fits"] else told | {"help": _helps(config, images // len(devices), len(devices), features)}
 
 
 def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Images of the largest batch whose program fits, and what each try needed; compiles once a try."""
-    parts = _parts(config, devices)
+    parts = sharding.batch_parts(_mesh(config, devices)) * config.optimizer.accumulate
     granule = _GRANULE if config.data.batch_size // parts >= _GRANULE else 1
     tried: dict[int, float] = {}
 
@@ -138,8 +102,8 @@ def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.
         if each * parts > _MOST_IMAGES:
             return math.inf
         try:
-            program = _program(_with_batch(config, each * parts), devices)
-            tried[each * parts] = account.compile_step(program).memory["needed"]
+            traced = _traced(_with_batch(config, each * parts), devices)
+            tried[each * parts] = account.compile_step(traced).memory["needed"]
         except account.DoesNotFit as error:
             # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
             tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)
@@ -156,30 +120,31 @@ def _with_batch(config: Config, images: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=images))
 
 
-def _parts(config: Config, devices: Sequence[jax.Device]) -> int:
-    return sharding.batch_parts(_mesh(config, devices)) * config.optimizer.accumulate
-
-
 def _mesh(config: Config, devices: Sequence[jax.Device]) -> Mesh:
     return sharding.make_mesh(config.mesh, devices)
 
 
 def _program(config: Config, devices: Sequence[jax.Device]) -> Program:
     """The program that trains; durations, which may be in epochs of data that are not here, do not change it."""
-    images, parts = config.data.batch_size, _parts(config, devices)
-    if images % parts:
-        near = sorted({max(images // parts, 1) * parts, (images // parts + 1) * parts})
-        raise InputError(
-            f"a batch of {images} does not divide into {parts} parts (devices along mesh.data, mesh.fsdp x "
-            f"optimizer.accumulate): use --batch={' or '.join(map(str, near))}"
-        )
-    guards = dataclasses.replace(config.guards, spike_warmup="0 steps")
-    run = dataclasses.replace(endless_run(config, images), guards=guards)
-    return Program.build(_task(run), run, _mesh(config, devices))
+    run = endless_run(config, config.data.batch_size)
+    return Program.build(task_of(run), run, _mesh(config, devices))
 
 
-def _task(config: Config) -> Task:
-    return PretrainTask(config) if isinstance(config, PretrainConfig) else KINDS[config.task].task(config, None)
+def _traced(config: Config, devices: Sequence[jax.Device], features: bool = False) -> account.Traced:
+    """The step of the program that trains or, in its place, features of whole images."""
+    if not features:
+        program = _program(config, devices)
+        return account.Traced(program.lowered(), program.mesh, program.batch_shapes)
+    model, mesh = InfMAE(config.model), _mesh(config, devices)
+    layout = sharding.batch_sharding(mesh)
+    shape = (config.data.batch_size, *config.data.image_size, 1)
+    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=layout)}
+
+    def of_images(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return model.apply({"params": params}, patches.normalize(batch["image"]), method="features")
+
+    program = jax.jit(of_images, in_shardings=(NamedSharding(mesh, PartitionSpec()), layout))
+    return account.Traced(program.lower({"encoder": abstract_params(config.model)["encoder"]}, batch), mesh, batch)
 
 
 def _encoder(config: Config) -> EncoderConfig:
@@ -193,11 +158,12 @@ def _useful_gflop(config: Config) -> float:
     alone = dataclasses.replace(
         _with_batch(config, 1), mesh=MeshConfig(1), optimizer=dataclasses.replace(config.optimizer, accumulate=1)
     )
-    return _counted_gflop(_program(alone, jax.devices("cpu")[:1]))
+    return _counted_gflop(alone)
 
 
-def _counted_gflop(program: Program | _Features) -> float:
-    return program.lowered().cost_analysis()["flops"] / 1e9
+def _counted_gflop(config: Config, features: bool = False) -> float:
+    """Of a batch, as one device would compute it."""
+    return _traced(config, jax.devices("cpu")[:1], features).lowered.cost_analysis()["flops"] / 1e9
 
 
 def _helps(config: Config, each: int, devices: int, features: bool = False) -> list[str]:
@@ -225,9 +191,7 @@ def text(told: dict[str, Any]) -> str:
     lines = [head, f"batch {told['batch']}, {told['batch_per_device']:g} a device", _memory(told)]
     if "operations" in told:
         lines += [*_work(told), *_estimate(told), "", "most expensive operations"]
-        rows = [{"part": row["part"], **_cost(row), "operation": row["operation"],
-                 "result": row["result"].split("{")[0]} for row in told["most_expensive"]]  # fmt: skip
-        lines.append(table(rows))
+        lines.append(table([_shown(row) for row in told["most_expensive"]]))
     if "largest_batch" in told:
         largest = told["largest_batch"]
         lines.append(f"largest batch that fits: {largest['images']} (multiples of {largest['multiple_of']} tried)")
@@ -283,10 +247,10 @@ def _estimate(told: dict[str, Any]) -> list[str]:
     ]
 
 
-def _cost(row: dict[str, Any]) -> dict[str, Any]:
-    if "cycles" in row:
-        return {"Mcycles": round(row["cycles"] / 1e6, 2), "times": row["times"]}
-    return {"MiB touched": round(row["bytes_touched"] / 2**20, 1), "times": row["times"]}
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    cost = {"Mcycles": row["cycles"] / 1e6} if "cycles" in row else {"MiB touched": row["bytes_touched"] / 2**20}
+    result = row["result"].split("{")[0]
+    return {"part": row["part"], **cost, "times": row["times"], "operation": row["operation"], "result": result}
 
 
 def _with_size(config: Config, size: str) -> PretrainConfig:
@@ -308,8 +272,7 @@ def _config_of(given: Any) -> Config:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0 where the program fits, 1 where it does not."""
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is not to be touched
     values = flags.FLAGS
     target, config = targets.target(values.topology), _config_of(values.config)

@@ -30,7 +30,7 @@ from infmae_jax.evaluation import windows
 from infmae_jax.interop import checkpoint_flags
 from infmae_jax.interop.load import load_encoder
 from infmae_jax.interop.trained_model import FEATURES, TrainedModel
-from infmae_jax.left_out import ended, require_some
+from infmae_jax.left_out import ended, require_any, require_some
 
 VIEWS = ("stretch", "crop", "original")
 FORMATS = (".npz", ".parquet")
@@ -45,7 +45,6 @@ def embed(
     feature: str = "pooled",
     view: str = "stretch",
     batch_size: int = 32,
-    progress: bool = True,
 ) -> list[str]:
     """Writes features of image files.
 
@@ -56,7 +55,6 @@ def embed(
       feature: see `TrainedModel.vectors`.
       view: "stretch" (the whole image, squeezed), "crop" (its centre), or "original" (pixel by pixel as it is).
       batch_size: images per device call.
-      progress: show a progress line.
 
     Returns:
       One line per image that was left out.
@@ -67,27 +65,25 @@ def embed(
     output = output_file(output, "output")
     _check(output)
     files = list(images_in(sources))
-    if not files:
-        where = ", ".join(map(str, sources)) or "nothing"
-        raise InputError(f"no images in {where}: name image files, or a folder of them")
+    require_any(files, sources)
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
     settings = [trained.digest, repr(trained.intensity), trained.image_size, feature, view, stats]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     parts = output.with_name(f".{output.name}.parts-{key}")
     names, features, left_out = [], [], []
-    with writing(output), progress_bar("embed", len(files), "image", active=progress) as bar:
+    with writing(output), progress_bar("embed", len(files), "image") as bar:
         for start in range(0, len(files), _PART):
             chosen = files[start : start + _PART]
             part = parts / f"{start:09d}.npz"
             if not part.is_file():
                 vectors, errors = _part(trained, chosen, feature, view, batch_size)
                 with atomic_write(part) as partial, partial.open("wb") as stream:
-                    good = np.array([not error for error in errors])
-                    np.savez(stream, features=vectors, good=good, errors=np.array(errors, dtype=np.str_))
+                    np.savez(stream, features=vectors, errors=np.array(errors, dtype=np.str_))
             with np.load(part) as stored:
-                names += [str(file) for file, good in zip(chosen, stored["good"], strict=True) if good]
                 features.append(stored["features"])
-                left_out += [str(error) for error in stored["errors"] if error]
+                errors = stored["errors"].tolist()
+            names += [str(file) for file, error in zip(chosen, errors, strict=True) if not error]
+            left_out += [error for error in errors if error]
             bar.update(len(chosen))
         require_some(left_out, len(files))
         _write(output, names, np.concatenate([rows for rows in features if len(rows)]))
@@ -109,19 +105,19 @@ def _part(
 
     errors = [""] * len(files)
 
-    def read(place: int) -> np.ndarray | None:
-        try:
-            image = read_image_file(files[place], trained.intensity)
-        except InputError as error:
-            errors[place] = str(error)
-            return None
-        return image if view == "original" else center_crop_resize(image, trained.image_size, stretch=view == "stretch")
+    def read(place: int) -> tuple[int, np.ndarray]:
+        image = read_image_file(files[place], trained.intensity)
+        if view != "original":
+            image = center_crop_resize(image, trained.image_size, stretch=view == "stretch")
+        return place, image
 
-    images = enumerate(windows.ahead(read, range(len(files))))
-    readable = ((place, image) for place, image in images if image is not None)
+    def leave_out(place: int, error: Exception) -> None:
+        errors[place] = str(error)
+
+    images = windows.readable(read, range(len(files)), InputError, leave_out)
     model = dataclasses.replace(trained, intensity=Intensity("full_range"))  # they are mapped already
     vectors: dict[int, np.ndarray] = {}
-    for group in windows.in_groups(readable, lambda item: item[1].shape, lambda shape: batch_size):
+    for group in windows.in_groups(images, lambda item: item[1].shape, lambda shape: batch_size):
         padded = min(batch_size, 1 << (len(group) - 1).bit_length())  # few batch sizes, as each is compiled
         batch = np.stack([image for _, image in group + group[-1:] * (padded - len(group))])
         vectors.update(zip([place for place, _ in group], model.vectors(batch, feature), strict=False))
@@ -159,9 +155,7 @@ def main(argv: Sequence[str]) -> int:
     size, output = checkpoint_flags.image_size() or (0, 0), output_file(values.output, "output")
     trained = load_encoder(values.checkpoint, image_size=size, **checkpoint_flags.load_options())
     trained = checkpoint_flags.with_intensity(trained)
-    left_out = embed(
-        trained, argv[1:], output, feature=values.feature, view=values.view, batch_size=values.batch_size
-    )
+    left_out = embed(trained, argv[1:], output, feature=values.feature, view=values.view, batch_size=values.batch_size)
     return ended(f"{values.output}: {values.feature} features", left_out)
 
 

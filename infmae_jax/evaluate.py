@@ -5,8 +5,6 @@
 Prints a table with the protocol that its numbers follow. DIR gets scores.json, the table and pictures.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,7 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, output_file, read_text, writing
 from data_pipelines.remote import local_folders
@@ -116,8 +114,7 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
     print(evaluate(values.checkpoint, output, values.shards, values.split, **finetuned_flags.options()))
     print(f"scores.json, scores.txt and pictures are in {output}")

@@ -7,8 +7,6 @@ ENCODER is a run folder, a published `.pth` or `.safetensors` file, or "random".
 end the best checkpoint on the validation split is measured once on the test split, if there is one.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
 from infmae_jax.evaluation.hosts import same_everywhere
@@ -48,12 +46,8 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
-    clock, given = Goodput(), flags.FLAGS.config
-    if "task" not in given:
-        raise InputError("--config is not of fine-tuning: give one of configs/segment, detect or small_target")
-    kind = kind_of(given, "--config")
+    flags_only(argv)
+    clock, kind = Goodput(), kind_of(flags.FLAGS.config, "--config")
     workdir = run_path(flags.FLAGS.workdir, kind.task.name)
     config = from_config(kind.config, flags.FLAGS.config)
     if flags.FLAGS.checkpoint:

@@ -1,12 +1,20 @@
-"""How commands over images and folders end where some images could not be read."""
+"""What commands over images and folders say where there are none, and how they end where some could not be read."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from data_pipelines.commands import printable
 from data_pipelines.errors import InputError
 
 EXIT_LEFT_OUT = 4
+
+
+def require_any(images: Collection, sources: Sequence[str | Path]) -> None:
+    """InputError where no images were found in the sources."""
+    if not images:
+        where = ", ".join(map(str, sources)) or "nothing"
+        raise InputError(f"no images in {where}: name image files, or a folder of them")
 
 
 def require_some(left_out: Sequence[str], images: int) -> None:

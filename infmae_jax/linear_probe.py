@@ -7,8 +7,6 @@ Labels come from a CSV (columns file, split and labels) or from shard sets that 
 resumes, or shows the results.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import urllib.parse
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, local_path, writing
 from data_pipelines.prepare.labelled import prepare_table, table_digest
@@ -180,8 +178,7 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     config = from_config(ProbeConfig, flags.FLAGS.config)
     workdir = run_path(flags.FLAGS.workdir, ProbeTask.name)
     trained = load_encoder(

@@ -11,15 +11,13 @@ read are named and left out.
 Exit codes: 0; 2 nothing to do or a mistake, in one line; 4 written, but some images were left out.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,10 +25,10 @@ from absl import flags
 
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
-from data_pipelines.errors import InputError
+from data_pipelines.errors import InputError, refusing
 from data_pipelines.files import atomic_write, images_in, local_path, output_file, read_text, writing
 from infmae_jax.evaluation import windows
-from infmae_jax.left_out import ended, require_some
+from infmae_jax.left_out import ended, require_any, require_some
 from infmae_jax.tasks import finetuned_flags
 from infmae_jax.tasks.finetuned import FineTuned, load_finetuned
 from infmae_jax.training.config import RunConfig, use_compilation_cache
@@ -40,21 +38,13 @@ RESULTS_NAME, SETTINGS_NAME = "predictions.jsonl", "settings.json"
 _LARGEST_RESULTS, _LARGEST_SETTINGS = 4 << 30, 1 << 24  # bytes
 
 
-class _Image(NamedTuple):
-    name: str
-    file: str
-    sha256: str
-    pixels: np.ndarray
-
-
-def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path, progress: bool = True) -> list[str]:
+def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path) -> list[str]:
     """Writes predictions for image files.
 
     Args:
       tuned: the model.
       sources: image files, and folders that are searched for images.
       output: folder; what it holds of an earlier call with the same model is kept, unless an image has changed.
-      progress: show a progress line.
 
     Returns:
       One line per image that was left out.
@@ -69,34 +59,27 @@ def predict(tuned: FineTuned, sources: Sequence[str | Path], output: str | Path,
     todo = [(name, path) for name, path in files.items() if name not in done]
     intensity = tuned.model.config.data.intensity
 
-    def read(item: tuple[str, Path]) -> _Image | str:
-        try:
-            name, path = item
-            return _Image(name, name + path.suffix, _digest(path), read_image_file(path, intensity))
-        except InputError as error:
-            return str(error)
+    def read(item: tuple[str, Path]) -> tuple[dict[str, Any], np.ndarray]:
+        name, path = item
+        known = {"image": name, "file": name + path.suffix, "sha256": _digest(path)}
+        pixels = read_image_file(path, intensity)
+        return known | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 
-    def readable() -> Iterator[_Image]:
-        for found in windows.ahead(read, todo):
-            if isinstance(found, str):
-                left_out.append(found)
-                bar.update(1)
-            else:
-                yield found
+    def leave_out(_: Any, error: Exception) -> None:
+        left_out.append(str(error))
+        bar.update(1)
 
-    def write(prediction: tuple[_Image, Any]) -> dict[str, Any]:
-        image, found = prediction
-        height, width = image.pixels.shape
-        noted = tuned.model.write(output, image.name, image.pixels, found)
-        told = {"image": image.name, "file": image.file, "sha256": image.sha256, "height": height, "width": width}
-        return told | noted
+    def write(prediction: tuple[tuple[dict[str, Any], np.ndarray], Any]) -> dict[str, Any]:
+        (known, pixels), found = prediction
+        return known | tuned.model.write(output, known["image"], pixels, found)
 
     with (
         writing(output),
         (output / RESULTS_NAME).open("a") as results,
-        progress_bar("predict", len(files), "image", done=len(files) - len(todo), active=progress) as bar,
+        progress_bar("predict", len(files), "image", done=len(files) - len(todo)) as bar,
     ):
-        predictions = tuned.model.predictions(tuned.params, readable(), lambda image: image.pixels)
+        images = windows.readable(read, todo, InputError, leave_out)
+        predictions = tuned.model.predictions(tuned.params, images, lambda image: image[1])
         for row in windows.ahead(write, predictions, threads=2, most=2):  # while the devices compute the next ones
             results.write(json.dumps(row) + "\n")
             results.flush()
@@ -123,9 +106,7 @@ def named(sources: Sequence[str | Path]) -> dict[str, Path]:
             if name in files:
                 raise InputError(f"{files[name]} and {path} would both be called {name}: predict them into two folders")
             files[name] = path
-    if not files:
-        where = f" in {', '.join(map(str, sources))}" if sources else ""
-        raise InputError(f"no images{where}: name image files, or a folder of them")
+    require_any(files, sources)
     return files
 
 
@@ -156,16 +137,10 @@ def _begun(output: Path, tuned: FineTuned, files: dict[str, Path]) -> set[str]:
         return _finished(output / RESULTS_NAME, files)
 
 
-@contextlib.contextmanager
-def _of_before(output: Path) -> Iterator[None]:
+def _of_before(output: Path) -> contextlib.AbstractContextManager:
     """InputError where reading what a folder holds fails because nobody predicted it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{output} holds files that are not of predictions ({what}): name another --output") from error
+    kinds = ValueError, LookupError, TypeError, AttributeError, RecursionError
+    return refusing(f"{output} holds files that are not of predictions", "name another --output", *kinds)
 
 
 def _finished(path: Path, files: dict[str, Path]) -> set[str]:

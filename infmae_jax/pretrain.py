@@ -3,16 +3,13 @@
 Running the same command again resumes. Without flags it runs the demo on the embedded synthetic data set.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import jax
 from absl import flags
 
-from data_pipelines.commands import run_command
-from data_pipelines.errors import InputError
+from data_pipelines.commands import flags_only, run_command
 from infmae_jax import embedded
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.train_command import begin, train
@@ -30,8 +27,7 @@ def _define_flags() -> None:
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     clock = Goodput()
     config = from_config(PretrainConfig, flags.FLAGS.config)
     workdir = run_path(flags.FLAGS.workdir, PretrainTask.name)

@@ -27,41 +27,38 @@ VIEWS = ("crop", "stretch")
 
 
 def reconstruct(
-    checkpoint: str | Path | TrainedModel,
+    trained: TrainedModel,
     images: Sequence[str | Path],
     output: str | Path,
     *,
     image_size: tuple[int, int] | None = None,
     view: str = "crop",
     colormap: str = "inferno",
-    step: int | None = None,
     seed: int = 0,
 ) -> list[float]:
     """Writes a reconstruction panel of image files.
 
     Args:
-      checkpoint: a run folder, a published checkpoint file, or a loaded model.
+      trained: the model, with its decoder.
       images: paths of image files.
       output: PNG to write.
       image_size: rows and columns of the model's input, multiples of 16; by default those of the pretraining.
       view: "crop" (evaluation view: the centre) or "stretch" (the whole image, squeezed); pixels are left as they are
         where `image_size` is that of the image.
       colormap: one of `pictures.COLORMAPS`.
-      step: checkpoint of a run; the latest by default.
       seed: of random masks.
 
     Returns:
       The masked reconstruction loss of each image, as it was trained.
 
     Raises:
-      InputError: no images, one that cannot be read, a size not divisible by 16, no usable checkpoint.
+      InputError: no images, one that cannot be read, a size not divisible by 16, a model without decoder.
     """
     if not images:
         raise InputError("no images given: name one or more image files after the flags")
     if Path(output).suffix.lower() != ".png":
         raise InputError(f"output {output} is not a .png file: name one that ends in .png")
     output = output_file(output, "output")
-    trained = checkpoint if isinstance(checkpoint, TrainedModel) else load(checkpoint, step)
     pixels = [read_image_file(path, trained.intensity) for path in images]
     size = image_size or trained.image_size
     inputs = np.stack([center_crop_resize(image, size, stretch=view == "stretch") for image in pixels])

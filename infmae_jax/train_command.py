@@ -1,7 +1,5 @@
 """What the commands that train have in common: one process or one of a job, begun, ended, or stopped on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -63,10 +63,11 @@ def test_bench(flags, message):
     assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr and not result.stdout
 
 
-def test_bench_prints_a_table_and_json():
-    result = run_process("infmae_jax.bench", "flops", "--quick")
+def test_bench_prints_a_table_and_json(tmp_path):
+    result = run_process("infmae_jax.bench", "flops", "--quick", f"--output={tmp_path}")
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
+    assert json.loads((tmp_path / "bench.json").read_text()) == [report]
     assert report["subject"] == "flops" and report["versions"]["jax"] and report["device"].endswith("cpu")
     for row in report["rows"]:
         assert row["stage"] in result.stderr

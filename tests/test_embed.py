@@ -42,7 +42,7 @@ def read(path):
 
 @pytest.mark.parametrize("feature, width", [("pooled", 16), ("stage1", 8), ("multi", 36)])
 def test_features_of_a_folder_in_order(model, folder, tmp_path, feature, width):
-    assert embed(model, [folder], tmp_path / "f.npz", feature=feature, view="original", progress=False) == []
+    assert embed(model, [folder], tmp_path / "f.npz", feature=feature, view="original") == []
     names, features = read(tmp_path / "f.npz")
     assert names == ["a.png", "b.png", "c.png"] and features.shape == (3, width)
     for name, row in zip(("a.png", "b.png", "sub/c.png"), features, strict=True):
@@ -56,7 +56,7 @@ def test_features_of_a_folder_in_order(model, folder, tmp_path, feature, width):
 def test_parquet_holds_the_same(model, folder, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     for name in ("f.npz", "f.parquet"):
-        embed(model, [folder], tmp_path / name, progress=False)
+        embed(model, [folder], tmp_path / name)
     table = parquet.read_table(tmp_path / "f.parquet").to_pydict()
     names, features = read(tmp_path / "f.npz")
     assert [name.rsplit("/", 1)[-1] for name in table["names"]] == names
@@ -65,7 +65,7 @@ def test_parquet_holds_the_same(model, folder, tmp_path):
 
 def test_a_killed_run_goes_on(model, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PART", 1)
-    embed(model, [folder], tmp_path / "whole.npz", progress=False)
+    embed(model, [folder], tmp_path / "whole.npz")
     original, computed = module._part, []
 
     def killed(trained, files, *rest):
@@ -76,10 +76,10 @@ def test_a_killed_run_goes_on(model, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_part", killed)
     with pytest.raises(KeyboardInterrupt):
-        embed(model, [folder], tmp_path / "f.npz", progress=False)
+        embed(model, [folder], tmp_path / "f.npz")
     assert computed == ["a.png", "b.png"] and not (tmp_path / "f.npz").exists()
     computed.clear()
-    embed(model, [folder], tmp_path / "f.npz", progress=False)
+    embed(model, [folder], tmp_path / "f.npz")
     assert computed == ["c.png"]
     np.testing.assert_array_equal(read(tmp_path / "f.npz")[1], read(tmp_path / "whole.npz")[1])
 
@@ -110,7 +110,7 @@ def test_mistakes_are_one_line(tmp_path, arguments, message):
 def test_an_output_that_cannot_be_written_is_one_line(model, folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file is a file: name a folder"):
-        embed(model, [folder], tmp_path / "file" / "f.npz", progress=False)
+        embed(model, [folder], tmp_path / "file" / "f.npz")
 
 
 def test_jobs_are_listed_without_jax_and_mistakes_named():

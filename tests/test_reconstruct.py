@@ -77,7 +77,7 @@ def test_losses_are_the_models_own(run, image_files, tmp_path):
     model = InfMAE(restored.config)
     loss_of = jax.jit(lambda image, ids: model.apply({"params": restored.params}, normalize(image), ids).loss)
     for view in ("crop", "stretch"):
-        losses = reconstruct(run, image_files[:2], tmp_path / "p.png", view=view)
+        losses = reconstruct(restored, image_files[:2], tmp_path / "p.png", view=view)
         for path, loss in zip(image_files, losses, strict=False):
             image = transforms.center_crop_resize(np.asarray(Image.open(path)), SIZE, stretch=view == "stretch")[None]
             ids_keep = masking.select_visible(masking.token_scores(image, restored.mask), restored.mask)
@@ -86,11 +86,11 @@ def test_losses_are_the_models_own(run, image_files, tmp_path):
 
 def test_random_masks_follow_the_seed_and_original_size_is_kept(image_files, tmp_path):
     mask = masking.MaskConfig(score="none", selection="random")
-    folder = make_run(tmp_path / "random", mask, kind="vit")
+    trained = load(make_run(tmp_path / "random", mask, kind="vit"))
     output = tmp_path / "p.png"
-    again = [reconstruct(folder, image_files, output, image_size=(32, 48), seed=s) for s in (0, 0, 1)]
+    again = [reconstruct(trained, image_files, output, image_size=(32, 48), seed=s) for s in (0, 0, 1)]
     assert again[0] == again[1] != again[2]
-    assert len(reconstruct(folder, image_files[:2], output, image_size=(80, 112))) == 2
+    assert len(reconstruct(trained, image_files[:2], output, image_size=(80, 112))) == 2
     assert Image.open(output).width == 5 * (2 * 112 + GAP) + GAP
 
 
@@ -98,32 +98,32 @@ def test_mistakes_are_one_line(run, image_files, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     output, image = tmp_path / "out" / "p.png", image_files[0]
+    trained = load(run)
     cases = [
-        ({"checkpoint": run, "images": []}, "no images"),
-        ({"checkpoint": tmp_path / "absent", "images": [image]}, "absent"),
-        ({"checkpoint": tmp_path, "images": [image]}, "not a run folder"),
-        ({"checkpoint": run, "images": [broken]}, "broken.png"),
-        ({"checkpoint": run, "images": [tmp_path / "gone.png"]}, "gone.png"),
-        ({"checkpoint": run, "images": [image], "image_size": (60, 96)}, "60x96 is not divisible by"),
-        ({"checkpoint": run, "images": [image], "step": 7}, "no checkpoint 7"),
-        ({"checkpoint": run, "images": [image], "output": tmp_path / "p.jpg"}, "p.jpg is not a .png"),
+        ({"images": []}, "no images"),
+        ({"images": [broken]}, "broken.png"),
+        ({"images": [tmp_path / "gone.png"]}, "gone.png"),
+        ({"images": [image], "image_size": (60, 96)}, "60x96 is not divisible by"),
+        ({"images": [image], "output": tmp_path / "p.jpg"}, "p.jpg is not a .png"),
     ]
     for arguments, message in cases:
         with pytest.raises(InputError, match=message) as caught:
-            reconstruct(**{"output": output, **arguments})
+            reconstruct(trained, **{"output": output, **arguments})
         assert "\n" not in str(caught.value)
     assert not output.parent.exists()
 
 
 def test_command_ends_with_one_line_and_code_2(run, image_files, tmp_path):
     output = tmp_path / "p.png"
-    for arguments in (
-        [f"--checkpoint={tmp_path / 'absent'}", f"--output={output}", image_files[0]],
-        [f"--checkpoint={run}", f"--output={output}", "--image_size=64", image_files[0]],
-        [f"--checkpoint={run}", f"--output={output}", "--image_size=60,60", image_files[0]],
+    for flags, message in (
+        ([f"--checkpoint={tmp_path / 'absent'}"], "absent"),
+        ([f"--checkpoint={tmp_path}"], "not a run folder"),
+        ([f"--checkpoint={run}", "--step=7"], "no checkpoint 7"),
+        ([f"--checkpoint={run}", "--image_size=64"], "--image_size=64 is not rows,columns"),
+        ([f"--checkpoint={run}", "--image_size=60,60"], "60x60 is not divisible by"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 2 and not output.exists()
+        done = command(*flags, f"--output={output}", image_files[0])
+        assert done.returncode == 2 and not output.exists() and message in done.stderr
         assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: "), done.stderr
 
 
@@ -138,7 +138,7 @@ def test_images_are_read_as_the_run_read_them(run, tmp_path):
     gray = np.rint((counts - 29000.0) * 255 / 2000).astype(np.uint8)
     expected = load(run).reconstruct(gray).losses
     np.testing.assert_allclose(load(fixed).reconstruct(counts).losses, expected, rtol=1e-6)
-    losses = reconstruct(fixed, [tmp_path / "counts.png"], tmp_path / "p.png", view="stretch")
+    losses = reconstruct(load(fixed), [tmp_path / "counts.png"], tmp_path / "p.png", view="stretch")
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
     done = command(
         f"--checkpoint={fixed}", f"--output={tmp_path}/q.png", "--view=stretch", "--intensity=auto",

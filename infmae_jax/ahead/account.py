@@ -3,15 +3,13 @@
 Nothing here is measured but the compile time. Estimates are named so wherever they are shown.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -62,8 +60,8 @@ class DoesNotFit(Exception):
     def __init__(self, text: str):
         super().__init__(text)
         found = next(filter(None, (pattern.search(text) for pattern in _REFUSED)), None)
-        sizes = found and [float(found[i]) * _UNITS[found[i + 1].upper()] for i in (1, 3)]
-        self.needed, self.capacity = (int(sizes[0]), int(sizes[1])) if sizes else (None, None)
+        sizes = [int(float(found[i]) * _UNITS[found[i + 1].upper()]) for i in (1, 3)] if found else (None, None)
+        self.needed, self.capacity = sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,32 +83,29 @@ class Compiled:
     compile_seconds: float
 
 
-class Lowerable(Protocol):
-    """What `compile_step` needs of a `training.program.Program`."""
+class Traced(NamedTuple):
+    """A program that was traced for a mesh of described devices, and batches of these shapes."""
 
+    lowered: jax.stages.Lowered
     mesh: Mesh
-
-    @property
-    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]: ...
-
-    def lowered(self) -> jax.stages.Lowered: ...
+    batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
 
 
-def compile_step(program: Lowerable) -> Compiled:
-    """The step of a program whose mesh is of described devices.
+def compile_step(traced: Traced) -> Compiled:
+    """Compiles a traced program for the devices of its mesh.
 
     Raises:
       DoesNotFit: the compiler finds too little device memory.
     """
-    lowered, options = program.lowered(), None
-    if program.mesh.devices.flat[0].platform == "gpu":
+    options = None
+    if traced.mesh.devices.flat[0].platform == "gpu":
         # Which tiles suit a matrix product is measured on a GPU. Without one, jaxlib 0.10 may find none at all.
         options = {"xla_gpu_enable_triton_gemm": False}
     since = time.perf_counter()
     cached = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)  # so that the time is that of compiling
     try:
-        compiled = lowered.compile(compiler_options=options)
+        compiled = traced.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error)) from None
@@ -119,7 +114,8 @@ def compile_step(program: Lowerable) -> Compiled:
         jax.config.update("jax_enable_compilation_cache", cached)
     seconds, analysis = time.perf_counter() - since, compiled.memory_analysis()
     cost = compiled.cost_analysis() or {}
-    batch = sum(_bytes_on_device(shape) for shape in program.batch_shapes.values())
+    shards = [(shape.sharding.shard_shape(shape.shape), shape.dtype) for shape in traced.batch_shapes.values()]
+    batch = sum(math.prod(sides) * dtype.itemsize for sides, dtype in shards)
     memory = {
         "state": analysis.argument_size_in_bytes - batch,
         "batch": batch,
@@ -130,13 +126,6 @@ def compile_step(program: Lowerable) -> Compiled:
     memory["needed"] = sum(memory.values()) + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     gflop, accessed = cost.get("flops", 0) / 1e9, cost.get("bytes accessed", 0) / 1e9
     return Compiled(hlo.Program(compiled.as_text()), memory, gflop or None, accessed or None, seconds)
-
-
-def _bytes_on_device(shape: jax.ShapeDtypeStruct) -> int:
-    size = shape.dtype.itemsize
-    for length in shape.sharding.shard_shape(shape.shape):
-        size *= length
-    return size
 
 
 def account(compiled: Compiled, target: Target, useful_gflop: float, dtype: str) -> dict[str, Any]:
@@ -240,15 +229,16 @@ def operation_counts(program: hlo.Program) -> dict[str, int]:
 def most_expensive(program: hlo.Program, by_cycles: bool) -> list[dict[str, Any]]:
     """The ten operations that cost most a step: by estimated cycles, or by the bytes that they touch."""
     rows: list[dict[str, Any]] = []
+    name = "cycles" if by_cycles else "bytes_touched"
     for operation, times in program.operations:
         cost = operation.cycles if by_cycles else program.touched(operation) if _moves(operation) else None
         if cost:
             source = program.source(operation)
             rows.append({
                 "operation": operation.name, "part": part_of(source), "times": times, "result": operation.result,
-                "source": source, "cycles" if by_cycles else "bytes_touched": cost * times,
+                "source": source, name: cost * times,
             })  # fmt: skip
-    return sorted(rows, key=lambda row: -row["cycles" if by_cycles else "bytes_touched"])[:_MOST_EXPENSIVE]
+    return sorted(rows, key=lambda row: -row[name])[:_MOST_EXPENSIVE]
 
 
 def largest_batch(needed: Callable[[int], float], capacity: float, start: int, granule: int) -> int:

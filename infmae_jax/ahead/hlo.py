@@ -5,8 +5,6 @@ once. How many turns a loop makes it writes for CPUs and GPUs only (`known_trip_
 loop's condition.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools
@@ -21,7 +19,7 @@ COLLECTIVES = (
     "collective-broadcast",
 )  # fmt: skip
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(.*)$")
 _CALLED = re.compile(r"(body|condition|to_apply|calls|branch_computations|\w+_computation)=(\{[^}]*\}|%[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -86,14 +84,12 @@ class Collective:
       bytes: of the whole result on one device (for a reduce-scatter: of its operand).
       groups: (groups, members) devices by position in the mesh, flattened; those of a permute are (source, target).
       times: how often a step makes it, more than once inside loops.
-      source: the operation of the model it comes from, by JAX's name stack.
     """
 
     kind: str
     bytes: int
     groups: tuple[tuple[int, ...], ...]
     times: int
-    source: str
 
     @property
     def members(self) -> int:
@@ -124,8 +120,7 @@ class Program:
                 self.computations[here] = {}
                 self.entry = here if header[1] else self.entry
             elif here and (found := _INSTRUCTION.match(line)):
-                root, name, result, opcode, rest = found.groups()
-                inside, rest = _split_operands(rest)
+                root, name, result, opcode, inside, rest = found.groups()
                 operands = (inside,) if opcode in ("constant", "parameter") else re.findall(r"%([\w.\-]+)", inside)
                 self.computations[here][name] = Operation(
                     name, opcode, result, tuple(operands), rest, here, bool(root)
@@ -155,14 +150,13 @@ class Program:
         """Of a while loop; 1 where neither a known count nor the condition (a counter below a constant) says."""
         if known := _TRIPS.search(loop.rest):
             return int(known[1])
-        called = dict(loop.called)
+        called, here = dict(loop.called), self.computations[loop.computation]
         condition, body = (self.computations[called[role]] for role in ("condition", "body"))
-        test = _root(condition)
+        test, state = _root(condition), here.get(loop.operands[0])
         if test.opcode != "compare" or "direction=LT" not in test.rest:
             return 1
         counter, limit = (_resolve(condition, name) for name in test.operands)
-        first = self._carried(loop, counter)
-        last = _constant(limit) if _constant(limit) is not None else self._carried(loop, limit)
+        first, last = (_constant(_taken(here, state, value)) for value in (counter, limit))
         if last is None:
             return 1
         return max(0, -(-(last - (first or 0)) // _step(body, counter)))
@@ -173,18 +167,21 @@ class Program:
         Raises:
           ValueError: a notation of replica groups or a type that is not known here.
         """
-        found = []
-        for name, n in self.runs.items():
-            for operation in self._with_fused(self.computations[name].values()):
-                if operation.opcode.removesuffix("-start") in COLLECTIVES:
-                    found.append(_collective(operation, n))
+        found = [
+            _collective(each, times)
+            for operation, times in self.operations
+            for each in (operation, *self.fused(operation))
+            if each.opcode.removesuffix("-start") in COLLECTIVES
+        ]
         return [each for each in found if each.members > 1]
 
     def fused(self, operation: Operation) -> Iterator[Operation]:
         """What a fusion consists of, fusions inside it too; nothing for other operations."""
         for role, inner in operation.called if operation.opcode == "fusion" else ():
             if role == "calls":
-                yield from self._with_fused(self.computations[inner].values())
+                for each in self.computations[inner].values():
+                    yield each
+                    yield from self.fused(each)
 
     def touched(self, operation: Operation) -> int:
         """Bytes of its operands and result: read and written at most (a scatter or gather touches fewer)."""
@@ -196,41 +193,23 @@ class Program:
         """Of the operation; where XLA does not say, of what reads it, else of what it reads."""
         if operation.source:
             return operation.source
-        here = self.computations[operation.computation]
-        readers = self._readers[operation.computation].get(operation.name, [])
-        near = [here[name] for name in [*readers, *operation.operands] if name in here]
-        further = [here[name] for each in near for name in self._readers[operation.computation].get(each.name, [])]
+        place, readers = operation.computation, self._readers
+        here = self.computations[place]
+        near = [*readers[place, operation.name], *[here[name] for name in operation.operands if name in here]]
+        further = [each for one in near for each in readers[place, one.name]]
         return next((each.source for each in [*near, *further] if each.source), "")
 
     @functools.cached_property
-    def _readers(self) -> dict[str, dict[str, list[str]]]:
-        readers: dict[str, dict[str, list[str]]] = {}
-        for name, operations in self.computations.items():
-            found = collections.defaultdict(list)
-            for operation in operations.values():
-                for operand in operation.operands:
-                    found[operand].append(operation.name)
-            readers[name] = found
+    def _readers(self) -> dict[tuple[str, str], list[Operation]]:
+        """(computation, operation) -> the operations there that read it."""
+        readers = collections.defaultdict(list)
+        for operation in self._all():
+            for name in operation.operands:
+                readers[operation.computation, name].append(operation)
         return readers
 
     def _all(self) -> Iterator[Operation]:
         return (each for operations in self.computations.values() for each in operations.values())
-
-    def _with_fused(self, operations: Iterable[Operation]) -> Iterator[Operation]:
-        for operation in operations:
-            yield operation
-            yield from self.fused(operation)
-
-    def _carried(self, loop: Operation, value: Operation) -> int | None:
-        """What a loop starts with at the place of its state that `value` (of its condition) takes."""
-        index = re.search(r"index=(\d+)", value.rest)
-        if value.opcode != "get-tuple-element" or not index:
-            return None
-        here = self.computations[loop.computation]
-        state = here.get(loop.operands[0])
-        if state is None or state.opcode != "tuple":
-            return None
-        return _constant(_resolve(here, state.operands[int(index[1])]))
 
 
 def by_kind(found: Iterable[Collective]) -> dict[str, tuple[int, int]]:
@@ -259,16 +238,6 @@ def _array_sizes(shapes: str) -> list[int]:
     return sizes
 
 
-def _split_operands(rest: str) -> tuple[str, str]:
-    """What stands between the opcode's parentheses, and what follows."""
-    depth = 1
-    for position, letter in enumerate(rest):
-        depth += (letter == "(") - (letter == ")")
-        if not depth:
-            return rest[:position], rest[position + 1 :]
-    return rest, ""
-
-
 def _root(operations: dict[str, Operation]) -> Operation:
     return next(each for each in operations.values() if each.root)
 
@@ -281,22 +250,28 @@ def _resolve(operations: dict[str, Operation], name: str) -> Operation:
     return found
 
 
-def _constant(operation: Operation) -> int | None:
-    if operation.opcode != "constant" or not re.fullmatch(r"-?\d+", operation.operands[0]):
+def _constant(operation: Operation | None) -> int | None:
+    if operation is None or operation.opcode != "constant" or not re.fullmatch(r"-?\d+", operation.operands[0]):
         return None
     return int(operation.operands[0])
 
 
+def _taken(operations: dict[str, Operation], state: Operation | None, value: Operation) -> Operation | None:
+    """What `value` is where it takes one place of `state`, a tuple among these operations; a constant is itself.
+
+    None where they do not say."""
+    if value.opcode == "constant":
+        return value
+    if value.opcode != "get-tuple-element" or state is None or state.opcode != "tuple":
+        return None
+    return _resolve(operations, state.operands[int(re.search(r"index=(\d+)", value.rest)[1])])
+
+
 def _step(body: dict[str, Operation], counter: Operation) -> int:
     """By how much a loop's body moves its counter on: 1 where it is not a plain addition."""
-    index = re.search(r"index=(\d+)", counter.rest)
-    result = _root(body)
-    if index and result.opcode == "tuple":
-        moved = _resolve(body, result.operands[int(index[1])])
-        if moved.opcode == "add":
-            steps = [_constant(_resolve(body, name)) for name in moved.operands]
-            return next((step for step in steps if step), 1)
-    return 1
+    moved = _taken(body, _root(body), counter)
+    steps = [_constant(_resolve(body, name)) for name in moved.operands] if moved and moved.opcode == "add" else []
+    return next((step for step in steps if step), 1)
 
 
 def _collective(operation: Operation, times: int) -> Collective:
@@ -313,7 +288,7 @@ def _collective(operation: Operation, times: int) -> Collective:
     size = sum(sizes)
     if kind == "reduce-scatter":
         size *= len(groups[0])
-    return Collective(kind, size, groups, times, operation.source)
+    return Collective(kind, size, groups, times)
 
 
 def _listed(text: str) -> tuple[tuple[int, ...], ...]:

@@ -1,7 +1,5 @@
 """Devices that are only described: TPU slices and GPUs by name, what each chip has, and how to find their compiler."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import importlib.metadata
@@ -51,7 +49,7 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", 32 * 2**30, 1.64e12, 448e9, 918e12 / (4 * 256**2 * 2)),
     "h100": Chip("NVIDIA H100 80GB HBM3", 80 * 2**30, 3.35e12, 450e9),
 }
-_MOST = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "h100": 1024}
+_MOST_IN_SPACE, _MOST_IN_A_PLANE, _MOST_GPUS = 4096, 256, 1024  # powers of two: chips of v4 and v5p, v5e and v6e
 _GPUS_A_HOST = 8
 _GPU_NETWORK = 50e9  # bytes/s of one GPU between hosts: a 400 Gb/s port each, assumed
 # XLA's GpuTargetConfigProto of an H100 SXM.
@@ -151,29 +149,21 @@ def target(name: str) -> Target:
 def _known() -> dict[str, tuple[int, ...]]:
     """Every name of a slice or of GPUs -> its shape."""
     names: dict[str, tuple[int, ...]] = {"h100": (1,)}
-    names |= {f"h100x{n}": (n,) for n in (1, 2, 4, *range(8, _MOST["h100"] + 1, 8)) if n & (n - 1) == 0}
-    for generation in ("v5e", "v6e"):
-        names |= {f"{generation}-{n}": _square(n) for n in (1, 4, 8, 16, 32, 64, 128, 256)}
-    for generation in ("v4", "v5p"):
-        chips = 4
-        while chips <= _MOST[generation]:
-            names[f"{generation}-{chips * CHIPS[generation].cores}"] = _cube(chips)
-            chips *= 2
+    for count in (2**n for n in range(_MOST_IN_SPACE.bit_length())):
+        if count <= _MOST_GPUS:
+            names[f"h100x{count}"] = (count,)
+        if count <= _MOST_IN_A_PLANE and count != 2:
+            names |= {f"{each}-{count}": _shape(count, 2) for each in ("v5e", "v6e")}
+        if count >= 4:
+            names |= {f"{each}-{count * CHIPS[each].cores}": _shape(count, 3) for each in ("v4", "v5p")}
     return names
 
 
-def _square(chips: int) -> tuple[int, int]:
-    """The shape of a slice of a power of two chips in a plane, the longer side last."""
-    short = 2 ** ((chips.bit_length() - 1) // 2)
-    return short, chips // short
-
-
-def _cube(chips: int) -> tuple[int, int, int]:
-    """The same in space; four chips lie in one plane."""
-    if chips == 4:
-        return 2, 2, 1
+def _shape(chips: int, axes: int) -> tuple[int, ...]:
+    """Of a slice of a power of two chips: the longest side last, but four chips in space lie in one plane."""
     bits = chips.bit_length() - 1
-    return tuple(2 ** ((bits + place) // 3) for place in range(3))  # type: ignore[return-value]
+    sides = tuple(2 ** ((bits + place) // axes) for place in range(axes))
+    return (2, 2, 1) if sides == (1, 2, 2) else sides
 
 
 def _find_tpu_compiler(folder: Path) -> bool:

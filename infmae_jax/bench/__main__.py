@@ -11,14 +11,14 @@ segment, detect, small_target
             a fine-tuning task (--config of that task, --variant): images/s of training and prediction, and what
             evaluation takes of a run
 data        the input pipeline, its parts, and the classic one: --shards, --workers, --seconds
-all         each of them, the most telling first: --minutes (none begins later), --output (a folder: JSON and tables
-            after each); one that fails does not stop the others
+all         each of them, the most telling first: --minutes (none begins later); one that fails does not stop the
+            others
+
+--output names a folder for JSON and tables, written after each subject.
 
 --quick shrinks model and sizes until a CPU runs it in seconds. It only checks that the benchmark runs; ignore its
 figures.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
@@ -26,7 +26,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -35,18 +34,19 @@ from typing import Any
 import jax
 from absl import flags
 
+from configs import common
 from data_pipelines.commands import run_command
 from data_pipelines.errors import InputError
-from data_pipelines.files import local_path, writing
+from data_pipelines.files import output_file
 from infmae_jax.bench.data import data
-from infmae_jax.bench.every import run_all
+from infmae_jax.bench.every import JSON_NAME, run_all
 from infmae_jax.bench.features import features
 from infmae_jax.bench.finetune import finetune
 from infmae_jax.bench.flops import flops
 from infmae_jax.bench.forms import forms, profile
-from infmae_jax.bench.results import on_accelerator, text
+from infmae_jax.bench.results import on_accelerator
 from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
-from infmae_jax.models.config import VARIANTS, variant
+from infmae_jax.models.config import VARIANTS, EncoderConfig, variant
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig
@@ -58,9 +58,6 @@ _FINETUNING = {  # task -> its config for CPUs
     "detect": "configs.detect.boxes_tiny_cpu",
     "small_target": "configs.small_target.targets_tiny_cpu",
 }
-_QUICK_MODEL = dict(
-    widths=(16, 24, 32), depths=(1, 1, 2), heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2
-)  # fmt: skip
 
 
 def _define_flags() -> None:
@@ -78,7 +75,7 @@ def _define_flags() -> None:
     flags.DEFINE_list("shards", [], "data: shard sets to read; without any, synthetic scenes are made.")
     flags.DEFINE_integer("workers", 0, "data: also measure this many worker processes.", lower_bound=0)
     flags.DEFINE_float("minutes", 0.0, "all: no subject begins later; 0: no limit.", lower_bound=0.0)
-    flags.DEFINE_string("output", "", "all: folder for bench.json and bench.txt, written anew after every subject.")
+    flags.DEFINE_string("output", "", "Folder for bench.json and bench.txt, written anew after every subject.")
     flags.DEFINE_float("seconds", 60.0, "data: time for all rows together.", lower_bound=1.0)
 
 
@@ -96,14 +93,11 @@ class _Settings:
         config = from_config(PretrainConfig, values.config)
         data = dataclasses.replace(config.data, shards=tuple(values.shards) or config.data.shards)
         model = variant(values.variant) if values.variant else config.model
+        config = dataclasses.replace(config, model=model, data=data)
         if self.quick:
-            model = model.replace(**_QUICK_MODEL)
-            data = dataclasses.replace(data, image_size=(64, 64), workers=0)
-        try:
-            model = model.replace(dtype=values.dtype or (model.encoder.dtype if on_accelerator() else "float32"))
-        except ValueError as error:
-            raise InputError(f"--dtype={values.dtype}: {error}") from error
-        return dataclasses.replace(config, model=model, data=data)
+            config = from_config(PretrainConfig, common.pretrain(config, "smoke"))
+        model = dataclasses.replace(config.model, encoder=_computed(config.model.encoder))
+        return dataclasses.replace(config, model=model)
 
     def finetuning(self, task: str) -> FineTuneConfig:
         """--config, which must be of this task; among `all` subjects, the task's config for CPUs."""
@@ -113,9 +107,8 @@ class _Settings:
         elif values.get("task") != task:
             raise InputError(f"--config is not of the task {task}: name such a config, or leave --config out")
         config = from_config(KINDS[task].config, values)
-        dtype = flags.FLAGS.dtype or (config.encoder.dtype if on_accelerator() else "float32")
-        encoder = dataclasses.replace(config.encoder, dtype=dtype)
-        return dataclasses.replace(config, encoder=encoder, variant=flags.FLAGS.variant or config.variant)
+        encoder, name = _computed(config.encoder), flags.FLAGS.variant or config.variant
+        return dataclasses.replace(config, encoder=encoder, variant=name)
 
     def batches(self, on_cpu: int, accelerated: int) -> list[int]:
         """--batch_sizes, or the usual one of a subject."""
@@ -123,6 +116,15 @@ class _Settings:
         if not all(text.isdigit() and int(text) > 0 for text in texts):
             raise InputError(f"--batch_sizes={','.join(texts)}: positive numbers separated by commas are expected")
         return [int(text) for text in texts]
+
+
+def _computed(encoder: EncoderConfig) -> EncoderConfig:
+    """With --dtype, or what is usual on this device."""
+    dtype = flags.FLAGS.dtype or (encoder.dtype if on_accelerator() else "float32")
+    try:
+        return dataclasses.replace(encoder, dtype=dtype)
+    except ValueError as error:
+        raise InputError(f"--dtype={dtype}: {error}") from error
 
 
 def _step(s: _Settings) -> dict[str, Any]:
@@ -160,24 +162,16 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.FLAGS.quick:  # compiling is most of the time then
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    settings, folder = _Settings(argv[1] == "all"), None
+    every, folder = argv[1] == "all", None
     if flags.FLAGS.output:
-        folder = Path(local_path(flags.FLAGS.output, "output"))
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = output_file(Path(flags.FLAGS.output) / JSON_NAME, "output").parent
+    settings, names = _Settings(every), SUBJECTS if every else argv[1:]
     with tempfile.TemporaryDirectory(prefix="infmae-bench-cache-") as cache:
         jax.config.update("jax_compilation_cache_dir", cache)  # fresh: compile times are those of the first time
-        if argv[1] == "all":
-            calls = {name: functools.partial(measure, settings) for name, measure in SUBJECTS.items()}
-            results = run_all(calls, flags.FLAGS.minutes, folder)
-            print(json.dumps(results, indent=1))
-            return int(any(result.get("failed") for result in results))
-        since = time.perf_counter()
-        result = SUBJECTS[argv[1]](settings)
-        result["measuring_took_seconds"] = round(time.perf_counter() - since, 1)
-        print(text(result), end="\n\n", file=sys.stderr, flush=True)
-        print(json.dumps(result, indent=1))
-    return 0
+        subjects = {name: functools.partial(SUBJECTS[name], settings) for name in names}
+        results = run_all(subjects, flags.FLAGS.minutes, folder)
+    print(json.dumps(results if every else results[0], indent=1))
+    return int(any(result.get("failed") for result in results))
 
 
 if __name__ == "__main__":

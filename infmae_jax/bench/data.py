@@ -5,8 +5,6 @@ them alike; ratios are those of the same round. "Per core" is per second of CPU 
 (records come from the page cache). Worker processes are counted by wall time on all cores.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -116,7 +114,7 @@ def _rows(
     """Measures stages, each call of which is for a batch: by CPU time `per` core, or wall time `per` machine."""
 
     def repeated(stage: Callable[[], Any]) -> timing.Call:
-        return lambda times: [stage() for _ in range(times)] and None
+        return lambda times: [stage() for _ in range(times)]
 
     calls = {name: repeated(stage) for name, stage in stages.items()}
     clock = time.process_time if per == "core" else time.perf_counter

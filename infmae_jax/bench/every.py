@@ -1,6 +1,4 @@
-"""All subjects in order of worth within a time budget; what is known is on disk after each of them."""
-
-from __future__ import annotations
+"""Subjects in order of worth within a time budget; what is known is on disk after each of them."""
 
 import json
 import sys
@@ -24,7 +22,7 @@ def run_all(
     """Results of the subjects in the order of `WORTH`, the others behind; tables go to standard error.
 
     Args:
-      subjects: name -> measures it. One that fails is a result with "failed" true and the error as its row.
+      subjects: name -> measures it. Of several, one that fails is a result with "failed" true and the error as its row.
       minutes: no subject begins later; one that has begun is finished. 0: no limit.
       folder: gets `bench.json` and `bench.txt`, written anew after every subject; None: nothing is written.
     """
@@ -35,7 +33,7 @@ def run_all(
         if minutes and since - start >= 60 * minutes:
             result = report(name, {}, [{"name": name, "note": f"not measured: {minutes:g} minutes were over"}])
         else:
-            result = _measured(name, subjects[name])
+            result = _measured(name, subjects[name]) if len(subjects) > 1 else subjects[name]()
         result["measuring_took_seconds"] = round(time.perf_counter() - since, 1)
         results.append(result)
         print(text(result), end="\n\n", file=sys.stderr, flush=True)

@@ -1,7 +1,5 @@
 """Dense features of whole images, as for transfer: images per second, against PyTorch in the same run on request."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -32,34 +30,29 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
     params = {"encoder": params["encoder"]} if not against_torch else params
 
-    on_device, pooled = jax.device_put(images), {}
+    on_device = jax.device_put(images)
 
-    def ours(times: int) -> None:
+    def ours(times: int) -> np.ndarray:
         for _ in range(times):
             out = encode(config.model, params, on_device, config.data.image_size, average=False)
-        pooled["ours"] = np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
+        return np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
-    calls: dict[str, timing.Call] = {"ours": ours}
-    settings = settings_of(config) | {"batch": batch, "images_at_once": images_at_once(batch, jax.devices()[:1])}
+    calls = {"ours": ours}
     if against_torch:
         from infmae_jax.bench import torch_model
 
         model = torch_model.from_params(config.model, jax.device_get(params), config.data.image_size)
-        extract = torch_model.feature_call(model, images)
-
-        def theirs(times: int) -> None:
-            pooled["PyTorch eager"] = extract(times)
-
-        calls["PyTorch eager"] = theirs
-        settings |= torch_model.settings()
-    seconds = timing.take_turns(calls, rounds)
-    if against_torch:
-        difference = np.abs(pooled["PyTorch eager"] - pooled["ours"]).max() / np.abs(pooled["ours"]).max()
+        theirs = calls["PyTorch eager"] = torch_model.feature_call(model, images)
+        pooled = ours(1)
+        difference = np.abs(theirs(1) - pooled).max() / np.abs(pooled).max()
         if not difference <= _SAME_FEATURES[config.model.encoder.dtype]:
             raise ArithmeticError(f"PyTorch's pooled features differ by {difference:.2g} of their largest value")
+    seconds = timing.take_turns(calls, rounds)
     rows = [
         {"name": name, **timing.rate_row(seconds[name], batch)}
         | ({"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])} if name != "ours" else {})
         for name in calls
     ]
-    return report("features", settings | {"rounds": rounds}, rows)
+    at_once = images_at_once(batch, jax.devices()[:1])
+    settings = settings_of(config) | {"batch": batch, "images_at_once": at_once, "rounds": rounds}
+    return report("features", settings, rows)

@@ -1,7 +1,5 @@
 """A fine-tuning task, whatever it is: training, prediction, and what evaluating takes of a run."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ _SHARE_NOTE = (
 def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dict[str, Any]:
     """Training step, prediction and evaluation in turns, with random weights on one device and synthetic scenes."""
     config = without_data(config)
-    program = TimedStep(config, batch, lambda config: kind.task(config, None))
+    program = TimedStep(config, batch)
     program.start()
     model, at_once = kind.model(config), min(host_programs().images_of(config.windows)(config.data.image_size), batch)
     params = jax.device_get(program.state.result)

@@ -4,8 +4,6 @@ A multiply-add is two operations. The hand count has convolutions, linear layers
 architecture has them; XLA's also has norms, activations, softmax and loss.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -14,7 +12,7 @@ import jax.numpy as jnp
 from infmae_jax.bench.results import Row, report
 from infmae_jax.models import patches
 from infmae_jax.models.config import InfMAEConfig
-from infmae_jax.models.infmae import InfMAE
+from infmae_jax.models.infmae import InfMAE, abstract_params
 
 _KERNEL = 5 * 5  # of a depthwise convolution
 _PIXELS = patches.PATCH**2
@@ -110,10 +108,10 @@ def xla_count(
             return module.apply({"params": params}, images, ids_keep, method=lambda m, *x: m.encoder(*x)).sum()
         return module.apply({"params": params}, images, ids_keep).loss
 
-    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *image_size, 1)), jnp.zeros((1, keep), int))
+    params = abstract_params(model)
     counts = {}
     for name, function in (("forward", scalar), ("forward + backward", jax.value_and_grad(scalar))):
-        program = jax.jit(function).lower(params["params"], images, ids_keep)
+        program = jax.jit(function).lower(params, images, ids_keep)
         counts[name] = (program.compile() if compiled else program).cost_analysis()["flops"] / batch / 1e9
     return counts
 

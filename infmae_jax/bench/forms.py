@@ -1,7 +1,5 @@
 """Ways to compute the training step on this device, in turns and with PyTorch; and the operations it spends time on."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import dataclasses
@@ -53,13 +51,13 @@ def forms(config: PretrainConfig, batch: int, rounds: int, torch_forms: Sequence
         begun = {name: pool.submit(compiled, change) for name, change in changes.items()}
         for name, made in begun.items():
             try:
-                programs[name] = made.result()
-                programs[name].start()
-                rows[name] = {"first_loss": programs[name](), "repeatable": _repeatable(programs[name])}
+                program = made.result()
+                program.start()
+                rows[name] = {"first_loss": program(), "repeatable": _repeatable(program)}
+                programs[name] = program
             except Exception as error:  # a form that this device lacks is a row
                 if name == OURS:
                     raise
-                programs.pop(name, None)
                 rows[name] = {"note": f"failed: {' '.join(str(error).split())[:200]}"}
     calls: dict[str, timing.Call] = dict(programs)
     for name, call in torch_steps(config, batch, programs[OURS].program.start().params, torch_forms).items():

@@ -1,7 +1,6 @@
 """How every measurement is reported: one dict for JSON, and its rows as a table for people."""
 
-from __future__ import annotations
-
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +13,8 @@ Row = dict[str, Any]
 def report(subject: str, settings: dict[str, Any], rows: list[Row], notes: list[str] | None = None) -> dict[str, Any]:
     """A measurement with what it was made on: subject, device, versions, settings, rows, notes."""
     devices = jax.devices()
+    if torch_model := sys.modules.get("infmae_jax.bench.torch_model"):  # imported where PyTorch is compared with
+        settings = settings | torch_model.settings()
     return {
         "subject": subject,
         "device": f"{len(devices)} x {devices[0].device_kind}",

@@ -3,8 +3,6 @@
 What is measured is the program that trains (`training.program.Program`), on one device.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +14,7 @@ import numpy as np
 from infmae_jax.bench import flops, timing
 from infmae_jax.bench.results import Row, report
 from infmae_jax.models.patches import token_grid
+from infmae_jax.tasks.finetuned import KINDS
 from infmae_jax.tasks.pretrain import PretrainConfig, PretrainTask
 from infmae_jax.training import sharding
 from infmae_jax.training.config import MeshConfig, RunConfig
@@ -42,11 +41,11 @@ class TimedStep:
       memory_gib: of the device while it steps, by the compiled program: state, batch and temporaries.
     """
 
-    def __init__(self, config: Config, batch: int, make_task: Callable[[Config], Task] = PretrainTask):
+    def __init__(self, config: RunConfig, batch: int):
         self.config = endless_run(config, batch)
         self.batch = batch
-        task = make_task(self.config)
-        self.program = Program.build(task, self.config, sharding.make_mesh(MeshConfig(1), jax.devices()[:1]))
+        mesh = sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
+        self.program = Program.build(task_of(self.config), self.config, mesh)
         since = time.perf_counter()
         memory = self.program.compiled.memory_analysis()
         self.compile_seconds = time.perf_counter() - since
@@ -70,12 +69,18 @@ class TimedStep:
             leaf.delete()
 
 
+def task_of(config: RunConfig) -> Task:
+    """The task of a config of pretraining or, with random weights, of fine-tuning."""
+    return PretrainTask(config) if isinstance(config, PretrainConfig) else KINDS[config.task].task(config, None)
+
+
 def endless_run(config: Config, batch: int) -> Config:
-    """The config with batches of this size, and a learning rate that stays at its peak."""
+    """The config with batches of this size, and a learning rate that stays at its peak; no duration is in epochs."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, warmup="0 steps"),
+        guards=dataclasses.replace(config.guards, spike_warmup="0 steps"),
         duration=f"{10**9} steps",
     )
 
@@ -139,8 +144,6 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
       InputError: PyTorch is not installed.
       ArithmeticError: the first losses differ by more than rounding.
     """
-    from infmae_jax.bench import torch_model
-
     program = TimedStep(config, batch)
     program.start()
     calls: dict[str, timing.Call] = {"ours": program, **torch_steps(config, batch, program.state.params, forms)}
@@ -153,7 +156,7 @@ def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str],
     for name in list(calls)[1:]:
         faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
         rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
-    settings = settings_of(config) | {"batch": batch, "rounds": rounds} | torch_model.settings()
+    settings = settings_of(config) | {"batch": batch, "rounds": rounds}
     return report("step --torch", settings, rows, [_MFU_NOTE])
 
 

@@ -4,15 +4,14 @@ Ratios are those of the same round; medians and first and last decile of the rou
 not count: it compiles, fills caches and finds out how many calls make a slice that a clock can resolve.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 _LONG = 20  # slices; a call that takes so long the first time, compiling included, is not tried again before the rounds
-Call = Callable[[int], None]  # does the work so many times and returns when the device has finished it
+Call = Callable[[int], Any]  # does the work so many times and returns when the device has finished it
 
 
 def take_turns(

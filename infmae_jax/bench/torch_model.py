@@ -7,8 +7,6 @@ patch. Weights carry the names of published state dicts, so `interop.names` conv
 Shape letters as in `infmae_jax.models`, but maps are channels first, (B,C,H,W), as PyTorch's convolutions take them.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any

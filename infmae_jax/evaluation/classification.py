@@ -1,7 +1,5 @@
 """Measures of classification: from a confusion matrix, and k nearest neighbours, which need no training."""
 
-from __future__ import annotations
-
 import numpy as np
 
 _KNN_BLOCK = 1024  # test images whose similarities are held at once

@@ -1,7 +1,5 @@
 """Features of a labelled split under a frozen encoder, computed once and kept."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

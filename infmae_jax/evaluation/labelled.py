@@ -1,7 +1,5 @@
 """The labelled images of a split at their stored size, each host its share: with masks, or with objects."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -15,7 +13,7 @@ from data_pipelines.examples import IGNORE, CorruptExample, Example, Objects, de
 from data_pipelines.intensity import Intensity
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
-from infmae_jax.evaluation.windows import BatchSize, ahead, canvas_of, in_groups, on_canvas
+from infmae_jax.evaluation.windows import BatchSize, canvas_of, in_groups, on_canvas, readable
 
 T = TypeVar("T")
 
@@ -37,18 +35,11 @@ class HostShare:
     def each(self, make: Callable[[int, Example], T]) -> Iterator[T]:
         """What `make` makes of each whole example and its number in the split, ahead in threads, in order."""
 
-        def read(index: int) -> tuple[T | None, str]:
-            try:
-                return make(index, self._reader[index]), ""
-            except CorruptExample as error:
-                return None, f"record {index}: {error}"
+        def leave_out(index: int, error: Exception) -> None:
+            self.damaged.append(f"record {index}: {error}")
+            logging.warning("damaged record left out of the evaluation: %s", self.damaged[-1])
 
-        for found, damage in ahead(read, self._share):
-            if damage:
-                logging.warning("damaged record left out of the evaluation: %s", damage)
-                self.damaged.append(damage)
-            else:
-                yield found
+        return readable(lambda index: make(index, self._reader[index]), self._share, CorruptExample, leave_out)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

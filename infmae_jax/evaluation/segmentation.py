@@ -4,8 +4,6 @@ Only counts are kept, never predictions. A class that is in neither labels nor p
 that is predicted but in no label has IoU 0 and no recall.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

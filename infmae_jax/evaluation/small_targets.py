@@ -22,8 +22,6 @@ and Fa in all six digits; its nIoU was lower by 1 / 50: an image that is empty i
 It takes the first predicted target within 3 pixels, not the nearest, which can change Pd where targets crowd.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ touches the inner edge of its tile is left out where another tile has more of th
 twice is removed by non-maximum suppression within each class.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 

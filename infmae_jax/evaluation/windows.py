@@ -189,6 +189,24 @@ def ahead(function: Callable[[Any], T], items: Iterable[Any], threads: int = 4, 
             waiting.extend(pool.submit(function, item) for item in itertools.islice(rest, 1))
 
 
+def readable(
+    read: Callable[[Any], T], items: Iterable[Any], errors: type[Exception], leave_out: Callable[[Any, Exception], None]
+) -> Iterator[T]:
+    """What `read` makes of the items, `ahead`; those on which it raises one of `errors` go to `leave_out`, in order."""
+
+    def tried(item: Any) -> tuple[Any, Any, Exception | None]:
+        try:
+            return item, read(item), None
+        except errors as error:
+            return item, None, error
+
+    for item, found, error in ahead(tried, items):
+        if error is None:
+            yield found
+        else:
+            leave_out(item, error)
+
+
 @functools.cache
 def host_programs() -> HostPrograms:
     """Those of this process."""

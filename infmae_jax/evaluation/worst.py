@@ -1,7 +1,5 @@
 """The images of an evaluation that came out worst, to be looked at."""
 
-from __future__ import annotations
-
 import heapq
 from typing import Generic, TypeVar
 

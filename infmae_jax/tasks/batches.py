@@ -1,7 +1,5 @@
 """This host's batches of a data set: the pipeline as `training.task.Batches`."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

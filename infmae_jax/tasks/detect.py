@@ -16,7 +16,7 @@ from data_pipelines.outlines import outline
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from infmae_jax.evaluation import detection
-from infmae_jax.evaluation.windows import Windows, ahead
+from infmae_jax.evaluation.windows import Windows, readable
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import DetectionHeadConfig, EncoderConfig
 from infmae_jax.models.heads.anchors import propose_sizes
@@ -146,17 +146,15 @@ def survey(config: DetectConfig, split: str) -> Survey:
     """Reads the objects of a split; InputError for an image without a list of them, or where there are no boxes."""
     reader = ExampleReader(local_folders(config.data.shards), split)
 
-    def read(index: int) -> tuple[str, Objects, int] | None:
-        try:
-            example = reader[index]
-            if (objects := example.objects) is None:
-                raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
-            pairs = zip(objects.segmentations, objects.boxes, strict=False)
-            return example.key, objects, sum(outline(text, box) is not None for text, box in pairs)
-        except CorruptExample:
-            return None  # the pipeline names it, and puts another one in its place
+    def read(index: int) -> tuple[str, Objects, int]:
+        example = reader[index]
+        if (objects := example.objects) is None:
+            raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
+        pairs = zip(objects.segmentations, objects.boxes, strict=False)
+        return example.key, objects, sum(outline(text, box) is not None for text, box in pairs)
 
-    rows = [row for row in ahead(read, range(len(reader))) if row is not None]
+    # Damaged ones are named by the pipeline, which puts others in their place.
+    rows = list(readable(read, range(len(reader)), CorruptExample, lambda *_: None))
     if all(objects.crowd.all() for _, objects, _ in rows):
         raise InputError(f"no boxes in the split {split} of {', '.join(config.data.shards)}: choose another")
     keys, objects, outlined = zip(*rows, strict=True)
@@ -173,9 +171,7 @@ class DetectTask(FineTuneTask):
     def __init__(self, config: DetectConfig, trained: TrainedModel):
         """Both from `resolved`."""
         outlines = OUTLINE_SIDE if config.masks == "outlines" else 0
-        self.view = config.data.view(
-            max_objects=config.max_objects, outlines=outlines, min_visible=config.min_visible
-        )
+        self.view = config.data.view(max_objects=config.max_objects, outlines=outlines, min_visible=config.min_visible)
         super().__init__(config, trained)
         self.model = DetectionModel(config)
 

@@ -23,6 +23,7 @@ from infmae_jax.evaluation.hosts import concatenated, summed
 from infmae_jax.evaluation.labelled import HostShare, ImageWithObjects, images_with_objects
 from infmae_jax.evaluation.tiles import detections
 from infmae_jax.evaluation.windows import host_programs
+from infmae_jax.evaluation.worst import Worst
 from infmae_jax.models.heads.detection import Detections, Detector
 from infmae_jax.models.patches import normalize
 from infmae_jax.tasks.finetune_task import FineTuneModel, Image
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from infmae_jax.tasks.detect import DetectConfig
 
 RESULTS_NAME, TABLE_NAME = "detections.json", "detections.csv"
-_DRAWN = 10  # best and worst images of an evaluation that are drawn
 _PIXELS, _SCORE = 2, 6  # decimals of coordinates and scores
 
 
@@ -102,19 +102,23 @@ class DetectionModel(FineTuneModel):
           InputError: no such split, or an example without a list of objects.
         """
         share, counts = HostShare(shards, split), detection.DetectionCounts()
-        extremes, listed = _Extremes(_DRAWN), []
+        worst: Worst[tuple[float, ImageWithObjects, Boxes]] = Worst()
+        best: Worst[tuple[float, ImageWithObjects, Boxes]] = Worst()
+        listed = []
         images = images_with_objects(share, self.config.data.intensity)
         for image, found in self.predictions(params, images, lambda image: image.pixels):
             counts.add(image.number, image.objects, found)
-            extremes.add(detection.image_f1(image.objects, found, self.config.threshold), image, found)
+            f1 = detection.image_f1(image.objects, found, self.config.threshold)
+            worst.add(f1, (f1, image, found))
+            best.add(-f1, (f1, image, found))
             if thorough:
                 number = image.attributes.get("image_id", image.number + 1)
                 listed += self.coco_results(number, image.key.split("/", 1)[-1], found, image.pixels.shape)
         counts.gather()
         damaged = summed(np.array(len(share.damaged)))
         scores = {**counts.scores(self.classes), "damaged": int(damaged), "protocol": self.protocol}
-        drawn = {name: box_panel([self._row(*entry) for entry in kept], self.classes)
-                 for name, kept in (("worst", extremes.worst), ("best", extremes.best))}  # fmt: skip
+        drawn = {name: box_panel([self._row(*entry) for entry in kept.items()], self.classes)
+                 for name, kept in (("worst", worst), ("best", best))}  # fmt: skip
         if not thorough:
             return {"scores": scores, **drawn}
         rows = concatenated("".join(f"{json.dumps(row)}, " for row in listed)).rstrip(" ,")
@@ -132,11 +136,9 @@ class DetectionModel(FineTuneModel):
 
     def write(self, folder: Path, name: str, image: np.ndarray, found: Boxes) -> dict[str, Any]:
         """Writes the picture of one image with its boxes, and returns what is to be noted of it."""
-        overlay = folder / "overlays" / f"{name}.png"
-        with atomic_write(overlay) as path:
-            shown = found.only(found.scores >= self.config.threshold)
-            box_overlay(image, shown, self.classes).save(path, "PNG")
-        return {"overlay": str(overlay.relative_to(folder)), "objects": self._objects(found, image.shape)}
+        shown = found.only(found.scores >= self.config.threshold)
+        files = self.save(folder, name, {"overlays": box_overlay(image, shown, self.classes)})
+        return {"overlay": files["overlays"], "objects": self._objects(found, image.shape)}
 
     def _objects(self, found: Boxes, size: tuple[int, int]) -> list[dict[str, Any]]:
         """What is noted of each box, best first; with masks their run-length code."""
@@ -189,20 +191,6 @@ def _coco_result(number: int | str, file: str, entry: dict[str, Any]) -> dict[st
     mask = {"segmentation": entry["segmentation"]} if "segmentation" in entry else {}
     known = {"image_id": number, "file_name": file, "category_id": entry["category_id"]}
     return {**known, "bbox": place, "score": entry["score"], **mask}
-
-
-class _Extremes:
-    """The images that went worst and best, `worst` and `best` first; among equals those that came first."""
-
-    def __init__(self, most: int):
-        self._most = most
-        self.worst: list[tuple[float, ImageWithObjects, Boxes]] = []
-        self.best: list[tuple[float, ImageWithObjects, Boxes]] = []
-
-    def add(self, f1: float, image: ImageWithObjects, found: Boxes) -> None:
-        entry = f1, image, found
-        self.worst = sorted([*self.worst, entry], key=lambda row: row[0])[: self._most]
-        self.best = sorted([*self.best, entry], key=lambda row: -row[0])[: self._most]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -4,8 +4,6 @@ The recipe is the one that MCMAE's transfer uses (AdamW, weight decay 0.05, laye
 decay of the learning rate), with the encoder's own pixel normalisation.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

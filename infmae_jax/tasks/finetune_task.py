@@ -1,8 +1,6 @@
 """What all fine-tuning tasks train and predict with: an encoder from a checkpoint under a new head, a learning rate for
 each layer, labelled batches, measures of the validation split."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,9 +9,11 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import numpy as np
+import PIL.Image
 
 from data_pipelines import pipeline
 from data_pipelines.errors import InputError
+from data_pipelines.files import atomic_write
 from data_pipelines.views import LabelledView
 from infmae_jax.evaluation.windows import canvas_of, host_programs, in_groups, on_canvas, one_behind
 from infmae_jax.interop.load import graft
@@ -82,6 +82,23 @@ class FineTuneModel:
     def compute(self, params: Any, images: jax.Array) -> Any:
         """(N,H,W) uint8 on a canvas -> what is found, on the devices."""
         raise NotImplementedError
+
+    @staticmethod
+    def save(folder: Path, name: str, drawn: dict[str, PIL.Image.Image], **options: Any) -> dict[str, str]:
+        """Writes pictures of a predicted image as PNG, each kind into a folder of its own.
+
+        Args:
+          drawn: by kind.
+          options: of Pillow.
+
+        Returns:
+          By kind, the file's path inside `folder`.
+        """
+        files = {kind: f"{kind}/{name}.png" for kind in drawn}
+        for kind, picture in drawn.items():
+            with atomic_write(folder / files[kind]) as path:
+                picture.save(path, "PNG", **options)
+        return files
 
     def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         """Writes what is of all predicted images together, where the task has such files.

@@ -1,7 +1,5 @@
 """The fine-tuning tasks by name, and fine-tuned runs read back."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path
@@ -51,7 +49,10 @@ def kind_of(config: Any, where: str) -> Kind:
     """Of a run's or a file's config; InputError where it is not that of a fine-tuning task."""
     name = str(config.get("task", "")) if hasattr(config, "get") else ""
     if name not in KINDS:
-        raise InputError(f"{where} is not of a fine-tuning task ({', '.join(KINDS)}) but of {name or 'none'!r}")
+        raise InputError(
+            f"{where} is not of fine-tuning: give one of configs/segment, detect or small_target, or a run of one; its "
+            f"task is {name or 'none'!r}"
+        )
     return KINDS[name]
 
 

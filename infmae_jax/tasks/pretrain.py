@@ -1,7 +1,5 @@
 """Pretraining: masked reconstruction of infrared images."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Annotated, Any, ClassVar

@@ -1,7 +1,5 @@
 """Semantic segmentation: a class for every pixel of an infrared image, by UperNet or FCN on the encoder's maps."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ import optax
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE, decode_mask
-from data_pipelines.files import atomic_write
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from infmae_jax import pictures
@@ -208,14 +205,11 @@ class SegmentationModel(FineTuneModel):
 
     def write(self, folder: Path, name: str, image: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
         """Writes the prediction of one image, class numbers and a picture, and returns what is to be noted of it."""
-        files = {"class_map": folder / "classes" / f"{name}.png", "overlay": folder / "overlays" / f"{name}.png"}
-        with atomic_write(files["class_map"]) as path:
-            pictures.class_map(classes).save(path, "PNG")
-        with atomic_write(files["overlay"]) as path:
-            pictures.class_overlay(image, classes, self.classes).save(path, "PNG")
+        overlay = pictures.class_overlay(image, classes, self.classes)
+        files = self.save(folder, name, {"classes": pictures.class_map(classes), "overlays": overlay})
         numbers, pixels = np.unique(classes, return_counts=True)
         shares = {self.classes[n]: round(p / classes.size, 6) for n, p in zip(numbers, pixels.tolist(), strict=True)}
-        return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "shares": shares}
+        return {"class_map": files["classes"], "overlay": files["overlays"], "shares": shares}
 
 
 def _scores(module: Segmenter, params: Any, pixels: jax.Array) -> jax.Array:

@@ -1,7 +1,5 @@
 """Infrared small-target detection: which pixels belong to targets of a few pixels, and which targets there are."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ import optax
 from PIL import Image
 
 from data_pipelines.examples import IGNORE
-from data_pipelines.files import atomic_write, write_csv
+from data_pipelines.files import write_csv
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import read_manifest
 from data_pipelines.transforms import InfraredAugment
@@ -222,15 +220,12 @@ class SmallTargetModel(FineTuneModel):
             "probabilities": Image.fromarray(np.rint(scores * small_targets.LEVELS).astype(np.uint16)),
             "overlays": pictures.target_overlay(image, found, [(t.row, t.column) for t in targets]),
         }
-        files = {kind: folder / kind / f"{name}.png" for kind in drawn}
-        for kind, picture in drawn.items():
-            with atomic_write(files[kind]) as path:
-                picture.save(path, "PNG", compress_level=1)  # the default took a tenth of all time
+        files = self.save(folder, name, drawn, compress_level=1)  # the default took a tenth of all time
         listed = [
             {"row": round(t.row, 2), "column": round(t.column, 2), "area": t.area, "peak": round(t.peak, 4)}
             for t in targets
         ]
-        return {**{kind: str(path.relative_to(folder)) for kind, path in files.items()}, "targets": listed}
+        return {**files, "targets": listed}
 
     def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         table = ((row["image"], *(target[name] for name in _COLUMNS)) for row in rows for target in row["targets"])

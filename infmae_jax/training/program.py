@@ -34,11 +34,12 @@ class Program:
     @classmethod
     def build(cls, task: Task, config: RunConfig, mesh: Mesh) -> Self:
         """InputError: batch, durations or parameters do not fit the mesh or each other."""
-        parts = sharding.batch_parts(mesh)
-        if task.batch_size % (parts * config.optimizer.accumulate):
+        parts = sharding.batch_parts(mesh) * config.optimizer.accumulate
+        if task.batch_size % parts:
+            near = sorted({max(task.batch_size // parts, 1) * parts, (task.batch_size // parts + 1) * parts})
             raise InputError(
                 f"data.batch_size={task.batch_size} is not divisible by {parts} parts (devices along mesh.data, "
-                f"mesh.fsdp) x optimizer.accumulate={config.optimizer.accumulate}"
+                f"mesh.fsdp x optimizer.accumulate): use {' or '.join(map(str, near))}"
             )
         program = cls(task, config, mesh)
         total, warmup = program.total_steps, program.in_steps(config.optimizer.warmup)

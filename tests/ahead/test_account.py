@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infmae_jax.ahead import account, targets
@@ -76,6 +76,7 @@ def test_estimated_time_adds_up():
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded", 20.5, 15.75),
         ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (56.95G) exceeds "
          "available HBM (15.75G).", 56.95, 15.75),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.00M of 16.00M vmem.", None, None),
         ("RESOURCE_EXHAUSTED: something else", None, None),
     ],
 )  # fmt: skip
@@ -84,6 +85,7 @@ def test_a_compilers_refusal_says_by_how_much(text, needed, capacity):
     assert error.needed == (needed and int(needed * 2**30)) and error.capacity == (capacity and capacity * 2**30)
 
 
+@settings(deadline=None)
 @given(
     fixed=st.floats(0, 90), each=st.floats(0.01, 30), start=st.integers(1, 40), granule=st.sampled_from([1, 8]),
     bend=st.floats(1, 1.5), silent=st.booleans(),
@@ -109,7 +111,6 @@ def test_memory_is_what_the_step_keeps_once(monkeypatch):
     compiled = SimpleNamespace(memory_analysis=lambda: analysis, cost_analysis=lambda: None, as_text=lambda: "")
     lowered = SimpleNamespace(compile=lambda compiler_options: compiled)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
-    program = SimpleNamespace(lowered=lambda: lowered, mesh=mesh, batch_shapes={})
-    found = account.compile_step(program)
+    found = account.compile_step(account.Traced(lowered, mesh, {}))
     assert found.memory == {"state": 110, "batch": 0, "temporaries": 50, "program": 5, "needed": 167}
     assert found.gflop is None and found.gigabytes is None

@@ -44,7 +44,7 @@ def test_mistakes(flags, message):
 def test_a_batch_that_does_not_divide_is_answered_by_those_that_do():
     result = run(COMMAND, SMOKE, "--topology=v5e-4", "--batch=6")
     assert result.returncode == 2
-    assert "a batch of 6 does not divide into 4 parts" in result.stderr and "--batch=4 or 8" in result.stderr
+    assert "data.batch_size=6 is not divisible by 4 parts" in result.stderr and "use 4 or 8" in result.stderr
 
 
 @needs_libtpu

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from infmae_jax.bench import forms
 from infmae_jax.bench.results import text
 
@@ -13,6 +15,15 @@ def test_other_computations_and_forms_that_fail_are_said(smoke, monkeypatch):
     assert ours["images_per_second"] > 0 and ours["faster"] == "1 (1-1)" != other["faster"]
     assert other["note"] == "another first loss: not the same computation"
     assert cudnn["note"].startswith("failed: ") and "cudnn" in cudnn["note"] and "images_per_second" not in cudnn
+
+
+def test_pytorch_is_named_with_its_version(smoke, monkeypatch):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed; it is needed only to compare with it")
+    monkeypatch.setattr(forms, "_ANYWHERE", ())
+    result = forms.forms(smoke, 2, rounds=1, torch_forms=["eager"])
+    ours, theirs = result["rows"]
+    assert theirs["name"] == "PyTorch eager" and "note" not in theirs and theirs["images_per_second"] > 0
+    assert f"torch={torch.__version__}" in text(result).splitlines()[0]
 
 
 def test_profile_names_parts_and_adds_up(smoke):
