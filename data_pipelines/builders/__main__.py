@@ -1,7 +1,5 @@
 """Builds a TFDS data set: python -m data_pipelines.builders --dataset=image_folder --input=DIR --data_dir=DATA"""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from absl import flags

@@ -12,8 +12,6 @@ they are written; its "difficult" objects count neither way, as COCO's crowds. V
 are in alphabetical order from 1, YOLO's in the order of its list from 0.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

@@ -1,7 +1,5 @@
 """Builds a registered data set in one call, every mistake in one line."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import errno

@@ -1,7 +1,5 @@
 """TFDS builders `coco_boxes` and `weak_small_targets`: infrared images with boxes in files of COCO, VOC or YOLO."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -108,7 +106,7 @@ def _refuse_other_names(splits: Mapping[str, BoxSplit]) -> None:
             )
 
 
-def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Example, Grid]:
+def annotated_image(image: CocoImage, folder: Path, bit_depth: int) -> tuple[Example, "Grid"]:
     """The image of an entry, and where its annotations lie on it; InputError where either is not certain."""
     name = image.file_name
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -130,7 +128,7 @@ def _example(image: CocoImage, folder: Path, names: list[str], bit_depth: int):
     yield example, {"objects": objects}, grid.notes
 
 
-def _object(annotation: Annotation, grid: Grid, names: list[str]) -> dict | None:
+def _object(annotation: Annotation, grid: "Grid", names: list[str]) -> dict | None:
     """The features of one object, clipped to the image; None when nothing of it lies inside."""
     box = grid.clipped(annotation)
     if box is None:

@@ -1,7 +1,5 @@
 """COCO annotation files, every entry checked: a mistake is one line that names the file and the entry."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """What all builders share: features of an image, curated images as examples, one machine or Apache Beam."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

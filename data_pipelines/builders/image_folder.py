@@ -1,7 +1,5 @@
 """TFDS builders `image_folder` and `inf30`: any infrared images, curated as `data_pipelines.prepare` does."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

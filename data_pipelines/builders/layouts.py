@@ -1,7 +1,5 @@
 """How public data sets lay out images and masks in folders: pairs of files by split."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """TFDS builders `class_masks` and `small_targets`: infrared images with a mask of the same size."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

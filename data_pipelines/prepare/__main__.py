@@ -1,7 +1,5 @@
 """The command of this package: see its docstring."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

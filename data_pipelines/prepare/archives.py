@@ -10,8 +10,6 @@ An archive from a stranger costs bounded time and memory, whatever it says about
 An archive over a limit is refused as `decompression_bomb`, one that cannot be listed as `archive_unreadable`.
 """
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import dataclasses

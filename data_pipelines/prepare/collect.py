@@ -5,8 +5,6 @@ file and leaves two files: the encoded examples that passed and, written last, a
 the fingerprints for the duplicate search. A part whose JSON file exists is done.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import itertools

@@ -1,7 +1,5 @@
 """Which images are worth keeping: the filters that look at one image alone."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

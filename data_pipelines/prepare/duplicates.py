@@ -18,8 +18,6 @@ Cost: the hash test is N * A / 2 comparisons for N images and A anchors, quadrat
 memory is 8 + 512 bytes per image.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

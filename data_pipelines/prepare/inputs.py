@@ -6,8 +6,6 @@ folders. Archives inside archives are not opened. Folders that this package made
 work of an unfinished run) are not taken for images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import glob

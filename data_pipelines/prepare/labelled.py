@@ -1,7 +1,5 @@
 """Examples with labels, from any source, as a shard set; and labels of whole images from a CSV table."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import hashlib

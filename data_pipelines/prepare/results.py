@@ -1,7 +1,5 @@
 """The files beside the shards: manifest, rejected.csv, report.json, contact sheets, histograms."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

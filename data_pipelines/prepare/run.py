@@ -5,8 +5,6 @@ takes about the disk space of the images once more. A run that was killed contin
 finished. The shards are the same for any number of workers and of kills.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import fcntl

@@ -3,8 +3,6 @@
 python -m data_pipelines.synthetic --output=DIR --count=N --seed=S [--shards=surfaces]
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from absl import flags

@@ -1,7 +1,5 @@
 """What a synthetic scene is painted on: temperatures and labels, soft-edged shapes; and weather, textures, a camera."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A folder of synthetic scenes with labels in the formats that real data sets come in."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """One synthetic thermal picture with all its labels, from a seed and an index: scene and camera."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

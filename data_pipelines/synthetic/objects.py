@@ -1,7 +1,5 @@
 """Things in a synthetic scene, as a table of their parts; and far targets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from data_pipelines.synthetic.canvas import CATEGORIES, Stage

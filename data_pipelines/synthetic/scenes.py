@@ -1,7 +1,5 @@
 """The scene classes: how sky, ground and things are put together. Every class occurs by day and night."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
