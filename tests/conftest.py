@@ -94,7 +94,7 @@ def shards(scenes, made_once) -> Path:
     from data_pipelines.prepare import prepare
 
     images = [scenes / "images"]
-    return made_once("shards", lambda at: prepare(images, at / "shards", workers=0, progress=False)) / "shards"
+    return made_once("shards", lambda at: prepare(images, at / "shards", workers=0)) / "shards"
 
 
 # Settings that do not change the compiled step.

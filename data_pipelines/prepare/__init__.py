@@ -10,6 +10,6 @@ writes examples with labels, of a CSV table or of any other source, as the same 
 """
 
 from data_pipelines.prepare.labelled import prepare_table, write_examples
-from data_pipelines.prepare.run import PrepareConfig, Report, prepare
+from data_pipelines.prepare.run import PrepareConfig, prepare
 
-__all__ = ["PrepareConfig", "Report", "prepare", "prepare_table", "write_examples"]
+__all__ = ["PrepareConfig", "prepare", "prepare_table", "write_examples"]

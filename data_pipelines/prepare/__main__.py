@@ -8,6 +8,7 @@ from absl import flags
 
 from data_pipelines.commands import printable, run_command
 from data_pipelines.errors import InputError
+from data_pipelines.files import local_path
 from data_pipelines.prepare.curate import Filters
 from data_pipelines.prepare.duplicates import DuplicateRule
 from data_pipelines.prepare.labelled import prepare_table
@@ -61,11 +62,13 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{name}: {len(names)} classes, {printable(', '.join(names[:8]))}")
         print(", ".join(f"{printable(name)} {split.count}" for name, split in manifest.splits.items()))
         return
-    report = prepare(values["input"], values["output"], _config_from_flags(values), values["workers"])
-    rejected = ", ".join(f"{reason} {count}" for reason, count in report.rejected.items())
-    print(f"found {report.found} files, kept {report.kept}" + (f", rejected {rejected}" if rejected else ""))
-    print(f"shards: {printable(report.output)} ({MANIFEST_NAME}, {REJECTED_NAME}, {REPORT_NAME}, {PICTURES_NAME}/)")
-    print(f"next: python -m data_pipelines.inspect {printable(report.output)}")
+    manifest = prepare(values["input"], values["output"], _config_from_flags(values), values["workers"])
+    counts, output = manifest.settings["rejected"], printable(local_path(values["output"], "output"))
+    rejected = ", ".join(f"{reason} {count}" for reason, count in counts.items())
+    found = manifest.count + sum(counts.values())
+    print(f"found {found} files, kept {manifest.count}" + (f", rejected {rejected}" if rejected else ""))
+    print(f"shards: {output} ({MANIFEST_NAME}, {REJECTED_NAME}, {REPORT_NAME}, {PICTURES_NAME}/)")
+    print(f"next: python -m data_pipelines.inspect {output}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ memory is 8 + 512 bytes per image.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -50,15 +50,6 @@ class DuplicateRule:
     threshold: float = 0.95
 
 
-@dataclasses.dataclass(frozen=True)
-class Duplicate:
-    """Image `index` is removed for `anchor` (an earlier index); `similarity` is the cosine of their features."""
-
-    index: int
-    anchor: int
-    similarity: float
-
-
 def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     """Returns the perceptual hash and the small-image feature of (H, W) uint8 or uint16 pixels.
 
@@ -78,35 +69,27 @@ def fingerprint_image(pixels: np.ndarray) -> tuple[np.uint64, np.ndarray]:
     return code, (feature / length if length > 0 else feature).astype(np.float16)
 
 
-def find_near_duplicates(
-    codes: np.ndarray,
-    features: np.ndarray,
-    rule: DuplicateRule,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Duplicate]:
+def find_near_duplicates(codes: np.ndarray, features: np.ndarray, rule: DuplicateRule) -> Iterator[tuple[int, float]]:
     """Applies the anchor rule to images in order.
 
     Args:
       codes: (N,) uint64 perceptual hashes.
       features: (N, D) unit vectors.
       rule: radius and threshold.
-      on_progress: called with the number of images done since the last call.
 
-    Returns:
-      The removed images in order. Of several anchors that claim an image, the most similar one is named.
+    Yields:
+      Of each image, its anchor (an earlier index, or its own of an image that is kept) and the cosine of their
+      features. Of several anchors that claim an image, the most similar one is named.
     """
     anchors, anchor_codes, count = np.empty(len(codes), np.intp), np.empty(len(codes), np.uint64), 0
-    found: list[Duplicate] = []
     for index, code in enumerate(codes):
         close = anchors[:count][np.bitwise_count(anchor_codes[:count] ^ code) <= rule.radius]
         known, feature = features[close].astype(np.float32), features[index].astype(np.float32)
         # Half-precision vectors are not quite of unit length.
         similarity = np.minimum(np.einsum("nd,d->n", known, feature), 1)
         if len(close) and (best := float(similarity.max())) > rule.threshold:
-            found.append(Duplicate(index, int(close[similarity.argmax()]), best))
+            yield int(close[similarity.argmax()]), best
         else:
             anchors[count], anchor_codes[count] = index, code
             count += 1
-        if on_progress is not None:
-            on_progress(1)
-    return found
+            yield index, 1.0

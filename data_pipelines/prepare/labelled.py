@@ -78,11 +78,7 @@ class _Row:
 
 
 def prepare_table(
-    table: str | os.PathLike,
-    columns: Sequence[str],
-    output: str | os.PathLike,
-    encoding: str = "source",
-    progress: bool = True,
+    table: str | os.PathLike, columns: Sequence[str], output: str | os.PathLike, encoding: str = "source"
 ) -> Manifest:
     """Writes the images that a CSV table lists, with their class labels, into the new shard set `output`.
 
@@ -92,7 +88,6 @@ def prepare_table(
         numbers). A single column is stored as the label "label", several under their own names.
       output: new folder.
       encoding: see `prepare.PrepareConfig`.
-      progress: show a progress bar.
 
     Raises:
       InputError: the table or an image is unusable, or one image is in two splits: the same file, or the same pixels.
@@ -121,7 +116,7 @@ def prepare_table(
 
     splits = {split: examples(split) for split in dict.fromkeys(row.split for row in rows)}
     settings = {"table": table.name, "columns": list(columns), "encoding": encoding}
-    with progress_bar("labelling", len(rows), "image", active=progress) as bar:
+    with progress_bar("labelling", len(rows), "image") as bar:
         return write_examples(output, splits, classes, settings)
 
 

@@ -53,24 +53,12 @@ class PrepareConfig:
     pictures: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What became of the files: found = kept + the sum over `rejected` (reason -> count)."""
-
-    output: str
-    found: int
-    kept: int
-    rejected: dict[str, int]
-    manifest: Manifest
-
-
 def prepare(
     inputs: Sequence[str | os.PathLike],
     output: str | os.PathLike,
     config: PrepareConfig = PrepareConfig(),
     workers: int | None = None,
-    progress: bool = True,
-) -> Report:
+) -> Manifest:
     """Reads the images of `inputs` and writes a shard set to the new folder `output`.
 
     Args:
@@ -79,7 +67,9 @@ def prepare(
         may lie inside an input; it is never taken for one.
       config: filters and sizes.
       workers: processes that decode; 0 or 1 works in this process; None takes one per core. No effect on the result.
-      progress: show progress bars with rate and time left on stderr.
+
+    Returns:
+      The manifest of the set; its settings count the files that are not in it by reason, as `rejected`.
 
     Raises:
       InputError: an input is missing or holds no usable image, the output is in the way or cannot be written, or a
@@ -97,16 +87,13 @@ def prepare(
     plan = _plan_digest(listing, config)
     if (manifest := _finished(output, plan)) is None:
         with writing(output), _work_folder(work, plan):
-            manifest = _fill(work, listing, plan, config, workers, progress)
+            manifest = _fill(work, listing, plan, config, workers)
             os.rename(os.path.join(work, "result"), output)
     shutil.rmtree(work, ignore_errors=True)
-    rejected = dict(manifest.settings["rejected"])
-    return Report(output, manifest.count + sum(rejected.values()), manifest.count, rejected, manifest)
+    return manifest
 
 
-def _fill(
-    work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None, progress: bool
-) -> Manifest:
+def _fill(work: str, listing: Listing, plan: str, config: PrepareConfig, workers: int | None) -> Manifest:
     """Makes everything of the output in `work`/result from the parts, those that an interrupted run left included."""
     parts, folder = split_into_parts(listing.sources), os.path.join(work, "parts")
     tasks = [
@@ -115,7 +102,7 @@ def _fill(
         if not os.path.exists(part_path(folder, number, ROWS))
     ]
     total, left = len(listing.sources), sum(len(part) for _, _, part, _, _ in tasks)
-    with progress_bar("examining", total, "file", total - left, progress) as bar:
+    with progress_bar("examining", total, "file", total - left) as bar:
         for examined in run_all(workers, examine_part, tasks):
             bar.update(examined)
     collection = Collection(folder, len(parts))
@@ -123,7 +110,7 @@ def _fill(
     if not collection.candidates:
         shutil.rmtree(work)
         raise InputError(_nothing_kept(listing, rejections))
-    kept, duplicates = _remove_duplicates(collection, config.duplicates, progress)
+    kept, duplicates = _remove_duplicates(collection, config.duplicates)
     rejections = sorted([*rejections, *duplicates], key=lambda rejection: rejection.key)
     result = os.path.join(work, "result")
     shutil.rmtree(result, ignore_errors=True)
@@ -134,7 +121,7 @@ def _fill(
             yield example
             bar.update(1)
 
-    with progress_bar("writing", len(kept), "image", active=progress) as bar:
+    with progress_bar("writing", len(kept), "image") as bar:
         splits = {"train": write_split(result, "train", stored(), config.shard_bytes)}
     rejected = write_rejected(result, rejections)
     settings = {"plan": plan, "config": dataclasses.asdict(config), "rejected": rejected}
@@ -194,9 +181,7 @@ def _nothing_kept(listing: Listing, rejections: Sequence[Rejection]) -> str:
     return f"none of the {len(rejections)} files below {', '.join(listing.inputs)} is usable ({listed}): check --input"
 
 
-def _remove_duplicates(
-    collection: Collection, rule: DuplicateRule, progress: bool
-) -> tuple[list[int], list[Rejection]]:
+def _remove_duplicates(collection: Collection, rule: DuplicateRule) -> tuple[list[int], list[Rejection]]:
     """Returns the indices of the kept candidates, and a row for each removed one."""
     candidates = collection.candidates
     rows: dict[int, Rejection] = {}
@@ -213,11 +198,12 @@ def _remove_duplicates(
         distinct = [index for index in range(len(candidates)) if index not in rows]
         # Best first: of a scene, the deepest and largest image is to be the anchor.
         distinct.sort(key=lambda place: (-candidates[place].bit_depth, -candidates[place].pixels))
-        with progress_bar("comparing", len(distinct), "image", active=progress) as bar:
-            near = find_near_duplicates(collection.codes[distinct], collection.features[distinct], rule, bar.update)
-        for found in near:
-            detail = f"similarity {found.similarity:.3f}"
-            remove(distinct[found.index], distinct[found.anchor], "near_duplicate", detail)
+        near = find_near_duplicates(collection.codes[distinct], collection.features[distinct], rule)
+        with progress_bar("comparing", len(distinct), "image") as bar:
+            for index, (anchor, similarity) in zip(distinct, near, strict=True):
+                bar.update(1)
+                if distinct[anchor] != index:
+                    remove(index, distinct[anchor], "near_duplicate", f"similarity {similarity:.3f}")
     anchors = {row.key: row.anchor for row in rows.values()}
     for index, row in rows.items():
         if row.anchor in anchors:  # the first of equal images was itself removed as a near-duplicate

@@ -68,7 +68,8 @@ def search_planted(
     copies = [(kind, copy, index) for index, image in enumerate(originals) for kind, copy in altered_copies(image, rng)]
     prints = [fingerprint_image(image) for image in (*originals, *(copy for _, copy, _ in copies))]
     codes, features = np.array([code for code, _ in prints], np.uint64), np.stack([feature for _, feature in prints])
-    anchor_of = {found.index: found.anchor for found in find_near_duplicates(codes, features, rule)}
+    near = enumerate(find_near_duplicates(codes, features, rule))
+    anchor_of = {index: anchor for index, (anchor, _) in near if anchor != index}
     hits: dict[str, list[bool]] = {}
     for place, (kind, _, original) in enumerate(copies, start=len(originals)):
         anchor = anchor_of.get(place, -1)

@@ -47,7 +47,7 @@ ROWS = [f"img/{index}.png,{'train' if index < 6 else 'val'},{('10', '9', '2')[in
 @pytest.mark.parametrize("encoding", ["source", "raw"])
 def test_images_arrive_with_their_labels_and_splits(images, encoding):
     table = write_table(images, ROWS)
-    manifest = prepare_table(table, ["label"], images / "out", encoding=encoding, progress=False)
+    manifest = prepare_table(table, ["label"], images / "out", encoding=encoding)
     verify_shards(images / "out")
     assert manifest == read_manifest(images / "out")
     assert {name: split.count for name, split in manifest.splits.items()} == {"train": 6, "val": 2}
@@ -62,7 +62,7 @@ def test_images_arrive_with_their_labels_and_splits(images, encoding):
 def test_several_label_columns_have_their_own_names(images):
     table = write_table(images, [f"{row},{'day' if i % 2 else 'night'}" for i, row in enumerate(ROWS)],
                         "file,split,kind,time")  # fmt: skip
-    manifest = prepare_table(table, ["kind", "time"], images / "out", progress=False)
+    manifest = prepare_table(table, ["kind", "time"], images / "out")
     assert manifest.classes == {"kind": ("2", "9", "10"), "time": ("day", "night")}
     # Rows 6 and 7: "10", "9" of kind; "night", "day" of time.
     assert [example.labels for example in stored(images / "out", "val")] == [
@@ -98,7 +98,7 @@ def test_mistakes_in_a_table_name_the_line_and_leave_nothing(images, rows, messa
     before = sorted(images.iterdir())
     table = write_table(images, rows)
     with pytest.raises(InputError, match=message) as caught:
-        prepare_table(table, ["label"], images / "out", progress=False)
+        prepare_table(table, ["label"], images / "out")
     assert "\n" not in str(caught.value) and str(images) in str(caught.value)
     assert sorted(images.iterdir()) == sorted([*before, table])
 
@@ -112,14 +112,14 @@ def test_unusable_requests(images):
         (["label"], "labels.csv/x", "cannot be written"),
     ):
         with pytest.raises(InputError, match=message):
-            prepare_table(table, columns, images / output, progress=False)
+            prepare_table(table, columns, images / output)
     table.write_bytes("file,split,label\nä.png,train,a\n".encode("utf-16"))
     with pytest.raises(InputError, match="UTF-8"):
-        prepare_table(table, ["label"], images / "out", progress=False)
+        prepare_table(table, ["label"], images / "out")
     table.unlink()
     table.symlink_to("/dev/zero")
     with pytest.raises(InputError, match="no regular file"):
-        prepare_table(table, ["label"], images / "out", progress=False)
+        prepare_table(table, ["label"], images / "out")
 
 
 def test_a_split_does_not_lead_out_of_its_folder(tmp_path):

@@ -57,8 +57,8 @@ def test_every_file_is_kept_or_rejected_with_a_reason(tmp_path):
     Image.fromarray(np.full((40, 40), 9, np.uint8)).save(tmp_path / "in" / "flat.png")
     Image.fromarray(np.uint8([[0, 255]] * 30).repeat(20, 1)).save(tmp_path / "in" / "mask.png")
     Image.fromarray(scene(1, 19, 19)).save(tmp_path / "in" / "tiny.png")
-    report = prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
-    assert (report.found, report.kept) == (12, 7)
+    manifest = prepare([tmp_path / "in"], tmp_path / "out", workers=0)
+    assert (manifest.count, sum(manifest.settings["rejected"].values())) == (7, 5)
     assert {row["path"]: row["reason"] for row in read_rejected(tmp_path / "out")} == {
         "in/empty.jpg": "empty_file",
         "in/flat.png": "constant",
@@ -74,7 +74,7 @@ def test_every_file_is_kept_or_rejected_with_a_reason(tmp_path):
 
 def test_stored_pixels_are_the_sources(tmp_path):
     write_images(tmp_path / "in", 6)
-    prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
+    prepare([tmp_path / "in"], tmp_path / "out", workers=0)
     for stored in ShardReader(tmp_path / "out"):
         record = decode_example(stored)
         source = (tmp_path / record.key).read_bytes()
@@ -86,7 +86,7 @@ def test_stored_pixels_are_the_sources(tmp_path):
 
 def test_manifest_statistics_against_numpy(tmp_path):
     write_images(tmp_path / "in", 2)
-    manifest = prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False).manifest
+    manifest = prepare([tmp_path / "in"], tmp_path / "out", workers=0)
     images = [np.asarray(Image.open(path)) / 255 for path in sorted((tmp_path / "in").iterdir())]
     entropies = []
     for image in images:
@@ -104,19 +104,19 @@ def test_shards_do_not_depend_on_the_number_of_workers(tmp_path):
     results = []
     for workers in (0, 2):
         output = tmp_path / f"out{workers}"
-        report = prepare([tmp_path / "a", tmp_path / "b"], output, config, workers=workers, progress=False)
-        results.append((shard_bytes(output), report.manifest, (output / "rejected.csv").read_bytes()))
+        manifest = prepare([tmp_path / "a", tmp_path / "b"], output, config, workers=workers)
+        results.append((shard_bytes(output), manifest, (output / "rejected.csv").read_bytes()))
     assert len(results[0][0]) > 2
     assert results[0] == results[1]
 
 
 def test_same_request_again_returns_the_finished_set_and_another_is_refused(tmp_path):
     write_images(tmp_path / "in", 3)
-    first = prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
-    assert prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False) == first
+    first = prepare([tmp_path / "in"], tmp_path / "out", workers=0)
+    assert prepare([tmp_path / "in"], tmp_path / "out", workers=0) == first
     write_images(tmp_path / "in", 4)
     with pytest.raises(InputError, match="exists already"):
-        prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
+        prepare([tmp_path / "in"], tmp_path / "out", workers=0)
 
 
 def test_symbolic_link_loops_end(tmp_path):
@@ -125,8 +125,8 @@ def test_symbolic_link_loops_end(tmp_path):
     os.symlink(tmp_path / "in" / "self", tmp_path / "in" / "self")
     os.symlink(tmp_path / "nowhere", tmp_path / "in" / "broken")
     os.mkfifo(tmp_path / "in" / "pipe")
-    report = prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
-    assert report.kept == 2 and report.found == 6
+    manifest = prepare([tmp_path / "in"], tmp_path / "out", workers=0)
+    assert manifest.count == 2 and sum(manifest.settings["rejected"].values()) == 4
     assert {row["path"]: row["reason"] for row in read_rejected(tmp_path / "out")} == {
         "in/broken": "unreadable",
         "in/pipe": "not_a_file",
@@ -146,7 +146,7 @@ def test_symbolic_link_loops_end(tmp_path):
 def test_unusable_input_is_one_line_and_leaves_nothing(tmp_path, make, named):
     make(tmp_path / "in")
     with pytest.raises(InputError, match=named) as caught:
-        prepare([tmp_path / "in"], tmp_path / "out", progress=False)
+        prepare([tmp_path / "in"], tmp_path / "out")
     assert str(tmp_path / "in") in str(caught.value) and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if path.name != "in"] == []
 
@@ -164,49 +164,49 @@ def test_command_prints_what_became_of_the_files(tmp_path):
 
 def test_raw_shards_hold_the_same_pixels(tmp_path):
     write_images(tmp_path / "in", 6)
-    prepare([tmp_path / "in"], tmp_path / "source", workers=0, progress=False)
-    report = prepare([tmp_path / "in"], tmp_path / "raw", PrepareConfig(encoding="raw"), workers=0, progress=False)
+    prepare([tmp_path / "in"], tmp_path / "source", workers=0)
+    manifest = prepare([tmp_path / "in"], tmp_path / "raw", PrepareConfig(encoding="raw"), workers=0)
     stored = [[decode_example(data) for data in ShardReader(tmp_path / name)] for name in ("source", "raw")]
-    assert report.kept == 6 and {example.encoding for example in stored[1]} == {"raw"}
+    assert manifest.count == 6 and {example.encoding for example in stored[1]} == {"raw"}
     assert {example.bit_depth for example in stored[1]} == {8, 16}
     for source, raw in zip(*stored, strict=True):
         assert source.key == raw.key and source.attributes == raw.attributes
         np.testing.assert_array_equal(decode_pixels(source), decode_pixels(raw))
     with pytest.raises(InputError, match="encoding 'zip' is unknown"):
-        prepare([tmp_path / "in"], tmp_path / "zip", PrepareConfig(encoding="zip"), progress=False)
+        prepare([tmp_path / "in"], tmp_path / "zip", PrepareConfig(encoding="zip"))
 
 
 def test_what_this_package_made_is_no_input(tmp_path):
     write_images(tmp_path / "in", 4)
-    first = prepare([tmp_path / "in"], tmp_path / "in" / "shards", workers=0, progress=False)
-    assert prepare([tmp_path / "in"], tmp_path / "in" / "shards", workers=0, progress=False) == first
+    first = prepare([tmp_path / "in"], tmp_path / "in" / "shards", workers=0)
+    assert prepare([tmp_path / "in"], tmp_path / "in" / "shards", workers=0) == first
     os.symlink(tmp_path / "in" / "shards", tmp_path / "in" / "link")
     (tmp_path / "in" / "old.partial").mkdir()
     (tmp_path / "in" / "old.partial" / "prepare_plan").write_text("of a killed run")
     (tmp_path / "in" / "mine").mkdir()
     (tmp_path / "in" / "mine" / "manifest.json").write_text("{}")  # a manifest of something else
-    again = prepare([tmp_path / "in"], tmp_path / "other", workers=0, progress=False)
-    assert again.kept == 4
+    again = prepare([tmp_path / "in"], tmp_path / "other", workers=0)
+    assert again.count == 4
     assert {row["path"]: row["reason"] for row in read_rejected(tmp_path / "other")} == {
         "in/link": "shard_set",
         "in/mine/manifest.json": "not_an_image",
         "in/old.partial": "shard_set",
         "in/shards": "listed_twice",
     }
-    by_pattern = prepare([f"{tmp_path}/in/**/*.png"], tmp_path / "pattern", workers=0, progress=False)
-    assert by_pattern.found == by_pattern.kept == 1
+    by_pattern = prepare([f"{tmp_path}/in/**/*.png"], tmp_path / "pattern", workers=0)
+    assert by_pattern.count == 1 and not by_pattern.settings["rejected"]
     with pytest.raises(InputError, match="exists already"):
-        prepare([tmp_path / "in" / "mine"], tmp_path / "in", workers=0, progress=False)
+        prepare([tmp_path / "in" / "mine"], tmp_path / "in", workers=0)
 
 
 def test_home_folders_are_expanded_and_urls_refused(tmp_path, monkeypatch):
     write_images(tmp_path / "in", 3)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert prepare(["~/in"], "~/out", workers=0, progress=False).output == str(tmp_path / "out")
+    assert prepare(["~/in"], "~/out", workers=0) == read_manifest(tmp_path / "out")
     for output in ("gs://bucket/x", "s3://b", "http://host/x"):
         with pytest.raises(InputError, match="is not supported here"):
-            prepare(["in"], output, workers=0, progress=False)
+            prepare(["in"], output, workers=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -215,7 +215,7 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file" / "out", "/proc/out"):
         with pytest.raises(InputError, match="cannot be written") as caught:
-            prepare([tmp_path / "in"], output, workers=0, progress=False)
+            prepare([tmp_path / "in"], output, workers=0)
         assert "\n" not in str(caught.value)
 
 
@@ -224,5 +224,5 @@ def test_cells_of_the_list_are_no_formulas(tmp_path):
     folder = tmp_path / "=cmd|calc"
     folder.mkdir()
     (folder / "\x1b[2Jx\u202e.txt").write_text("x")
-    prepare([tmp_path / "in", folder], tmp_path / "out", workers=0, progress=False)
+    prepare([tmp_path / "in", folder], tmp_path / "out", workers=0)
     assert [row["path"] for row in read_rejected(tmp_path / "out")] == ["'=cmd|calc/\\x1b[2Jx\\u202e.txt"]

@@ -44,7 +44,7 @@ def scenes_with_copies(tmp_path):
 
 
 def test_the_largest_image_of_a_scene_is_kept_and_named_as_anchor(scenes_with_copies, tmp_path):
-    prepare([scenes_with_copies], tmp_path / "out", workers=0, progress=False)
+    prepare([scenes_with_copies], tmp_path / "out", workers=0)
     assert kept_keys(tmp_path / "out") == ["in/b_first.png", "in/e_second.png", "in/f_third.png"]
     rows = {row["path"]: (row["reason"], row["anchor"]) for row in read_rejected(tmp_path / "out")}
     assert rows == {
@@ -62,13 +62,13 @@ def test_duplicate_filters_can_be_switched_off(scenes_with_copies, tmp_path):
         ("strict", DuplicateRule(threshold=1.0), 4),
     ):
         config = PrepareConfig(duplicates=rule, pictures=False)
-        assert prepare([scenes_with_copies], tmp_path / name, config, workers=0, progress=False).kept == kept
+        assert prepare([scenes_with_copies], tmp_path / name, config, workers=0).count == kept
 
 
 def test_report_and_pictures(scenes_with_copies, tmp_path):
     (scenes_with_copies / "notes.txt").write_text("text")
     save(np.full((64, 64), 3, np.uint8), scenes_with_copies / "flat.png")
-    prepare([scenes_with_copies], tmp_path / "out", workers=0, progress=False)
+    prepare([scenes_with_copies], tmp_path / "out", workers=0)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["found"], report["kept"]) == (8, 3)
     assert report["rejected"] == {"exact_duplicate": 2, "near_duplicate": 1, "not_an_image": 1, "constant": 1}
@@ -81,11 +81,11 @@ def test_report_and_pictures(scenes_with_copies, tmp_path):
 
 
 def test_archives_give_the_same_images_as_the_folder(scenes_with_copies, tmp_path):
-    prepare([scenes_with_copies], tmp_path / "folder", EVERYTHING, workers=0, progress=False)
+    prepare([scenes_with_copies], tmp_path / "folder", EVERYTHING, workers=0)
     with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
         for path in sorted(scenes_with_copies.iterdir()):
             archive.write(path, path.name)
-    prepare([tmp_path / "in.zip"], tmp_path / "zip", EVERYTHING, workers=0, progress=False)
+    prepare([tmp_path / "in.zip"], tmp_path / "zip", EVERYTHING, workers=0)
     in_folder, in_zip = (
         [dataclasses.replace(decode_example(stored), key="") for stored in ShardReader(tmp_path / name)]
         for name in ("folder", "zip")
@@ -96,9 +96,9 @@ def test_archives_give_the_same_images_as_the_folder(scenes_with_copies, tmp_pat
 
 def test_unusual_real_files_are_all_accounted_for(shared_folder, tmp_path):
     data = shared_folder / "data"
-    report = prepare([data / "corrupt", data / "flir"], tmp_path / "out", EVERYTHING, workers=0, progress=False)
+    manifest = prepare([data / "corrupt", data / "flir"], tmp_path / "out", EVERYTHING, workers=0)
     files = [path for folder in ("corrupt", "flir") for path in (data / folder).iterdir()]
-    assert report.found == len(files) == report.kept + sum(report.rejected.values())
+    assert len(files) == manifest.count + sum(manifest.settings["rejected"].values())
     assert {row["path"]: row["reason"] for row in read_rejected(tmp_path / "out")} == {
         "corrupt/README.md": "not_an_image",
         "corrupt/bilevel.png": "too_few_levels",
@@ -126,7 +126,7 @@ def test_unusual_real_files_are_all_accounted_for(shared_folder, tmp_path):
 def test_rejected_list_is_plain_csv(tmp_path):
     save(synthetic_scenes(1, 0)[0], tmp_path / "in" / "good.png")
     (tmp_path / "in" / 'odd, "name"\n.txt').write_text("x")
-    prepare([tmp_path / "in"], tmp_path / "out", EVERYTHING, workers=0, progress=False)
+    prepare([tmp_path / "in"], tmp_path / "out", EVERYTHING, workers=0)
     text = (tmp_path / "out" / "rejected.csv").read_text()
     rows = list(csv.reader(io.StringIO(text)))
     assert rows[0] == ["path", "reason", "detail", "anchor"]

@@ -30,7 +30,7 @@ def test_killed_runs_continue_to_identical_shards(tmp_path):
     write_images(tmp_path / "in", 800)
     (tmp_path / "in" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
     config = PrepareConfig(shard_bytes=100_000)
-    prepare([tmp_path / "in"], tmp_path / "whole", config, workers=0, progress=False)
+    prepare([tmp_path / "in"], tmp_path / "whole", config, workers=0)
     output = tmp_path / "in" / "killed"
     for parts in (1, 3):
         process = start_prepare(
@@ -43,7 +43,7 @@ def test_killed_runs_continue_to_identical_shards(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not output.exists()
-    prepare([tmp_path / "in"], output, config, workers=0, progress=False)
+    prepare([tmp_path / "in"], output, config, workers=0)
     assert shard_bytes(output) == shard_bytes(tmp_path / "whole") != {}
     for name in ("manifest.json", "rejected.csv"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -63,8 +63,8 @@ def test_finished_parts_are_not_done_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr("data_pipelines.prepare.run.examine_part", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
-    prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
+        prepare([tmp_path / "in"], tmp_path / "out", workers=0)
+    prepare([tmp_path / "in"], tmp_path / "out", workers=0)
     assert calls == [0, 1, 1]
 
 
@@ -73,12 +73,12 @@ def test_second_run_into_the_same_output_is_refused(tmp_path, monkeypatch):
 
     def meanwhile(*arguments):
         with pytest.raises(InputError, match="another run"):
-            prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
+            prepare([tmp_path / "in"], tmp_path / "out", workers=0)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("data_pipelines.prepare.run.examine_part", meanwhile)
     with pytest.raises(KeyboardInterrupt):
-        prepare([tmp_path / "in"], tmp_path / "out", workers=0, progress=False)
+        prepare([tmp_path / "in"], tmp_path / "out", workers=0)
 
 
 def test_dead_worker_is_reported_in_one_line():
@@ -132,10 +132,10 @@ def test_a_hundred_damaged_files_are_kept_or_rejected(tmp_path):
     for index, content in enumerate(files):
         (folder / "in" / f"{index:03d}.jpg").write_bytes(content)
     Image.fromarray(scene(0)).save(folder / "in" / "good.png")
-    report = prepare([folder / "in"], folder / "out", workers=0, progress=False)
-    assert report.found == 101 == report.kept + sum(report.rejected.values())
+    manifest = prepare([folder / "in"], folder / "out", workers=0)
+    assert manifest.count + sum(manifest.settings["rejected"].values()) == 101
     rows = {row["path"]: row["reason"] for row in read_rejected(folder / "out")}
-    assert len(rows) == 101 - report.kept
+    assert len(rows) == 101 - manifest.count
     known = {*REFUSALS, "too_small", "constant", "too_few_levels", "exact_duplicate", "near_duplicate"}
     assert set(rows.values()) <= known
     for stored in ShardReader(folder / "out"):

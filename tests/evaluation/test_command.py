@@ -75,7 +75,7 @@ def test_names_of_columns_never_share_a_folder(small_encoder, labelled, tmp_path
 
 
 def test_shards_with_labels_are_probed_as_they_are(small_encoder, labelled, tmp_path):
-    prepare_table(labelled, ["label"], tmp_path / "shards", progress=False)
+    prepare_table(labelled, ["label"], tmp_path / "shards")
     config = ProbeConfig(shards=(str(tmp_path / "shards"),), heads=1, **FAST)
     assert linear_probe(small_encoder, config, tmp_path / "out")["label"]["test_images"] == 10
     with pytest.raises(InputError, match="label 'colour' is not one of the labels of .*label"):

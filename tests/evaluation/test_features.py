@@ -23,7 +23,7 @@ WHOLE = (LabelledView(SIZE, "stretch", flip=False), False)
 
 @pytest.fixture
 def shards(labelled, tmp_path):
-    prepare_table(labelled, ["label"], tmp_path / "shards", progress=False)
+    prepare_table(labelled, ["label"], tmp_path / "shards")
     return [str(tmp_path / "shards")]
 
 
