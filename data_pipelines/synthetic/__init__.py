@@ -4,9 +4,9 @@ A scene is painted in apparent temperatures (materials, weather, perspective), p
 (optics, noise, fixed patterns, gain control) and is a pure function of (seed, index, size).
 """
 
-from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES, Box
+from data_pipelines.synthetic.canvas import CATEGORIES, SURFACES
 from data_pipelines.synthetic.dataset import is_val, write_dataset, write_shards
 from data_pipelines.synthetic.generate import SCENE_CLASSES, Scene, generate_scene
 
-__all__ = ["CATEGORIES", "SCENE_CLASSES", "SURFACES", "Box", "Scene", "generate_scene", "is_val", "write_dataset",
+__all__ = ["CATEGORIES", "SCENE_CLASSES", "SURFACES", "Scene", "generate_scene", "is_val", "write_dataset",
            "write_shards"]  # fmt: skip

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from data_pipelines.examples import Objects
+
 # Values of a class mask, in order: the value of a class is its place in this tuple.
 SURFACES = (
     "sky", "ground", "road", "vegetation", "building", "water", "person", "vehicle", "boat", "aircraft", "machinery",
@@ -17,18 +19,6 @@ MATERIALS = {
     "asphalt": (4.0, 15.0), "concrete": (3.0, 10.0), "soil": (0.0, 12.0), "grass": (-3.0, 6.0), "foliage": (0.5, 3.0),
     "wall": (3.0, 8.0), "roof": (-7.0, 18.0), "metal": (-6.0, 9.0), "clothing": (8.0, -1.0), "water": (3.0, -10.0),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Box:
-    """One visible object: category name, corner and extent in whole pixels, number of visible pixels."""
-
-    category: str
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
 
 
 @dataclass(frozen=True)
@@ -85,16 +75,18 @@ class Canvas:
         if instance:
             self._painted[instance - 1] += int(covered.sum())
 
-    def boxes(self, min_visible: float = 0.3) -> tuple[Box, ...]:
-        """Boxes of all objects of which at least `min_visible` was not painted over later, in painting order."""
+    def objects(self, min_visible: float = 0.3) -> Objects:
+        """All objects of which at least `min_visible` was not painted over later, in painting order: boxes in whole
+        pixels, places in `CATEGORIES`, visible pixels as areas."""
         found = []
         for number, window in enumerate(ndimage.find_objects(self.instance), start=1):
             area = int(np.count_nonzero(self.instance[window] == number)) if window else 0
             if area and area >= min_visible * self._painted[number - 1]:
                 rows, columns = window
-                extent = columns.stop - columns.start, rows.stop - rows.start
-                found.append(Box(self._categories[number - 1], columns.start, rows.start, *extent, area))
-        return tuple(found)
+                category = CATEGORIES.index(self._categories[number - 1])
+                found.append((columns.start, rows.start, columns.stop, rows.stop, category, area))
+        table = np.array(found, np.float32).reshape(-1, 6)
+        return Objects(table[:, :4], table[:, 4].astype(np.int32), np.zeros(len(found), bool), table[:, 5])
 
     def polygon(self, points: list[tuple[float, float]], fray: np.ndarray | None = None) -> Patch | None:
         """A convex polygon with corners (x, y) in pixel coordinates; `fray` (H, W) moves its edge, in pixels."""

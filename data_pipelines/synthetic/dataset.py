@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import InputError
-from data_pipelines.examples import LABEL, MASK, Example, Objects
+from data_pipelines.examples import LABEL, MASK, Example
 from data_pipelines.files import local_path, new_folder, write_csv
 from data_pipelines.prepare.labelled import write_examples
 from data_pipelines.shards import Manifest
@@ -131,17 +131,10 @@ def write_shards(
 
 
 def _example(scene: Scene, key: str, mask: str) -> Example:
-    corners = [(box.x, box.y, box.x + box.width, box.y + box.height) for box in scene.boxes]
-    objects = Objects(
-        boxes=np.array(corners, np.float32).reshape(-1, 4),
-        classes=np.array([CATEGORIES.index(box.category) for box in scene.boxes], np.int32),
-        crowd=np.zeros(len(corners), bool),
-        area=np.array([box.area for box in scene.boxes], np.float32),
-    )
     values = scene.class_mask if mask == "surfaces" else scene.target_mask.astype(np.uint8)
     labels = {LABEL: SCENE_CLASSES.index(scene.scene_class)}
     image = encode_png(scene.image)
-    return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), objects, labels)
+    return Example(key, image, "png", *scene.image.shape, 8, {}, encode_png(values), scene.objects, labels)
 
 
 def is_val(index: int, fraction: float) -> bool:
@@ -154,7 +147,8 @@ def _annotate(coco: dict, scene: Scene, name: str) -> None:
     height, width = scene.image.shape
     image_id = len(coco["images"]) + 1
     coco["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
-    for number, box in enumerate(scene.boxes, start=len(coco["annotations"]) + 1):
-        known = {"id": number, "image_id": image_id, "category_id": CATEGORIES.index(box.category) + 1}
-        shape = {"bbox": [box.x, box.y, box.width, box.height], "area": box.area, "iscrowd": 0}
+    found = np.column_stack([scene.objects.boxes, scene.objects.classes, scene.objects.area]).astype(int).tolist()
+    for number, (x0, y0, x1, y1, category, area) in enumerate(found, start=len(coco["annotations"]) + 1):
+        known = {"id": number, "image_id": image_id, "category_id": category + 1}
+        shape = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0}
         coco["annotations"].append(known | shape)

@@ -6,7 +6,8 @@ import numpy as np
 from scipy import ndimage
 
 from data_pipelines.errors import InputError
-from data_pipelines.synthetic.canvas import SURFACES, Box, Stage
+from data_pipelines.examples import Objects
+from data_pipelines.synthetic.canvas import SURFACES, Stage
 from data_pipelines.synthetic.scenes import LANDSCAPES, aerial, draw_landscape
 
 SCENE_CLASSES = ("aerial", *LANDSCAPES)
@@ -21,14 +22,14 @@ class Scene:
     Attributes:
       image: (H, W) uint8.
       scene_class: one of `SCENE_CLASSES`.
-      boxes: visible objects; coordinates in pixels from the top-left corner.
+      objects: those that are visible; classes are places in `CATEGORIES`.
       class_mask: (H, W) uint8, places in `SURFACES`.
       target_mask: (H, W) bool, True on small targets (fewer than 81 pixels each).
     """
 
     image: np.ndarray
     scene_class: str
-    boxes: tuple[Box, ...]
+    objects: Objects
     class_mask: np.ndarray
     target_mask: np.ndarray
 
@@ -59,7 +60,7 @@ def generate_scene(seed: int, index: int, size: tuple[int, int] = DEFAULT_SIZE) 
     # Nothing is of one temperature all over; sky apart, everything gets a faint unevenness.
     uneven = stage.grain() * np.float32(rng.uniform(0.15, 0.45))
     image = photograph(stage.temperature + uneven * (stage.surface != SURFACES.index("sky")), rng)
-    return Scene(image, scene_class, stage.boxes(), stage.surface, stage.targets)
+    return Scene(image, scene_class, stage.objects(), stage.surface, stage.targets)
 
 
 def photograph(temperature: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,7 @@ from data_pipelines.errors import InputError
 from data_pipelines.inspect import draw_samples, inspect, training_samples
 from data_pipelines.masking import MaskConfig
 from data_pipelines.pipeline import PipelineConfig, record_keys
-from data_pipelines.synthetic import generate_scene, is_val, write_shards
+from data_pipelines.synthetic import CATEGORIES, generate_scene, is_val, write_shards
 from data_pipelines.transforms import resize
 from tests import commands
 from tests.data_pipelines.shard_sets import make_set
@@ -96,7 +96,7 @@ def test_labels_are_counted_and_coloured(tmp_path):
     scenes = [generate_scene(1, index, (64, 80)) for index in range(12) if not is_val(index, 0.5)]
     sky = np.mean([scene.class_mask == 0 for scene in scenes])
     assert len(shown) == 2 and f"sky {sky:.1%}," in shown[0] and f"of {6 * 64 * 80} pixels" in shown[0]
-    boxes = [box.category for scene in scenes for box in scene.boxes]
+    boxes = [CATEGORIES[number] for scene in scenes for number in scene.objects.classes]
     (line,) = [line for line in lines if line.strip().startswith("objects:") and f"of {len(boxes)} boxes" in line][:1]
     assert f"person {boxes.count('person') / len(boxes):.1%}" in line
     assert sum(f"{name} 16.7%" in "".join(lines) for name in manifest.classes["label"]) == 6

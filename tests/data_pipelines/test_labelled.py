@@ -144,9 +144,9 @@ def test_synthetic_shards_hold_all_labels_of_the_scenes(tmp_path, mask):
             wanted = scene.class_mask if mask == "surfaces" else scene.target_mask
             np.testing.assert_array_equal(decode_mask(example), wanted)
             assert SCENE_CLASSES[example.labels["label"]] == scene.scene_class
-            corners = [[b.x, b.y, b.x + b.width, b.y + b.height] for b in scene.boxes]
-            np.testing.assert_allclose(example.objects.boxes, np.array(corners).reshape(-1, 4), atol=1e-4)
-            assert [CATEGORIES[n] for n in example.objects.classes] == [b.category for b in scene.boxes]
+            np.testing.assert_allclose(example.objects.boxes, scene.objects.boxes, atol=1e-4)
+            np.testing.assert_array_equal(example.objects.classes, scene.objects.classes)
+            np.testing.assert_array_equal(example.objects.area, scene.objects.area)
     assert seen == set(range(18))
 
 

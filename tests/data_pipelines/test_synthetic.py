@@ -27,6 +27,13 @@ def scenes():
     return [generate_scene(7, index) for index in range(20 * CLASSES)]
 
 
+def boxes_of(scene):
+    """Category, edges and area of each object."""
+    found = scene.objects
+    names = [CATEGORIES[number] for number in found.classes]
+    return list(zip(names, found.boxes.astype(int).tolist(), found.area.tolist(), strict=True))
+
+
 def entropy(image):
     share = np.bincount(image.ravel(), minlength=256) / image.size
     share = share[share > 0]
@@ -50,19 +57,19 @@ def test_any_seed_and_size_gives_a_consistent_scene(seed, index, size):
     assert scene.scene_class == SCENE_CLASSES[index % CLASSES]
     assert scene.class_mask.max() < len(SURFACES)
     assert scene.image.std() > 3
-    for box in scene.boxes:
-        assert 0 <= box.x and box.x + box.width <= size[1] and 0 <= box.y and box.y + box.height <= size[0]
-        assert 0 < box.area <= box.width * box.height
+    for (x0, y0, x1, y1), area in zip(scene.objects.boxes, scene.objects.area, strict=True):
+        assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0]
+        assert 0 < area <= (x1 - x0) * (y1 - y0)
 
 
 def test_boxes_fit_the_class_mask(scenes):
     surface = {"bird": "aircraft"}
     for scene in scenes:
         seen = np.zeros_like(scene.target_mask)
-        for box in scene.boxes:
-            window = (slice(box.y, box.y + box.height), slice(box.x, box.x + box.width))
-            value = SURFACES.index(surface.get(box.category, box.category))
-            assert np.sum(scene.class_mask[window] == value) >= box.area
+        for category, (x0, y0, x1, y1), area in boxes_of(scene):
+            window = (slice(y0, y1), slice(x0, x1))
+            value = SURFACES.index(surface.get(category, category))
+            assert np.sum(scene.class_mask[window] == value) >= area
             seen[window] = True
         movable = np.isin(scene.class_mask, [SURFACES.index(name) for name in ("boat", "aircraft")])
         # Left without a box are only slivers of an object that something nearer covers almost whole.
@@ -80,8 +87,9 @@ def test_box_is_the_tight_frame_of_what_stays_visible():
     canvas.paint(rectangle(40, 30, 59, 39), 30.0, "person", cut)
     canvas.paint(rectangle(0, 0, 30, 30), 1.0, "building")
     canvas.paint(rectangle(50, 0, 70, 60), 1.0, "building")
-    (box,) = canvas.boxes()
-    assert (box.category, box.x, box.y, box.width, box.height, box.area) == ("person", 40, 30, 10, 10, 100)
+    found = canvas.objects()
+    assert (found.boxes.tolist(), found.classes.tolist()) == ([[40, 30, 50, 40]], [CATEGORIES.index("person")])
+    assert found.area.tolist() == [100] and not found.crowd.any()
     assert np.sum(canvas.instance == cut) == 100 and not np.any(canvas.instance == hidden)
 
 
@@ -104,7 +112,7 @@ def test_small_targets_are_small_and_stand_out(scenes):
 def test_every_label_occurs(scenes):
     surfaces = set(np.unique(np.concatenate([np.unique(scene.class_mask) for scene in scenes])))
     assert surfaces == set(range(len(SURFACES)))
-    assert {box.category for scene in scenes for box in scene.boxes} == set(CATEGORIES)
+    assert {category for scene in scenes for category, _, _ in boxes_of(scene)} == set(CATEGORIES)
 
 
 def _accuracy(features, labels, train):
@@ -134,7 +142,7 @@ def test_class_shows_in_structure_not_in_brightness():
 def test_same_scene_in_another_process():
     def digest(scene):
         arrays = scene.image.tobytes() + scene.class_mask.tobytes() + scene.target_mask.tobytes()
-        return hashlib.sha256(arrays + repr((scene.scene_class, scene.boxes)).encode()).hexdigest()
+        return hashlib.sha256(arrays + repr((scene.scene_class, scene.objects)).encode()).hexdigest()
 
     here = [digest(generate_scene(11, index, (80, 96))) for index in range(CLASSES)]
     program = f"""
@@ -143,7 +151,7 @@ from data_pipelines.synthetic import generate_scene
 for index in reversed(range({CLASSES})):
     scene = generate_scene(11, index, (80, 96))
     arrays = scene.image.tobytes() + scene.class_mask.tobytes() + scene.target_mask.tobytes()
-    print(hashlib.sha256(arrays + repr((scene.scene_class, scene.boxes)).encode()).hexdigest())
+    print(hashlib.sha256(arrays + repr((scene.scene_class, scene.objects)).encode()).hexdigest())
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert output.stdout.split()[::-1] == here
@@ -179,7 +187,7 @@ def test_folder_holds_what_the_scenes_hold(tmp_path):
         assert (image["width"], image["height"]) == (128, 96)
         names = {entry["id"]: entry["name"] for entry in coco["categories"]}
         found = [(names[a["category_id"]], *a["bbox"]) for a in coco["annotations"] if a["image_id"] == image["id"]]
-        assert found == [(b.category, b.x, b.y, b.width, b.height) for b in scene.boxes]
+        assert found == [(name, x0, y0, x1 - x0, y1 - y0) for name, (x0, y0, x1, y1), _ in boxes_of(scene)]
     for coco in boxes.values():
         assert [a["id"] for a in coco["annotations"]] == list(range(1, len(coco["annotations"]) + 1))
 
