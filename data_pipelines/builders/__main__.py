@@ -6,9 +6,9 @@ from absl import flags
 
 import data_pipelines.builders  # noqa: F401  registers the builders
 from data_pipelines.builders.build import build
-from data_pipelines.commands import printable, run_command
-from data_pipelines.errors import InputError
+from data_pipelines.commands import flags_only, printable, run_command
 from data_pipelines.prepare.results import REJECTED_NAME
+from data_pipelines.shards import read_manifest
 
 
 def _define_flags() -> None:
@@ -21,17 +21,15 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     values = flags.FLAGS
-    built = build(values.dataset, values.data_dir, values.input, beam_options=values.beam, shards=values.shards)
-    counts = ", ".join(f"{split} {count}" for split, count in built.counts.items())
-    rejected = ", ".join(f"{reason} {count}" for reason, count in built.rejected.items())
-    for what, count in built.notes.items():
+    folder = build(values.dataset, values.data_dir, values.input, beam_options=values.beam, shards=values.shards)
+    manifest = read_manifest(folder)
+    counts = ", ".join(f"{name} {split.count}" for name, split in manifest.splits.items())
+    rejected = ", ".join(f"{reason} {count}" for reason, count in manifest.settings["rejected"].items())
+    for what, count in manifest.settings["notes"].items():
         print(f"{what}: {count}")
-    print(
-        f"{printable(str(built.folder))}: {counts}" + (f"; left out: {rejected} ({REJECTED_NAME})" if rejected else "")
-    )
+    print(f"{printable(str(folder))}: {counts}" + (f"; left out: {rejected} ({REJECTED_NAME})" if rejected else ""))
 
 
 if __name__ == "__main__":

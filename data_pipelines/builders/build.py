@@ -24,23 +24,6 @@ _DISK_ERRORS = (
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Built:
-    """A built data set.
-
-    Attributes:
-      folder: version folder, a shard set.
-      counts: split -> images.
-      rejected: reason -> files left out.
-      notes: what was done to annotations -> how many.
-    """
-
-    folder: epath.Path
-    counts: dict[str, int]
-    rejected: dict[str, int]
-    notes: dict[str, int]
-
-
 def build(
     name: str,
     data_dir: str | os.PathLike,
@@ -48,7 +31,7 @@ def build(
     *,
     beam_options: Sequence[str] | None = None,
     shards: int | None = None,
-) -> Built:
+) -> epath.Path:
     """Builds a registered data set.
 
     Args:
@@ -60,7 +43,8 @@ def build(
       shards: shards per split; None leaves it to TFDS (by size).
 
     Returns:
-      What was built, or was there already from the same source.
+      The version folder of what was built, or was there already from the same source: a shard set, whose manifest
+      counts in its settings what was done to annotations (`notes`) and the files left out, by reason (`rejected`).
 
     Raises:
       InputError: no such builder, unusable files, or a set made from other files is in the way.
@@ -88,9 +72,7 @@ def build(
             raise InputError(f"{folder} was made from {made}: choose another --data_dir")
     else:
         _generate(builder, source, beam_options, shards)
-    manifest = read_manifest(folder)
-    counts = {name: split.count for name, split in manifest.splits.items()}
-    return Built(folder, counts, manifest.settings["rejected"], manifest.settings["notes"])
+    return folder
 
 
 def _generate(builder: InfraredBuilder, source: Path, beam_options: Sequence[str] | None, shards: int | None) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines.commands import printable, run_command
-from data_pipelines.errors import InputError
+from data_pipelines.commands import flags_only, printable, run_command
 from data_pipelines.synthetic.dataset import write_dataset, write_shards
 
 _FLAGS = flags.FLAGS
@@ -27,8 +26,7 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}: this command takes flags only, see --help")
+    flags_only(argv)
     size = (_FLAGS.height, _FLAGS.width)
     request = (_FLAGS.output, _FLAGS.count, _FLAGS.seed, size, _FLAGS.val_fraction)
     if _FLAGS.shards is None:

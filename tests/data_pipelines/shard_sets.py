@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.examples import Example, encode_example
-from data_pipelines.shards import Manifest, fingerprint_splits, make_split, write_manifest, write_shard
+from data_pipelines.shards import Manifest, fingerprint_splits, make_split, read_manifest, write_manifest, write_shard
 
 
 def make_image(seed, height=60, width=80):
@@ -60,3 +60,13 @@ def make_set(folder, count, damaged=(), name="image", **size):
         make_example(f"{name}{i:02d}", make_image(i, **size), "png" if i % 5 == 0 else "jpeg") for i in range(count)
     ]
     return write_set(folder, [truncated(r) if i in damaged else r for i, r in enumerate(examples)])
+
+
+def counts(folder):
+    """Split -> images of a built set."""
+    return {name: split.count for name, split in read_manifest(folder).splits.items()}
+
+
+def notes(folder):
+    """What was done to the annotations of a built set -> how many."""
+    return read_manifest(folder).settings["notes"]

@@ -12,6 +12,7 @@ from data_pipelines.builders.build import build
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example, decode_mask
 from data_pipelines.shards import ShardReader, read_manifest
+from tests.data_pipelines.shard_sets import counts, notes
 
 SIZES = {"a": (30, 40), "b": (32, 48), "c": (30, 40), "d": (30, 40), "e": (30, 40)}  # rows, columns
 BOXES = {"a": [("Car", 4, 3, 14, 13), ("People", 0, 0, 5, 9)], "b": [("Bus", 10, 8, 40, 31)], "c": [], "d": [],
@@ -72,7 +73,7 @@ def stored(folder, split):
 
 def test_weak_masks_come_from_boxes_in_any_format(tmp_path):
     built = build("weak_small_targets", tmp_path / "data", yolo(tmp_path / "set"))
-    masks = {Path(e.key).stem: decode_mask(e) for e in map(decode_example, ShardReader(built.folder))}
+    masks = {Path(e.key).stem: decode_mask(e) for e in map(decode_example, ShardReader(built))}
     assert masks["a"][8, 9] == masks["b"][19, 25] == 1 and not masks["c"].any()
 
 
@@ -91,13 +92,13 @@ def test_m3fd_is_read_whole_and_split_in_blocks(tmp_path):
     root = voc(tmp_path / "M3FD", labels="Annotation", images="Ir")
     image(root / "Vis" / "a.png", (30, 40))
     built = build("coco_boxes", tmp_path / "data", root)
-    assert built.counts == {"train": 4, "val": 1} and built.notes == {"images without boxes": 2}
-    assert {**stored(built.folder, "train"), **stored(built.folder, "val")} == {k: sorted(v) for k, v in BOXES.items()}
-    manifest = read_manifest(built.folder)
+    assert counts(built) == {"train": 4, "val": 1} and notes(built) == {"images without boxes": 2}
+    assert {**stored(built, "train"), **stored(built, "val")} == {k: sorted(v) for k, v in BOXES.items()}
+    manifest = read_manifest(built)
     assert manifest.settings["split"].startswith("no lists of splits: the first 4 images by name are train")
     assert manifest.settings["category_ids"] == {"Bus": 1, "Car": 2, "People": 3}
     assert manifest.sizes == {"40x30": 4, "48x32": 1}
-    crowds = {e.key: e.objects.crowd.tolist() for e in map(decode_example, ShardReader(built.folder))}
+    crowds = {e.key: e.objects.crowd.tolist() for e in map(decode_example, ShardReader(built))}
     assert crowds["Ir/b.png"] == [True] and crowds["Ir/a.png"] == [False, False]
 
 
@@ -116,9 +117,9 @@ def test_voc_lists_of_names_are_the_splits(tmp_path):
 @pytest.mark.parametrize("layout", ["{kind}/{split}", "{split}/{kind}"])
 def test_yolo_boxes_are_those_of_voc(tmp_path, layout):
     built = build("coco_boxes", tmp_path / "data", yolo(tmp_path / "set", layout=layout))
-    assert built.counts == {"train": 4, "val": 1} and built.notes == {"images without boxes": 2}
-    assert {**stored(built.folder, "train"), **stored(built.folder, "val")} == {k: sorted(v) for k, v in BOXES.items()}
-    assert read_manifest(built.folder).settings["category_ids"] == {"Car": 0, "People": 1, "Bus": 2}
+    assert counts(built) == {"train": 4, "val": 1} and notes(built) == {"images without boxes": 2}
+    assert {**stored(built, "train"), **stored(built, "val")} == {k: sorted(v) for k, v in BOXES.items()}
+    assert read_manifest(built).settings["category_ids"] == {"Car": 0, "People": 1, "Bus": 2}
 
 
 @pytest.mark.parametrize("names", ["names: [Car, People, Bus]", "names:\n  0: Car\n  1: People\n  2: Bus",
@@ -224,13 +225,13 @@ def test_corners_given_as_corner_and_size_are_recognised(tmp_path):
 def test_boxes_are_clipped_dropped_and_counted_and_ids_kept(tmp_path):
     boxes = [(70, 50, 20, 20), (79.7, 10, 0.6, 5), (90, 0, 5, 5), (3, 3, 0, 9), (9, 9, -4, 3), (1, 1, 4, 4)]
     built = build("coco_boxes", tmp_path / "data", coco(tmp_path / "set", boxes))
-    assert built.notes == {
+    assert notes(built) == {
         "boxes clipped to their image": 1, "boxes left out (empty or outside the image)": 3,
     }  # fmt: skip
-    (example,) = map(decode_example, ShardReader(built.folder))
+    (example,) = map(decode_example, ShardReader(built))
     np.testing.assert_allclose(example.objects.boxes, [[70, 50, 80, 60], [79.7, 10, 80, 15], [1, 1, 5, 5]], atol=1e-4)
     assert example.attributes["image_id"] == 77
-    assert read_manifest(built.folder).settings["category_ids"] == {"car": 11}
+    assert read_manifest(built).settings["category_ids"] == {"car": 11}
 
 
 def test_a_split_with_other_names_is_refused_with_both(tmp_path):

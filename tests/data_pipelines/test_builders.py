@@ -22,6 +22,7 @@ from data_pipelines.pipeline import PipelineConfig, fixed_batch, num_examples, r
 from data_pipelines.shards import ShardReader, read_manifest, verify_shards
 from data_pipelines.synthetic import CATEGORIES, SURFACES, write_dataset
 from tests.commands import run
+from tests.data_pipelines.shard_sets import counts
 
 SIZE = (64, 80)
 COUNT = 24
@@ -35,7 +36,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def boxes(scenes, tmp_path_factory):
-    return build("coco_boxes", tmp_path_factory.mktemp("data"), scenes).folder
+    return build("coco_boxes", tmp_path_factory.mktemp("data"), scenes)
 
 
 def records(folder, split="train"):
@@ -83,7 +84,7 @@ def test_boxes_are_clipped_and_empty_ones_left_out(scenes, tmp_path):
         for n, frame in enumerate(frames)
     ]
     path.write_text(json.dumps(coco))
-    folder = build("coco_boxes", tmp_path / "data", root).folder
+    folder = build("coco_boxes", tmp_path / "data", root)
     source = tfds.builder_from_directory(folder).as_data_source("train")
     (example,) = [e for e in source if e["key"].decode() == f"train/{name}"]
     found = np.asarray(example["objects"]["bbox"]) * [64, 80, 64, 80]
@@ -110,17 +111,17 @@ def test_shards_hold_the_labels_of_every_split(scenes, boxes):
 @pytest.mark.parametrize("name,folder", [("class_masks", "class_masks"), ("small_targets", "target_masks")])
 def test_masks_equal_the_files(scenes, tmp_path, name, folder):
     built = build(name, tmp_path, scenes)
-    builder = tfds.builder_from_directory(built.folder)
+    builder = tfds.builder_from_directory(built)
     names = SURFACES if name == "class_masks" else ("background", "target")
-    assert read_manifest(built.folder).classes == {"mask": names}
-    stored = records(built.folder, "val")
+    assert read_manifest(built).classes == {"mask": names}
+    stored = records(built, "val")
     for example in builder.as_data_source("val"):
         key = example["key"].decode()
         wanted = np.asarray(Image.open(scenes / folder / key))
         wanted = wanted if name == "class_masks" else wanted // 255
         assert np.array_equal(example["mask"][..., 0], wanted) and np.array_equal(decode_mask(stored[key]), wanted)
         assert np.array_equal(example["image"][..., 0], np.asarray(Image.open(scenes / "images" / key)))
-    assert built.counts == {"train": 18, "val": 6}
+    assert counts(built) == {"train": 18, "val": 6}
 
 
 @pytest.mark.parametrize(
@@ -137,9 +138,9 @@ def test_mask_values_become_places_in_the_list_of_classes(tmp_path, classes, val
     table = {"classes": [{"value": value, "name": f"class {value}"} for value in classes]}
     (tmp_path / "set/classes.json").write_text(json.dumps(table))
     built = build("class_masks", tmp_path / "data", tmp_path / "set")
-    (example,) = records(built.folder).values()
+    (example,) = records(built).values()
     assert np.array_equal(decode_mask(example), np.select([mask == value for value in values], stored))
-    assert read_manifest(built.folder).classes["mask"] == tuple(f"class {value}" for value in classes)
+    assert read_manifest(built).classes["mask"] == tuple(f"class {value}" for value in classes)
 
 
 def make_collection(root):
@@ -167,13 +168,13 @@ def make_collection(root):
 def test_every_file_is_accounted_for(tmp_path, name):
     root = make_collection(tmp_path / "raw")
     built = build(name, tmp_path / "data", root, shards=3)
-    rows = list(csv.DictReader((built.folder / "rejected.csv").read_text().splitlines()))
-    assert built.counts == {"train": 15} and len(rows) == 5 == sum(built.rejected.values())
+    rows = list(csv.DictReader((built / "rejected.csv").read_text().splitlines()))
+    assert counts(built) == {"train": 15} and len(rows) == 5 == sum(read_manifest(built).settings["rejected"].values())
     reasons = {row["path"].split("/")[-1]: row["reason"] for row in rows}
     assert reasons == {"deep.png": "bit_depth", "tiny.png": "too_small", "flat.png": "constant", "cut.png": "truncated",
                        "notes.txt": "not_an_image"}  # fmt: skip
-    stored = records(built.folder)
-    assert len(read_manifest(built.folder).shards) == 3
+    stored = records(built)
+    assert len(read_manifest(built).shards) == 3
     assert sum("more.zip" in key for key in stored) == 5
     for index in range(10):
         pixels = decode_pixels(stored[f"raw/a/b/{index}.png"])
@@ -184,12 +185,12 @@ def test_sixteen_bit_images_come_back_bit_identical(tmp_path):
     root = make_collection(tmp_path / "raw")
     built = build("image_folder/gray16", tmp_path / "data", root)
     expected = np.asarray(Image.open(root / "deep.png"))
-    ((key, record),) = records(built.folder).items()
+    ((key, record),) = records(built).items()
     assert key == "raw/deep.png" and record.bit_depth == 16
     assert np.array_equal(decode_pixels(record), expected)
-    (example,) = tfds.builder_from_directory(built.folder).as_data_source("train")
+    (example,) = tfds.builder_from_directory(built).as_data_source("train")
     assert example["image"].dtype == np.uint16 and np.array_equal(example["image"][..., 0], expected)
-    assert read_manifest(built.folder).bit_depths == {"16": 1}
+    assert read_manifest(built).bit_depths == {"16": 1}
 
 
 def test_manifest_describes_all_splits(scenes, boxes):
@@ -248,7 +249,7 @@ def test_plain_tfds_makes_the_same_set(scenes, boxes, tmp_path):
 def test_a_second_build_returns_the_first_unless_made_of_something_else(scenes, boxes, tmp_path):
     data = boxes.parents[2]
     before = os.stat(boxes / "manifest.json").st_mtime_ns
-    assert build("coco_boxes", data, scenes).counts == {"train": 18, "val": 6}
+    assert counts(build("coco_boxes", data, scenes)) == {"train": 18, "val": 6}
     assert os.stat(boxes / "manifest.json").st_mtime_ns == before
     other = write_dataset(tmp_path / "other", 12, seed=1, size=SIZE)
     with pytest.raises(InputError, match="was made from"):
@@ -333,10 +334,10 @@ def test_apache_beam_builds_the_same(scenes, boxes, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Beam leaves folders there
     pytest.importorskip("apache_beam", reason="Apache Beam is not installed: pip install '.[beam]'")
     built = build("coco_boxes", tmp_path / "beam", scenes, beam_options=["runner=DirectRunner"])
-    assert built.counts == {"train": 18, "val": 6}
-    assert content(built.folder) == content(boxes)
+    assert counts(built) == {"train": 18, "val": 6}
+    assert content(built) == content(boxes)
     collection = make_collection(tmp_path / "raw")
     alone = build("image_folder", tmp_path / "alone", collection)
     together = build("image_folder", tmp_path / "beam", collection, beam_options=["runner=DirectRunner"])
-    assert together.rejected == alone.rejected
-    assert content(together.folder) == content(alone.folder)
+    assert read_manifest(together).settings["rejected"] == read_manifest(alone).settings["rejected"]
+    assert content(together) == content(alone)

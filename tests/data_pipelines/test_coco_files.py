@@ -14,6 +14,7 @@ from data_pipelines.builders.coco_file import read_coco
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_example
 from data_pipelines.shards import ShardReader, read_manifest
+from tests.data_pipelines.shard_sets import counts, notes
 
 GOOD = {
     "info": {"year": 2024},
@@ -140,7 +141,7 @@ def test_labels_arrive_and_categories_are_matched_by_name(tmp_path):
     (root / "annotations/val.json").write_text(json.dumps(other))
     for name in ("a.png", "b.png"):
         (root / "images/val" / name).write_bytes((root / "images/train" / name).read_bytes())
-    folder = build("coco_boxes", tmp_path / "data", root).folder
+    folder = build("coco_boxes", tmp_path / "data", root)
     assert read_manifest(folder).classes == {"objects": ("person", "car", "bus")}
     found = boxes(folder)["b.png"]
     np.testing.assert_allclose(found.boxes, [[4.5, 2, 14.5, 10], [0, 0, 5, 5]], atol=1e-5)
@@ -173,13 +174,13 @@ def test_boxes_and_polygons_turn_with_their_image(tmp_path, orientation):
     ]
     root = write(tmp_path, coco, exif=orientation)
     built = build("coco_boxes", tmp_path / "data", root)
-    objects = boxes(built.folder)["a.png"]
+    objects = boxes(built)["a.png"]
     wanted = upright((25, 3, 10, 8), (30, 40), orientation)
     np.testing.assert_allclose(objects.boxes, [wanted], atol=1e-4)
     points = np.array(json.loads(objects.segmentations[0])).reshape(-1, 2)
     assert [*points.min(0), *points.max(0)] == wanted
     turned = {} if orientation == 1 else {"boxes rotated with their image (EXIF)": 1}
-    assert built.notes == {**turned, "images without boxes": 1}
+    assert notes(built) == {**turned, "images without boxes": 1}
 
 
 def test_boxes_of_a_resized_copy_are_rescaled_and_counted(tmp_path):
@@ -188,10 +189,10 @@ def test_boxes_of_a_resized_copy_are_rescaled_and_counted(tmp_path):
     for image in coco["images"]:
         image.update(width=80, height=60)
     built = build("coco_boxes", tmp_path / "data", write(tmp_path, coco))
-    found = boxes(built.folder)
+    found = boxes(built)
     np.testing.assert_allclose(found["a.png"].boxes, [[0.5, 1, 5.5, 5]], atol=1e-5)
     assert found["a.png"].area.tolist() == [20]
-    assert built.notes == {"boxes rescaled to their image": 3}
+    assert notes(built) == {"boxes rescaled to their image": 3}
 
 
 @pytest.mark.parametrize(
@@ -230,8 +231,8 @@ def test_what_no_annotations_list_is_counted(tmp_path, caplog):
     shutil.copy(root / "annotations/train.json", root / "annotations/val.json")
     for number, name in enumerate(("coco_boxes", "weak_small_targets")):
         built = build(name, tmp_path / f"data{number}", root)
-        assert built.notes["images of train left out, as the annotations do not list them"] == 2
-        assert sum(built.counts.values()) == 2
+        assert notes(built)["images of train left out, as the annotations do not list them"] == 2
+        assert sum(counts(built).values()) == 2
     assert "images/SPLIT for them: val.json" in caplog.text
     assert "val.json" in read_manifest(tmp_path / "data0/coco_boxes/gray8/1.0.0").settings["split"]
 
@@ -242,4 +243,4 @@ def test_images_in_two_splits_are_counted(tmp_path):
     Image.new("L", (40, 30)).save(root / "images/val/b.png")
     shutil.copy(root / "annotations/train.json", root / "annotations/val.json")
     built = build("coco_boxes", tmp_path / "data", root)
-    assert built.notes["images of val whose pixels are in train too"] == 1
+    assert notes(built)["images of val whose pixels are in train too"] == 1

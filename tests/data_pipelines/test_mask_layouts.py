@@ -9,6 +9,7 @@ from PIL import Image
 from data_pipelines.builders.build import build
 from data_pipelines.errors import InputError
 from data_pipelines.examples import decode_mask, decode_pixels
+from tests.data_pipelines.shard_sets import counts, notes
 from tests.data_pipelines.test_builders import records
 
 
@@ -53,14 +54,14 @@ def test_class_masks_in_the_layouts_of_public_sets(tmp_path, layout):
     (root / "classes.json").write_text(json.dumps({"classes": classes, "ignore": 255}))
     built = build("class_masks", tmp_path / "data", root)
     second = "val" if layout == "flat" else "test"
-    assert built.counts == ({"train": 8, "val": 2} if layout == "flat" else {"train": 7, second: 3})
-    for key, example in records(built.folder, "train").items():
+    assert counts(built) == ({"train": 8, "val": 2} if layout == "flat" else {"train": 7, second: 3})
+    for key, example in records(built, "train").items():
         assert np.array_equal(decode_mask(example), MASK)
         number = NAMES.index(key.split("/")[-1].removesuffix(".png"))
         expected = np.random.default_rng(number).integers(0, 256, (24, 32), np.uint8)
         assert np.array_equal(decode_pixels(example), expected)
     if layout == "mfnet":
-        assert built.notes == {"thermal images taken from the fourth channel": 10}
+        assert notes(built) == {"thermal images taken from the fourth channel": 10}
 
 
 def test_coloured_masks_are_translated_by_the_table_or_refused(tmp_path):
@@ -79,8 +80,8 @@ def test_coloured_masks_are_translated_by_the_table_or_refused(tmp_path):
     table[1]["color"] = [64, 0, 128]
     (root / "classes.json").write_text(json.dumps({"classes": table, "ignore": 255}))
     built = build("class_masks", tmp_path / "c", root)
-    assert all(np.array_equal(decode_mask(example), MASK) for example in records(built.folder, "train").values())
-    assert built.notes == {"masks translated from colours": 2}
+    assert all(np.array_equal(decode_mask(example), MASK) for example in records(built, "train").values())
+    assert notes(built) == {"masks translated from colours": 2}
 
 
 @pytest.mark.parametrize("layout", ["sirst", "sirst2", "irstd1k", "nudt"])
@@ -100,9 +101,9 @@ def test_small_targets_in_the_layouts_of_public_sets(tmp_path, layout):
         (root / "img_idx" / f"train_{layout}.txt").write_text("\n".join(NAMES[:8]))
         (root / "img_idx" / f"test_{layout}.txt").write_text("\n".join(NAMES[8:]))
     built = build("small_targets", tmp_path / "data", root)
-    assert built.counts == {"train": 8, "val" if layout == "irstd1k" else "test": 2}
-    assert built.notes == {"masks with values between 0 and 255, cut at 127": 1}
-    for key, example in records(built.folder, "train").items():
+    assert counts(built) == {"train": 8, "val" if layout == "irstd1k" else "test": 2}
+    assert notes(built) == {"masks with values between 0 and 255, cut at 127": 1}
+    for key, example in records(built, "train").items():
         assert np.array_equal(decode_mask(example), MASK * 0 if NAMES[1] in key else MASK)
 
 
@@ -146,12 +147,12 @@ def test_boxes_become_weak_masks_that_say_so(tmp_path):
         _files(root / "images" / split, NAMES[:5], None)
         _boxes(root / "annotations" / f"{split}.json", boxes, crowd={(3, 1)})
     built = build("weak_small_targets", tmp_path / "data", root)
-    assert built.counts == {"train": 5, "val": 5}
-    assert built.notes == {
+    assert counts(built) == {"train": 5, "val": 5}
+    assert notes(built) == {
         "targets drawn from boxes as filled ellipses (weak masks)": 2 * 3, "crowd boxes that do not count (ignored)": 2,
         "boxes left out (empty or outside the image)": 2, "images of val whose pixels are in train too": 5,
     }  # fmt: skip
-    found = [decode_mask(example) for _, example in sorted(records(built.folder, "train").items())]
+    found = [decode_mask(example) for _, example in sorted(records(built, "train").items())]
     for (x, y, width, height), label, mask in (
         (boxes[0][0], 1, found[0]), (boxes[3][0], 1, found[3]), (boxes[3][1], 255, found[3])
     ):  # fmt: skip
@@ -168,10 +169,10 @@ def test_boxes_of_one_file_are_split_in_blocks(tmp_path):
     _files(root / "images", NAMES, None)
     _boxes(root / "annotations.json", [[[2, 2, 5, 5]]] * 10)
     built = build("weak_small_targets", tmp_path / "data", root)
-    assert built.counts == {"train": 8, "val": 2}
-    assert set(records(built.folder, "val")) == {f"images/{name}.png" for name in NAMES[8:]}
+    assert counts(built) == {"train": 8, "val": 2}
+    assert set(records(built, "val")) == {f"images/{name}.png" for name in NAMES[8:]}
     boxes = build("coco_boxes", tmp_path / "boxes", root)
-    assert boxes.counts == built.counts and set(records(boxes.folder, "val")) == set(records(built.folder, "val"))
+    assert counts(boxes) == counts(built) and set(records(boxes, "val")) == set(records(built, "val"))
 
 
 def test_masks_of_small_targets_that_are_odd(tmp_path):
@@ -183,9 +184,9 @@ def test_masks_of_small_targets_that_are_odd(tmp_path):
     levels[0] = 64
     Image.fromarray(levels).save(root / "masks" / "train" / f"{NAMES[0]}.png")
     built = build("small_targets", tmp_path / "data", root)
-    first, second = (decode_mask(example) for _, example in sorted(records(built.folder, "train").items()))
+    first, second = (decode_mask(example) for _, example in sorted(records(built, "train").items()))
     assert np.array_equal(first, MASK) and not second.any()
-    assert built.notes == {"masks with values between 0 and 255, cut at 127": 1}
+    assert notes(built) == {"masks with values between 0 and 255, cut at 127": 1}
     Image.fromarray(levels[:20]).save(root / "masks" / "train" / f"{NAMES[1]}.png")
     with pytest.raises(InputError, match=f"{NAMES[1]}.png is 32x20, its image 32x24: make them equal$"):
         build("small_targets", tmp_path / "other", root)
