@@ -25,11 +25,9 @@ from data_pipelines.pipeline import PipelineConfig, batch_examples, sample_gener
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from data_pipelines.shards import Manifest, read_manifest, verify_shards
-from data_pipelines.sheets import draw_sheet, spread
+from data_pipelines.sheets import class_colours, draw_sheet, spread, veiled
 from data_pipelines.transforms import MEAN, STD, Crop, draw_crop
 
-COLOURS = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (255, 225, 25), (145, 30, 180), (70, 240, 240), (240, 50, 230),
-           (210, 245, 60), (0, 128, 128), (170, 110, 40), (128, 128, 0))  # fmt: skip
 FRAME = (255, 140, 0)
 MASKED_GRAY = 60
 STATISTICS_SAMPLES = 64
@@ -146,19 +144,17 @@ def draw_samples(samples: Sequence[Sample], config: PipelineConfig) -> Image.Ima
 
 def _stored_tile(sample: Sample, size: tuple[int, int]) -> Image.Image:
     """The whole image: class mask as a veil, boxes in the colours of their classes, the crop's box."""
-    pixels = np.repeat(sample.stored[..., None], 3, axis=2)
+    tile = Image.fromarray(sample.stored).convert("RGB")
     if sample.example.mask is not None:
-        mask = decode_mask(sample.example)
-        veil = np.array(COLOURS, np.float32)[mask % len(COLOURS)]
-        shown = (mask > 0) & (mask != IGNORE)
-        pixels[shown] = (0.6 * pixels + 0.4 * veil)[shown].astype(np.uint8)
+        tile = veiled(sample.stored, decode_mask(sample.example))
     height, width = sample.stored.shape
     factor = min(size[0] / height, size[1] / width)
-    tile = Image.fromarray(pixels).resize((max(1, round(width * factor)), max(1, round(height * factor))))
+    tile = tile.resize((max(1, round(width * factor)), max(1, round(height * factor))))
     draw = ImageDraw.Draw(tile)
-    if sample.example.objects is not None:
-        for box, number in zip(sample.example.objects.boxes, sample.example.objects.classes.tolist(), strict=True):
-            _frame(draw, box, factor, COLOURS[number % len(COLOURS)], 1)
+    if (objects := sample.example.objects) is not None:
+        colours = class_colours(256)[1:].tolist()
+        for box, number in zip(objects.boxes, objects.classes.tolist(), strict=True):
+            _frame(draw, box, factor, tuple(colours[number % len(colours)]), 1)
     box = sample.box
     _frame(draw, (box.left, box.top, box.left + box.width, box.top + box.height), factor, FRAME, 2)
     return tile

@@ -1,10 +1,12 @@
-"""Contact sheets: pictures in rows and columns with a line or two of text below each."""
+"""Contact sheets: pictures in rows and columns with a line or two of text below each; colours of classes in them."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from data_pipelines.examples import IGNORE
 
 GAP, HEADING, LINE = 6, 16, 12  # pixels
 T = TypeVar("T")
@@ -35,3 +37,23 @@ def draw_sheet(headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image
 def spread(items: Sequence[T], most: int) -> list[T]:
     """At most so many of the items, evenly spaced from first to last."""
     return [items[place] for place in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
+
+
+def class_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8: colours of class numbers, the first black. Neighbours differ by the golden angle of hue; the
+    eighth after one has nearly its hue again, but another brightness, as that goes round by threes."""
+    from matplotlib.colors import hsv_to_rgb
+
+    numbers = np.arange(count)
+    hue, bright = (0.6 + numbers * 0.61803398875) % 1.0, np.where(numbers % 3, 1.0, 0.6)
+    colours = hsv_to_rgb(np.stack([hue, np.where(numbers % 2, 0.5, 1.0), bright], axis=-1))
+    colours[:1] = 0
+    return (255 * colours).astype(np.uint8)
+
+
+def veiled(image: np.ndarray, classes: np.ndarray) -> Image.Image:
+    """A gray image (H, W) uint8 under the colours of its classes (H, W) uint8; class 0 and ignored pixels are clear."""
+    shown = (classes > 0) & (classes != IGNORE)
+    pixels = np.repeat(image[..., None], 3, axis=2)
+    pixels[shown] = (0.55 * pixels[shown] + 0.45 * class_colours(256)[classes[shown]]).astype(np.uint8)
+    return Image.fromarray(pixels)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipelines.errors import InputError
 from data_pipelines.examples import IGNORE
 from data_pipelines.files import atomic_write, writing
-from data_pipelines.sheets import GAP, Tile, draw_sheet
+from data_pipelines.sheets import GAP, Tile, class_colours, draw_sheet, veiled
 from infmae_jax.models.patches import PATCH, PIXEL_MEAN, PIXEL_STD, grid_to_tokens, token_grid, tokens_to_grid
 
 if TYPE_CHECKING:
@@ -244,18 +244,6 @@ def _render(figure: "Figure") -> np.ndarray:
     return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
-def class_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8: colours of class numbers, the first black. Neighbours differ by the golden angle of hue; the
-    eighth after one has nearly its hue again, but another brightness, as that goes round by threes."""
-    from matplotlib.colors import hsv_to_rgb
-
-    numbers = np.arange(count)
-    hue, bright = (0.6 + numbers * 0.61803398875) % 1.0, np.where(numbers % 3, 1.0, 0.6)
-    colours = hsv_to_rgb(np.stack([hue, np.where(numbers % 2, 0.5, 1.0), bright], axis=-1))
-    colours[:1] = 0
-    return (255 * colours).astype(np.uint8)
-
-
 def class_map(classes: np.ndarray) -> Image.Image:
     """(H,W) uint8 class numbers as a palette picture: its values are the numbers, viewers show colours."""
     picture = Image.fromarray(np.ascontiguousarray(classes))
@@ -268,11 +256,7 @@ def class_overlay(image: np.ndarray, classes: np.ndarray, names: Sequence[str], 
 
     With `legend`, the classes that occur are named below it.
     """
-    colours = class_colours(256)
-    shown = (classes > 0) & (classes != IGNORE)
-    pixels = np.repeat(image[..., None], 3, axis=2)
-    pixels[shown] = (0.55 * pixels[shown] + 0.45 * colours[classes[shown]]).astype(np.uint8)
-    picture = Image.fromarray(pixels)
+    picture = veiled(image, classes)
     return _with_legend(picture, np.unique(classes), names) if legend else picture
 
 
