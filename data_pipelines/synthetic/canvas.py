@@ -30,14 +30,21 @@ class Patch:
     coverage: np.ndarray
 
 
-class Canvas:
-    """Apparent temperatures in degrees Celsius with class, instance and small-target labels, all (H, W).
+class Stage:
+    """Apparent temperatures in degrees Celsius with class, instance and small-target labels, all (H, W); the random
+    numbers of the scene, its weather, and a level pinhole camera.
 
     Attributes:
       rows, columns: pixel numbers, (H, 1) and (1, W) float32.
+      air: temperature, degrees Celsius.
+      sun: 0 (night) to 1.
+      sky_drop: how much colder a clear sky is at its zenith, degrees.
+      horizon, column: row of the horizon, column that the camera looks along (after `look`).
+      focal, camera: length in pixels, height in metres.
+      nearest: distance of the nearest ground in the picture, metres.
     """
 
-    def __init__(self, height: int, width: int):
+    def __init__(self, height: int, width: int, rng: np.random.Generator):
         self.height, self.width = height, width
         self.rows, self.columns = np.ogrid[:height, :width]
         self.rows, self.columns = self.rows.astype(np.float32), self.columns.astype(np.float32)
@@ -45,12 +52,18 @@ class Canvas:
         self.surface = np.zeros((height, width), np.uint8)
         self.instance = np.zeros((height, width), np.int32)
         self.targets = np.zeros((height, width), bool)
-        self._categories: list[str] = []
+        self._categories: list[int] = []
         self._painted: list[int] = []
+        self.uniform, self.random, self.integers, self.choice = rng.uniform, rng.random, rng.integers, rng.choice
+        self._rng = rng
+        self.sun = 0.0 if rng.random() < 0.45 else float(rng.uniform(0.1, 1.0))
+        self.air = float(rng.uniform(-5, 30))
+        self.sky_drop = float(rng.uniform(8, 35))
+        self._grain = self.noise(1.0)
 
     def add_object(self, category: str) -> int:
         """Registers an object of a box category and returns the instance number to paint it with."""
-        self._categories.append(category)
+        self._categories.append(CATEGORIES.index(category))
         self._painted.append(0)
         return len(self._painted)
 
@@ -83,8 +96,8 @@ class Canvas:
             area = int(np.count_nonzero(self.instance[window] == number)) if window else 0
             if area and area >= min_visible * self._painted[number - 1]:
                 rows, columns = window
-                category = CATEGORIES.index(self._categories[number - 1])
-                found.append((columns.start, rows.start, columns.stop, rows.stop, category, area))
+                edges = columns.start, rows.start, columns.stop, rows.stop
+                found.append((*edges, self._categories[number - 1], area))
         table = np.array(found, np.float32).reshape(-1, 6)
         return Objects(table[:, :4], table[:, 4].astype(np.int32), np.zeros(len(found), bool), table[:, 5])
 
@@ -116,28 +129,6 @@ class Canvas:
         """Everything under an outline, (W,) or one row coordinate."""
         coverage = np.clip(self.rows - outline + np.float32(0.5), 0, 1) * np.ones((1, self.width), np.float32)
         return Patch(slice(0, self.height), slice(0, self.width), coverage)
-
-
-class Stage(Canvas):
-    """A canvas, the random numbers of its scene, its weather, and a level pinhole camera.
-
-    Attributes:
-      air: temperature, degrees Celsius.
-      sun: 0 (night) to 1.
-      sky_drop: how much colder a clear sky is at its zenith, degrees.
-      horizon, column: row of the horizon, column that the camera looks along (after `look`).
-      focal, camera: length in pixels, height in metres.
-      nearest: distance of the nearest ground in the picture, metres.
-    """
-
-    def __init__(self, height: int, width: int, rng: np.random.Generator):
-        super().__init__(height, width)
-        self.uniform, self.random, self.integers, self.choice = rng.uniform, rng.random, rng.integers, rng.choice
-        self._rng = rng
-        self.sun = 0.0 if rng.random() < 0.45 else float(rng.uniform(0.1, 1.0))
-        self.air = float(rng.uniform(-5, 30))
-        self.sky_drop = float(rng.uniform(8, 35))
-        self._grain = self.noise(1.0)
 
     def look(self, horizon: tuple[float, float], camera: tuple[float, float]) -> None:
         """Draws a view: the horizon between two shares of the height, the camera between two heights in metres."""

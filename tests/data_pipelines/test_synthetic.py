@@ -17,7 +17,7 @@ from scipy.ndimage import label
 from data_pipelines.errors import InputError
 from data_pipelines.synthetic import CATEGORIES, SCENE_CLASSES, SURFACES, generate_scene, is_val, write_dataset
 from data_pipelines.synthetic import dataset as dataset_module
-from data_pipelines.synthetic.canvas import Canvas
+from data_pipelines.synthetic.canvas import Stage
 
 CLASSES = len(SCENE_CLASSES)
 
@@ -77,7 +77,7 @@ def test_boxes_fit_the_class_mask(scenes):
 
 
 def test_box_is_the_tight_frame_of_what_stays_visible():
-    canvas = Canvas(64, 96)
+    canvas = Stage(64, 96, np.random.default_rng(0))
 
     def rectangle(left, top, right, bottom):
         return canvas.polygon([(left, top), (right, top), (right, bottom), (left, bottom)])
