@@ -7,17 +7,16 @@ that is predicted but in no label has IoU 0 and no recall.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import IGNORE
+from infmae_jax.evaluation.classification import confusion_counts
 
 _MEANS = ("mIoU", "mAcc", "aAcc")
 
 
-def confusion(labels: jax.Array, predicted: jax.Array, num_classes: int) -> jax.Array:
-    """Pixels of each true class (row) by predicted class (column), exact; may be jitted and added up.
+def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of each true class (row) by predicted class (column); those of many images are added up.
 
     Args:
       labels: (...) uint8; 255 is left out. Other values from `num_classes` on must have been refused before: they, too,
@@ -26,12 +25,10 @@ def confusion(labels: jax.Array, predicted: jax.Array, num_classes: int) -> jax.
       num_classes: K.
 
     Returns:
-      (K,K) int32; add those of many batches in int64.
+      (K,K) int64.
     """
-    size = num_classes**2
-    labels = labels.astype(jnp.int32)
-    cells = jnp.where(labels < num_classes, labels * num_classes + predicted.astype(jnp.int32), size)
-    return jnp.bincount(cells.reshape(-1), length=size).reshape(num_classes, num_classes).astype(jnp.int32)
+    known = labels < num_classes
+    return confusion_counts(labels[known], predicted[known], num_classes)
 
 
 def scores(matrix: np.ndarray, class_names: Sequence[str], background: int | None = 0) -> dict[str, Any]:
