@@ -184,7 +184,7 @@ class SmallTargetModel(FineTuneModel):
         for image, scores in self.predictions(params, labelled, lambda image: image.pixels):
             above = (scores > self.config.threshold).astype(np.uint8)
             worst.add(counts.add(scores, image.labels), (image.key, image.pixels, image.labels, above))
-        counts.values, damaged = summed(counts.values), summed(np.array(len(labelled.damaged)))
+        counts.values[:], damaged = summed(counts.values), summed(np.array(len(labelled.damaged)))
         scores = {**counts.scores(), "damaged": int(damaged)}
         scores["protocol"] = f"{self._labels(shards)}{self.config.windows}; {scores['protocol']}"
         return {"scores": scores, "worst": pictures.segmentation_panel(worst.items(), self.classes)}
