@@ -6,12 +6,12 @@ twice is removed by non-maximum suppression within each class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from infmae_jax.evaluation.detection import Boxes, pairwise_iou
-from infmae_jax.evaluation.windows import BatchSize, Windows, canvas_of, in_groups, on_canvas, window_starts
+from infmae_jax.evaluation.windows import BatchSize, Tile, Windows, canvas_of, in_groups, on_canvas, tiles_of
 
 T = TypeVar("T")
 Detect = Callable[[np.ndarray, np.ndarray], list[Boxes]]  # ((N,H,W) uint8, (N,2) int32 true sizes) -> N of Boxes
@@ -19,27 +19,6 @@ _AT_SEAM = 2.0  # pixels from the edge of a tile within which a box touches it
 _SAME = 0.5  # share of the smaller box inside the other one, from which on they are of one object
 _RIVAL = 0.5  # share of a box's score that a box which sees more must have
 _OVERLAP = 0.5  # IoU above which the lower of two boxes of a class from different tiles is removed
-
-
-class Tile(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def tiles_of(height: int, width: int, windows: Windows) -> list[Tile]:
-    """The tiles that cover an image: one where it is looked at whole or is no larger than a window."""
-    if windows.size == (0, 0):
-        return [Tile(0, 0, height, width)]
-    rows, columns = (
-        window_starts(extent, size, stride)
-        for extent, size, stride in zip((height, width), windows.size, windows.stride, strict=True)
-    )
-    size = min(height, windows.size[0]), min(width, windows.size[1])
-    return [Tile(row, column, *size) for row in rows for column in columns]
 
 
 def detections(

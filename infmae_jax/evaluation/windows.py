@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,15 @@ class Windows:
         return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}"
 
 
+class Tile(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 def canvas_of(height: int, width: int) -> tuple[int, int]:
     """The sides of an image rounded up to multiples of 32: one program serves all images of a canvas."""
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
@@ -91,17 +100,26 @@ def window_starts(extent: int, window: int, stride: int) -> list[int]:
     return [min(number * stride, extent - window) for number in range(count)]
 
 
+def tiles_of(height: int, width: int, windows: Windows) -> list[Tile]:
+    """The tiles that cover an image: one where it is looked at whole or is no larger than a window."""
+    if windows.size == (0, 0):
+        return [Tile(0, 0, height, width)]
+    rows, columns = (
+        window_starts(extent, size, stride)
+        for extent, size, stride in zip((height, width), windows.size, windows.stride, strict=True)
+    )
+    size = min(height, windows.size[0]), min(width, windows.size[1])
+    return [Tile(row, column, *size) for row in rows for column in columns]
+
+
 def window_scores(scores: Scores, params: Any, images: jax.Array, windows: Windows) -> jax.Array:
     """(N,H,W) uint8 -> (N,H,W,K) float32: the mean over all windows that show a pixel. To be jitted."""
     count, height, width = images.shape
     pixels = normalize(images)[..., None]
-    if windows.size == (0, 0):
+    tiles = tiles_of(height, width, windows)
+    if len(tiles) == 1:
         return scores(params, pixels)
-    size = min(windows.size[0], height), min(windows.size[1], width)
-    rows, columns = (window_starts(*sides) for sides in zip((height, width), size, windows.stride, strict=True))
-    corners = [(row, column) for row in rows for column in columns]
-    if len(corners) == 1:
-        return scores(params, pixels)
+    corners, size = [tile[:2] for tile in tiles], tiles[0][2:]
     at_once = min(max(1, windows.batch_size // count), len(corners))
     spare = -len(corners) % at_once  # the last group is filled up with windows that do not count
     groups = np.array(corners + corners[:1] * spare).reshape(-1, at_once, 2)
