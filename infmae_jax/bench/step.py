@@ -173,8 +173,9 @@ def compared(
         for name, call in torch_steps(config, batch, params, torch_forms).items():
             calls[name], rows[name] = call, {"first_loss": call(1)}
     first = next(iter(calls), "")
+    tolerance = _SAME_LOSS[config.model.encoder.dtype]
     for name in list(calls):
-        if not same_loss(config, rows[name]["first_loss"], rows[first]["first_loss"]):
+        if not np.isclose(rows[name]["first_loss"], rows[first]["first_loss"], rtol=tolerance, atol=0):
             rows[name]["note"] = "another first loss: not the same computation"
             del calls[name]
     for name, seconds in (timed := timing.take_turns(calls, rounds)).items():
@@ -184,11 +185,6 @@ def compared(
     for program in programs.values():
         program.stop()
     return rows
-
-
-def same_loss(config: PretrainConfig, loss: float, other: float) -> bool:
-    """Whether two losses, of the same weights and batch, differ by rounding alone."""
-    return bool(np.isclose(loss, other, rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0))
 
 
 def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence[str]) -> dict[str, timing.Call]:
