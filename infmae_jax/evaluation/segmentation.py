@@ -124,19 +124,20 @@ def table_text(scores: dict[str, Any], protocol: str) -> str:
     width = max(len("class"), *(len(row["name"]) for row in scores["classes"]))
     lines = [f"{'class':{width}}     IoU  recall  pixels"]
     lines += [
-        f"{row['name']:{width}}  {'  '.join(_percent(row[key]) for key in ('IoU', 'recall', 'share'))}"
+        f"{row['name']:{width}}  {'  '.join(percent(row[key]) for key in ('IoU', 'recall', 'share'))}"
         for row in scores["classes"]
     ]
     without = f"without {scores.get('background')}"
     for title, part in (("all classes", scores), (without, scores.get("without_background"))):
         if part:
-            lines.append(f"{title}: " + ", ".join(f"{key} {_percent(part[key]).strip()}" for key in _MEANS))
+            lines.append(f"{title}: " + ", ".join(f"{key} {percent(part[key]).strip()}" for key in _MEANS))
     if "boundary_f1" in scores:
-        lines.append(f"boundary F1 within 3 pixels: {_percent(scores['boundary_f1']['mean']).strip()}")
+        lines.append(f"boundary F1 within 3 pixels: {percent(scores['boundary_f1']['mean']).strip()}")
     return "\n".join([*lines, f"in per cent of {scores['pixels']:,} labelled pixels; {protocol}"])
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in a table."""
     return f"{'-' if value is None else format(100 * value, '.2f'):>6}"
 
 

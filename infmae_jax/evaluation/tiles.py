@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from infmae_jax.evaluation.detection import Boxes, pairwise_iou
-from infmae_jax.evaluation.windows import BatchSize, Tile, Windows, canvas_of, in_groups, on_canvas, tiles_of
+from infmae_jax.evaluation.windows import BatchSize, Tile, Windows, on_canvases, tiles_of
 
 T = TypeVar("T")
 Detect = Callable[[np.ndarray, np.ndarray], list[Boxes]]  # ((N,H,W) uint8, (N,2) int32 true sizes) -> N of Boxes
@@ -52,13 +52,7 @@ def detections(
             for tile in tiles:
                 yield number, tile, whole[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
 
-    for group in in_groups(parts(), lambda part: canvas_of(*part[2].shape), batch_size):
-        canvas = canvas_of(*group[0][2].shape)
-        size = batch_size(canvas)
-        batch = np.zeros((size, *canvas), np.uint8)
-        sizes = np.tile(np.array(canvas, np.int32), (size, 1))
-        for place, (_, tile, part) in enumerate(group):
-            batch[place], sizes[place] = on_canvas(part, canvas), (tile.height, tile.width)
+    for group, batch, sizes in on_canvases(parts(), lambda part: part[2], batch_size):
         for (number, tile, _), found in zip(group, detect(batch, sizes), strict=False):
             image, tiles, known = waiting[number]
             known[tile] = found
@@ -83,13 +77,9 @@ def joined(parts: list[tuple[Tile, Boxes]], most: int) -> Boxes:
 
 def _cut(boxes: np.ndarray, tile: Tile, height: int, width: int) -> np.ndarray:
     """(n,) bool: which boxes, in pixels of the image, touch an edge of their tile that is not one of the image."""
-    bottom, right = tile.top + tile.height, tile.left + tile.width
-    return (
-        ((boxes[:, 0] < tile.left + _AT_SEAM) & (tile.left > 0))
-        | ((boxes[:, 1] < tile.top + _AT_SEAM) & (tile.top > 0))
-        | ((boxes[:, 2] > right - _AT_SEAM) & (right < width))
-        | ((boxes[:, 3] > bottom - _AT_SEAM) & (bottom < height))
-    )
+    edges = np.array([tile.left, tile.top, tile.left + tile.width, tile.top + tile.height])
+    near = (boxes - edges) * (1, 1, -1, -1) < _AT_SEAM
+    return (near & (edges != (0, 0, width, height))).any(axis=1)
 
 
 def _kept(whole: Boxes, origin: np.ndarray, cut: np.ndarray) -> np.ndarray:

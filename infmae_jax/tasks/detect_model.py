@@ -22,7 +22,7 @@ from infmae_jax.evaluation.detection import Boxes
 from infmae_jax.evaluation.hosts import concatenated, summed
 from infmae_jax.evaluation.labelled import LabelledImage, LabelledImages
 from infmae_jax.evaluation.tiles import detections
-from infmae_jax.evaluation.windows import host_programs
+from infmae_jax.evaluation.windows import batch_size_of, on_every_device, over_devices
 from infmae_jax.evaluation.worst import Worst
 from infmae_jax.models.heads.detection import Detections, Detector
 from infmae_jax.models.patches import normalize
@@ -74,11 +74,10 @@ class DetectionModel(FineTuneModel):
     def predictions(
         self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
     ) -> Iterator[tuple[Image, Boxes]]:
-        programs = host_programs()
-        placed, size = programs.params(params), programs.images_of(self.config.windows)
+        placed, size = on_every_device(params), batch_size_of(self.config.windows)
 
         def detect(batch: np.ndarray, sizes: np.ndarray) -> list[Boxes]:
-            found = jax.device_get(self.compute(placed, *programs.put((batch, sizes))))
+            found = jax.device_get(self.compute(placed, *over_devices((batch, sizes))))
             columns = [found["boxes"], found["scores"], found["classes"], found.get("masks")]
             return [
                 Boxes(*(None if of is None else of[place] for of in columns)).only(valid)
