@@ -197,8 +197,7 @@ def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence
     calls: dict[str, timing.Call] = {}
     for form in forms:
         model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
-        update = torch_model.make_train_step(model, config.optimizer, lambda _: rate, form == "compiled")
-        calls[f"PyTorch {form}"] = _torch_call(update, inputs)
+        calls[f"PyTorch {form}"] = torch_model.train_call(model, config.optimizer, rate, inputs, form == "compiled")
     return calls
 
 
@@ -214,12 +213,3 @@ def measures(program: TimedStep, seconds: np.ndarray) -> Row:
         "memory_gib": program.memory_gib,
         "compile_s": program.compile_seconds,
     }
-
-
-def _torch_call(update: Callable[..., Any], inputs: tuple[Any, ...]) -> timing.Call:
-    def call(times: int) -> float:
-        for _ in range(times):
-            loss = update(*inputs)
-        return loss.item()  # which waits for the device
-
-    return call
