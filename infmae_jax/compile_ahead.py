@@ -81,10 +81,9 @@ def compile_ahead(
         "versions": package_versions(),
         "config": to_config(config).to_dict(),
     }
+    useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
     try:
-        program, known = account.compile_step(traced)
-        useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
-        told |= account.account(program, known, target, useful, _encoder(config).dtype)
+        told |= account.account(traced, target, useful, _encoder(config).dtype)
     except account.DoesNotFit as error:
         needed = {"needed": error.needed} if error.needed else {}
         capacity = error.capacity or target.chip.memory

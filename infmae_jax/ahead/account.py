@@ -118,16 +118,17 @@ def compile_step(traced: Traced) -> tuple[hlo.Program, dict[str, Any]]:
     return hlo.Program(compiled.as_text()), {"memory_bytes": memory, **counts, "compile_seconds": seconds}
 
 
-def account(
-    program: hlo.Program, known: dict[str, Any], target: Target, useful_gflop: float, dtype: str
-) -> dict[str, Any]:
-    """Everything that the compiler says of a program, as JSON holds it.
+def account(traced: Traced, target: Target, useful_gflop: float, dtype: str) -> dict[str, Any]:
+    """Compiles a traced program, and tells everything that the compiler says of it, as JSON holds it.
 
     Args:
-      program, known: from `compile_step`.
       useful_gflop: of the model in a step on one device (see `hardware.mfu`), for the estimated MFU.
       dtype: of matrix products.
+
+    Raises:
+      DoesNotFit: see `compile_step`.
     """
+    program, known = compile_step(traced)
     chip, exchanged = target.chip, program.collectives()
     told: dict[str, Any] = {
         **known,
