@@ -1,5 +1,6 @@
 """Operations: the count by hand against XLA's, against the published figures and against a count by enumeration."""
 
+
 import pytest
 
 from infmae_jax.bench import flops
