@@ -32,7 +32,7 @@ _MFU_NOTE = (
     "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
     "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
 )
-FASTER_NOTE = "first_is_faster_by: the first row's way, in the same rounds."
+FASTER_NOTE = "first_is_faster_by: the first way that could be measured, against this one in the same rounds."
 
 
 class TimedStep:
