@@ -81,10 +81,9 @@ def compile_ahead(
         "versions": package_versions(),
         "config": to_config(config).to_dict(),
     }
+    useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
     try:
-        compiled = account.compile_step(traced)
-        useful = _counted_gflop(config, features) if features else _useful_gflop(config) * images / len(devices)
-        told |= account.account(compiled, target, useful, _encoder(config).dtype)
+        told |= account.account(traced, target, useful, _encoder(config).dtype)
     except account.DoesNotFit as error:
         needed = {"needed": error.needed} if error.needed else {}
         capacity = error.capacity or target.chip.memory
@@ -103,7 +102,7 @@ def largest_batch(config: Config, target: targets.Target, devices: Sequence[jax.
             return math.inf
         try:
             traced = _traced(_with_batch(config, each * parts), devices)
-            tried[each * parts] = account.compile_step(traced).memory["needed"]
+            tried[each * parts] = account.compile_step(traced)[1]["memory_bytes"]["needed"]
         except account.DoesNotFit as error:
             # What the compiler says it lacks may be temporaries alone, less than the chip's memory.
             tried[each * parts] = max(error.needed or math.inf, target.chip.memory + 1)

@@ -27,11 +27,12 @@ _HIDDEN = np.array([94, 104, 122], np.uint8)  # slate, in neither colour map: ma
 _FRAME = "#35d4e8"
 _DPI = 100
 _SMALLEST_CELL = 160  # pixels: below it, titles collide and patches cannot be told apart
-MARKS = {  # what may be marked on a curve: colour and matplotlib marker
-    "restart": ("#1f77b4", ">"),
-    "skipped update": ("#e08a00", "o"),
-    "roll-back": ("#7b3fa0", "<"),
-    "checkpoint damaged or not saved": ("#c62828", "D"),
+MARKS = {  # events that are marked on a curve: what they are, colour and matplotlib marker
+    "resume": ("restart", "#1f77b4", ">"),
+    "skip": ("skipped update", "#e08a00", "o"),
+    "rollback": ("roll-back", "#7b3fa0", "<"),
+    "checkpoint_damaged": ("checkpoint damaged", "#c62828", "D"),
+    "save_failed": ("checkpoint not saved", "#c62828", "D"),
 }
 _LOG_RANGE = 30.0  # largest / smallest value from which on a logarithmic axis reads better
 _INSET, _MAGNIFIED = 96, 6  # pixels of a magnified target, and how much
@@ -127,7 +128,7 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
 
     Args:
       series: (n,2) step and value; NaN is a gap. At least one is finite.
-      marks: steps by kind, a key of `MARKS`.
+      marks: steps by event, a key of `MARKS`.
       shown: first and last step of the axis.
 
     Returns:
@@ -151,8 +152,8 @@ def metric_curve(series: np.ndarray, marks: Mapping[str, Sequence[float]], shown
     if np.nanmin(values) > 0 and np.nanmax(values) > _LOG_RANGE * np.nanmin(values):
         axis.set_yscale("log")
     edge = axis.get_xaxis_transform()  # x in steps, y from 0 to 1
-    for kind, places in marks.items():
-        colour, marker = MARKS[kind]
+    for event, places in marks.items():
+        _, colour, marker = MARKS[event]
         axis.vlines(places, 0, 1, color=colour, linewidth=0.6, alpha=0.5, transform=edge)
         axis.plot(places, np.ones(len(places)), marker, color=colour, transform=edge, clip_on=False)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

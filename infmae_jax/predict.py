@@ -26,7 +26,7 @@ from absl import flags
 from data_pipelines.commands import progress_bar, run_command
 from data_pipelines.decode import read_image_file
 from data_pipelines.errors import InputError, refusing
-from data_pipelines.files import atomic_write, images_in, local_path, output_file, read_text, writing
+from data_pipelines.files import atomic_write, images_in, output_file, read_text, writing
 from infmae_jax.evaluation import windows
 from infmae_jax.left_out import ended, require_any, require_some
 from infmae_jax.tasks import finetuned_flags
@@ -168,7 +168,8 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    values, output = flags.FLAGS, local_path(flags.FLAGS.output, "--output")
+    values = flags.FLAGS
+    output = output_file(Path(values.output) / RESULTS_NAME, "--output").parent  # before the model is loaded
     tuned = load_finetuned(values.checkpoint, **finetuned_flags.options())
     use_compilation_cache(RunConfig())  # the run may be a stranger's, and programs from its folder would be run
     left_out = predict(tuned, argv[1:], output)

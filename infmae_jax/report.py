@@ -31,11 +31,6 @@ from infmae_jax.reporting.history import RunHistory, duration_text
 from infmae_jax.training.config import flat
 
 NAME = "report.html"
-_RESTART, _SKIPPED, _ROLL_BACK, _DAMAGED = MARKS
-_MARK_OF_EVENT = {
-    "resume": _RESTART, "skip": _SKIPPED, "rollback": _ROLL_BACK, "checkpoint_damaged": _DAMAGED,
-    "save_failed": _DAMAGED,
-}  # fmt: skip
 _MEASURES = (
     ("images_per_second", "images per second", "{:.4g}"), ("goodput", "goodput", "{:.1%}"), ("mfu", "MFU", "{:.1%}"),
     ("device_memory_gib", "device memory", "{:.2f} GiB"),
@@ -140,21 +135,19 @@ def _progress(history: RunHistory) -> str:
 
 def _curves(history: RunHistory, keys: Sequence[str]) -> str:
     """A picture per metric that has a finite value; of counts only those that are not always zero."""
-    marks: dict[str, list[float]] = {}
-    for event in history.events:
-        if kind := _MARK_OF_EVENT.get(event["event"]):
-            marks.setdefault(kind, []).append(event["step"])
+    marks = {name: [event["step"] for event in history.events if event["event"] == name] for name in MARKS}
+    places = {name: np.unique(steps) for name, steps in marks.items()}
     steps = [row["step"] for row in history.rows[:1] + history.rows[-1:]] + [s for of in marks.values() for s in of]
     drawn = []
     for key in keys:
         known = history.finite(key)[:, 1]
         if len(drawn) == _MAX_CURVES or not known.any():
             continue
-        places = {kind: np.unique(of) for kind, of in marks.items()}
         picture = Image.fromarray(metric_curve(history.series[key], places, (min(steps), max(steps))))
         title = _text(f"{key.replace('_', ' ')}: {_number(known[-1])}")
         drawn.append(_figure(title, _data(picture, "PNG")))
-    legend = ", ".join(f'<span style="color:{MARKS[kind][0]}">{kind} ({len(of)})</span>' for kind, of in marks.items())
+    marked = [(*MARKS[name], len(of)) for name, of in marks.items() if of]
+    legend = ", ".join(f'<span style="color:{colour}">{text} ({count})</span>' for text, colour, _, count in marked)
     return f'<h2>Curves</h2><p>{legend}</p><div class="curves">{"".join(drawn)}</div>' if drawn else ""
 
 

@@ -132,7 +132,7 @@ def colours(picture, colour):
 def test_metric_curve_draws_its_points_where_they_are():
     """A line from low left to high right, a gap in it, a lone point, and a mark."""
     series = np.array([(s, np.nan if 12 <= s <= 18 and s != 15 else 2.0 * s) for s in range(31)])
-    picture = pictures.metric_curve(series, {"restart": [20]}, (0, 30))
+    picture = pictures.metric_curve(series, {"resume": [20]}, (0, 30))
     line, mark = (colours(picture, colour) for colour in ((140, 45, 4), (31, 119, 180)))
     columns = np.flatnonzero(line.any(axis=0))
     heights = [np.flatnonzero(line[:, column]).mean() for column in columns]

@@ -7,19 +7,15 @@ Hours:     not measured
 Result:    not measured
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from configs import common
-from infmae_jax.models.config import DetectionHeadConfig, EncoderConfig
-from infmae_jax.tasks.detect import DetectConfig
-from infmae_jax.tasks.finetune import LabelledData
+from configs.detect import m3fd_mask_rcnn
+from infmae_jax.models.config import DetectionHeadConfig
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = DetectConfig(
-        variant="base",
-        encoder=EncoderConfig(fuse_stages=False, drop_path=0.1, dtype="bfloat16", position="interpolate"),
-        head=DetectionHeadConfig(cascade=True),
-        data=LabelledData(image_size=(768, 1024), batch_size=16, workers=4),
-    )
+    config = dataclasses.replace(m3fd_mask_rcnn.recipe(), head=DetectionHeadConfig(cascade=True))
     return common.finetune(config, arg)

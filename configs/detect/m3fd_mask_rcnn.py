@@ -15,10 +15,14 @@ from infmae_jax.tasks.detect import DetectConfig
 from infmae_jax.tasks.finetune import LabelledData
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    config = DetectConfig(
+def recipe() -> DetectConfig:
+    """What other detectors on this data share."""
+    return DetectConfig(
         variant="base",
         encoder=EncoderConfig(fuse_stages=False, drop_path=0.1, dtype="bfloat16", position="interpolate"),
         data=LabelledData(image_size=(768, 1024), batch_size=16, workers=4),
     )
-    return common.finetune(config, arg)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return common.finetune(recipe(), arg)

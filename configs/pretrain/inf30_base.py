@@ -16,8 +16,9 @@ from infmae_jax.tasks.pretrain import PretrainConfig
 from infmae_jax.training.config import OptimizerConfig
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    config = PretrainConfig(
+def recipe() -> PretrainConfig:
+    """What the baselines beside this file share."""
+    return PretrainConfig(
         model=variant("base", dtype="bfloat16"),
         data=PipelineConfig(image_size=(224, 224), batch_size=256, workers=8),
         optimizer=OptimizerConfig(base_learning_rate=1.5e-4, warmup="40 epochs"),
@@ -26,4 +27,7 @@ def get_config(arg: str = "") -> ConfigDict:
         checkpoint_every="1 epochs",
         picture_every="10 epochs",
     )
-    return common.pretrain(config, arg)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return common.pretrain(recipe(), arg)

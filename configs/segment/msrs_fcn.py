@@ -7,17 +7,15 @@ Hours:     not measured
 Result:    not measured; published for InfMAE: mIoU 72.6, mAcc 80.5 (FCN, pretrained on Inf-590K)
 """
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from configs import common
-from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig
-from infmae_jax.tasks.segment import SegmentConfig
+from configs.segment import msrs_upernet
+from infmae_jax.models.config import SegmentationHeadConfig
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = SegmentConfig(
-        variant="base",
-        encoder=EncoderConfig(fuse_stages=False, drop_path=0.2, dtype="bfloat16", position="interpolate"),
-        head=SegmentationHeadConfig(kind="fcn", channels=512),
-    )
+    config = dataclasses.replace(msrs_upernet.recipe(), head=SegmentationHeadConfig(kind="fcn", channels=512))
     return common.finetune(config, arg)

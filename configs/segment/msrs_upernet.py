@@ -14,10 +14,14 @@ from infmae_jax.models.config import EncoderConfig, SegmentationHeadConfig
 from infmae_jax.tasks.segment import SegmentConfig
 
 
-def get_config(arg: str = "") -> ConfigDict:
-    config = SegmentConfig(
+def recipe() -> SegmentConfig:
+    """What other heads on this data share."""
+    return SegmentConfig(
         variant="base",
         encoder=EncoderConfig(fuse_stages=False, drop_path=0.2, dtype="bfloat16", position="interpolate"),
         head=SegmentationHeadConfig(channels=768),
     )
-    return common.finetune(config, arg)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    return common.finetune(recipe(), arg)

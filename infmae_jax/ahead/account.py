@@ -4,7 +4,6 @@ Nothing here is measured but the compile time. Estimates are named so wherever t
 """
 
 import collections
-import dataclasses
 import math
 import re
 import time
@@ -64,25 +63,6 @@ class DoesNotFit(Exception):
         self.needed, self.capacity = sizes
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A program compiled for a target.
-
-    Attributes:
-      program: its HLO.
-      memory: bytes a device: "state", "batch", "temporaries", "program", and "needed", their sum.
-      gflop, gigabytes: of operations, and read and written, a device and step, by XLA's count, loop bodies once; None
-        where the compiler does not count.
-      compile_seconds: measured.
-    """
-
-    program: hlo.Program
-    memory: dict[str, int]
-    gflop: float | None
-    gigabytes: float | None
-    compile_seconds: float
-
-
 class Traced(NamedTuple):
     """A program that was traced for a mesh of described devices, and batches of these shapes."""
 
@@ -91,8 +71,15 @@ class Traced(NamedTuple):
     batch_shapes: Mapping[str, jax.ShapeDtypeStruct]
 
 
-def compile_step(traced: Traced) -> Compiled:
+def compile_step(traced: Traced) -> tuple[hlo.Program, dict[str, Any]]:
     """Compiles a traced program for the devices of its mesh.
+
+    Returns:
+      Its HLO, and as JSON holds it:
+      memory_bytes: a device: "state", "batch", "temporaries", "program", and "needed", their sum.
+      gflop_counted, gigabytes_counted: of operations, and read and written, a device and step, by XLA's count, loop
+        bodies once; None where the compiler does not count.
+      compile_seconds: measured.
 
     Raises:
       DoesNotFit: the compiler finds too little device memory.
@@ -124,31 +111,34 @@ def compile_step(traced: Traced) -> Compiled:
     }
     # The new state takes the place of the old one.
     memory["needed"] = sum(memory.values()) + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    gflop, accessed = cost.get("flops", 0) / 1e9, cost.get("bytes accessed", 0) / 1e9
-    return Compiled(hlo.Program(compiled.as_text()), memory, gflop or None, accessed or None, seconds)
+    counts = {
+        "gflop_counted": cost.get("flops", 0) / 1e9 or None,
+        "gigabytes_counted": cost.get("bytes accessed", 0) / 1e9 or None,
+    }
+    return hlo.Program(compiled.as_text()), {"memory_bytes": memory, **counts, "compile_seconds": seconds}
 
 
-def account(compiled: Compiled, target: Target, useful_gflop: float, dtype: str) -> dict[str, Any]:
-    """Everything that the compiler says of a program, as JSON holds it.
+def account(traced: Traced, target: Target, useful_gflop: float, dtype: str) -> dict[str, Any]:
+    """Compiles a traced program, and tells everything that the compiler says of it, as JSON holds it.
 
     Args:
       useful_gflop: of the model in a step on one device (see `hardware.mfu`), for the estimated MFU.
       dtype: of matrix products.
+
+    Raises:
+      DoesNotFit: see `compile_step`.
     """
-    program, chip = compiled.program, target.chip
-    exchanged = program.collectives()
+    program, known = compile_step(traced)
+    chip, exchanged = target.chip, program.collectives()
     told: dict[str, Any] = {
-        "memory_bytes": compiled.memory,
+        **known,
         "chip_memory_bytes": chip.memory,
-        "fits": compiled.memory["needed"] <= chip.memory,
-        "gflop_counted": compiled.gflop,
+        "fits": known["memory_bytes"]["needed"] <= chip.memory,
         "gflop_useful": useful_gflop,
-        "gigabytes_counted": compiled.gigabytes,
         "collectives": {
             kind: {"times": times, "bytes": size} for kind, (times, size) in sorted(hlo.by_kind(exchanged).items())
         },
         "bytes_sent": sum(each.sent for each in exchanged),
-        "compile_seconds": compiled.compile_seconds,
         "operations": operation_counts(program),
     }
     if chip.clock:

@@ -45,7 +45,7 @@ from infmae_jax.bench.finetune import finetune
 from infmae_jax.bench.flops import flops
 from infmae_jax.bench.forms import forms, profile
 from infmae_jax.bench.results import on_accelerator
-from infmae_jax.bench.step import TORCH_FORMS, step, step_against_torch, visible_tokens
+from infmae_jax.bench.step import TORCH_FORMS, step, visible_tokens
 from infmae_jax.models.config import VARIANTS, EncoderConfig, variant
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.finetuned import KINDS
@@ -86,6 +86,7 @@ class _Settings:
         values, self.all = flags.FLAGS, all
         self.quick = values.quick
         self.rounds = values.rounds or (2 if self.quick else 7)
+        self.torch_forms = values.torch_forms if values.torch else ()
 
     @functools.cached_property
     def config(self) -> PretrainConfig:
@@ -127,17 +128,6 @@ def _computed(encoder: EncoderConfig) -> EncoderConfig:
         raise InputError(f"--dtype={dtype}: {error}") from error
 
 
-def _step(s: _Settings) -> dict[str, Any]:
-    batches = s.batches(8, 256)
-    if flags.FLAGS.torch:
-        return step_against_torch(s.config, batches[0], flags.FLAGS.torch_forms, s.rounds)
-    return step(s.config, batches, s.rounds)
-
-
-def _forms(s: _Settings) -> dict[str, Any]:
-    return forms(s.config, s.batches(8, 256)[0], s.rounds, flags.FLAGS.torch_forms if flags.FLAGS.torch else ())
-
-
 def _finetune(task: str, s: _Settings) -> dict[str, Any]:
     config = s.finetuning(task)
     return finetune(KINDS[task], config, s.batches(config.data.batch_size, config.data.batch_size)[0], s.rounds)
@@ -145,8 +135,8 @@ def _finetune(task: str, s: _Settings) -> dict[str, Any]:
 
 SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
     "flops": lambda s: flops(s.config.model, s.config.data.image_size, visible_tokens(s.config), not s.quick),
-    "step": _step,
-    "forms": _forms,
+    "step": lambda s: step(s.config, s.batches(8, 256), s.rounds, s.torch_forms),
+    "forms": lambda s: forms(s.config, s.batches(8, 256)[0], s.rounds, s.torch_forms),
     "profile": lambda s: profile(s.config, s.batches(8, 256)[0]),
     "features": lambda s: features(s.config, s.batches(64, 256)[0], s.rounds, flags.FLAGS.torch),
     **{task: functools.partial(_finetune, task) for task in _FINETUNING},

@@ -28,13 +28,11 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
     images = synthetic_batch(PretrainTask(endless_run(config, batch)))["image"]
     module = InfMAE(config.model)
     params = jax.jit(module.init)(jax.random.key(0), patches.normalize(images[:1]), jnp.zeros((1, 1), int))["params"]
-    params = {"encoder": params["encoder"]} if not against_torch else params
-
-    on_device = jax.device_put(images)
+    encoder, on_device = {"encoder": params["encoder"]}, jax.device_put(images)
 
     def ours(times: int) -> np.ndarray:
         for _ in range(times):
-            out = encode(config.model, params, on_device, config.data.image_size, average=False)
+            out = encode(config.model, encoder, on_device, config.data.image_size, average=False)
         return np.asarray(jax.block_until_ready(out)["pooled"], np.float32)
 
     calls = {"ours": ours}

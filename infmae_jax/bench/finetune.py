@@ -11,7 +11,7 @@ from data_pipelines.synthetic import write_shards
 from infmae_jax.bench import timing
 from infmae_jax.bench.results import Row, report
 from infmae_jax.bench.step import TimedStep, synthetic_batch
-from infmae_jax.evaluation.windows import host_programs
+from infmae_jax.evaluation.windows import batch_size_of
 from infmae_jax.tasks.finetune import AUTO, FineTuneConfig, usual_duration, without_data
 from infmae_jax.tasks.finetuned import Kind
 from infmae_jax.training.duration import in_steps
@@ -31,7 +31,7 @@ def finetune(kind: Kind, config: FineTuneConfig, batch: int, rounds: int) -> dic
     config = without_data(config)
     program = TimedStep(config, batch)
     program.start()
-    model, at_once = kind.model(config), min(host_programs().images_of(config.windows)(config.data.image_size), batch)
+    model, at_once = kind.model(config), min(batch_size_of(config.windows)(config.data.image_size), batch)
     params = jax.device_get(program.state.result)
     images = jax.device_put(synthetic_batch(program.program.task)["image"][:at_once, ..., 0])
     on_device = jax.device_put(params)

@@ -1,8 +1,6 @@
 """Ways to compute the training step on this device, in turns and with PyTorch; and the operations it spends time on."""
 
 import collections
-import concurrent.futures
-import dataclasses
 import re
 import tempfile
 from collections.abc import Sequence
@@ -13,9 +11,8 @@ import jax
 import numpy as np
 
 from infmae_jax.ahead.account import part_of
-from infmae_jax.bench import timing
 from infmae_jax.bench.results import Row, report
-from infmae_jax.bench.step import TimedStep, measures, same_loss, settings_of, torch_steps
+from infmae_jax.bench.step import FASTER_NOTE, TimedStep, compared, settings_of
 from infmae_jax.tasks.pretrain import PretrainConfig
 
 OURS = "as configured"
@@ -27,8 +24,8 @@ _ON_NVIDIA = ({"attention": "cudnn"},)
 _STEPS = 3  # that are traced, and that two runs are compared after
 _LISTED = 25
 _NOTE = (
-    "faster: than the step as configured. repeatable: two runs of 3 steps give the same parameters, bit for bit. "
-    "compile_s: while all forms are compiled at once."
+    "repeatable: two runs of 3 steps give the same parameters, bit for bit. compile_s: while all forms are compiled at "
+    "once."
 )
 
 
@@ -39,48 +36,21 @@ def forms(config: PretrainConfig, batch: int, rounds: int, torch_forms: Sequence
       torch_forms: of `step.TORCH_FORMS`; none: without PyTorch.
     """
     nvidia = "cuda" in jax.devices()[0].client.platform_version
-    changes: dict[str, dict[str, str]] = {OURS: {}}
-    changes |= {"=".join(map(str, *change.items())): change for change in (*_ANYWHERE, *(_ON_NVIDIA if nvidia else ()))}
-    rows: dict[str, Row] = {}
-    programs: dict[str, TimedStep] = {}
+    changes = (*_ANYWHERE, *(_ON_NVIDIA if nvidia else ()))
+    ways = {OURS: {}} | {"=".join(map(str, *change.items())): change for change in changes}
 
-    def compiled(change: dict[str, str]) -> TimedStep:
-        return TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
-
-    with concurrent.futures.ThreadPoolExecutor(len(changes)) as pool:  # XLA compiles without Python's lock
-        begun = {name: pool.submit(compiled, change) for name, change in changes.items()}
-        for name, made in begun.items():
-            try:
-                program = made.result()
-                program.start()
-                rows[name] = {"first_loss": program(), "repeatable": _repeatable(program)}
-                programs[name] = program
-            except Exception as error:  # a form that this device lacks is a row
-                if name == OURS:
-                    raise
-                rows[name] = {"note": f"failed: {' '.join(str(error).split())[:200]}"}
-    calls: dict[str, timing.Call] = dict(programs)
-    for name, call in torch_steps(config, batch, programs[OURS].program.start().params, torch_forms).items():
-        calls[name], rows[name] = call, {"first_loss": call(1)}
-    seconds = timing.take_turns(calls, rounds)
-    for name, times in seconds.items():
-        own = measures(programs[name], times) if name in programs else timing.rate_row(times, batch)
-        rows[name] |= own | {"faster": timing.ratio(seconds[OURS], times)}
-        if not same_loss(config, rows[name]["first_loss"], rows[OURS]["first_loss"]):
-            rows[name]["note"] = "another first loss: not the same computation"
-    for program in programs.values():
-        program.stop()
+    rows = compared(config, batch, rounds, ways, torch_forms, _repeatable, threads=len(ways))
     settings = settings_of(config) | {"batch": batch, "rounds": rounds}
-    return report("forms", settings, [{"name": name} | row for name, row in rows.items()], [_NOTE])
+    return report("forms", settings, [{"name": name} | row for name, row in rows.items()], [_NOTE, FASTER_NOTE])
 
 
-def _repeatable(program: TimedStep) -> bool:
+def _repeatable(program: TimedStep) -> Row:
     def trained() -> list[np.ndarray]:
         program.start()
         program(_STEPS)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(program.state.params)]
 
-    return all(map(np.array_equal, trained(), trained()))
+    return {"repeatable": all(map(np.array_equal, trained(), trained()))}
 
 
 def profile(config: PretrainConfig, batch: int) -> dict[str, Any]:

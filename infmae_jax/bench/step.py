@@ -3,9 +3,10 @@
 What is measured is the program that trains (`training.program.Program`), on one device.
 """
 
+import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +32,7 @@ _MFU_NOTE = (
     "mfu: useful operations (on visible patches, by hand count) over time and the device's peak; '-' where the peak "
     "is unknown, as of CPUs. memory_gib: state, batch and temporaries of the compiled program."
 )
+FASTER_NOTE = "first_is_faster_by: the first way that could be measured, against this one in the same rounds."
 
 
 class TimedStep:
@@ -43,7 +45,7 @@ class TimedStep:
 
     def __init__(self, config: RunConfig, batch: int):
         self.config = endless_run(config, batch)
-        self.batch = batch
+        self.batch, self.state, self._batch = batch, None, None
         mesh = sharding.make_mesh(MeshConfig(1), jax.devices()[:1])
         self.program = Program.build(task_of(self.config), self.config, mesh)
         since = time.perf_counter()
@@ -110,65 +112,83 @@ def synthetic_batch(task: Task) -> dict[str, np.ndarray]:
     return found
 
 
-def step(config: PretrainConfig, batch_sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Our training step at several batch sizes; on visible patches and as published in turns."""
+def step(
+    config: PretrainConfig, batch_sizes: Sequence[int], rounds: int, torch_forms: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Our training step at several batch sizes: on visible patches and as published in turns or, with `torch_forms`, in
+    turns with PyTorch; InputError where that is not installed."""
+    ways = {"ours": {}} if torch_forms else flops.WAYS
     rows: list[Row] = []
     for batch in batch_sizes:
-        programs: dict[str, TimedStep] = {}
-        for way, change in flops.WAYS.items():
-            name = f"batch {batch}, {way}"
-            try:
-                program = TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
-                program.start()
-                program()
-                programs[name] = program
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                rows.append({"name": name, "note": "does not fit the device's memory"})
-        seconds = timing.take_turns(programs, rounds)
-        for name, program in programs.items():
-            program.stop()
-            faster = {"faster_than_published_way": timing.ratio(seconds[list(programs)[-1]], seconds[name])}
-            rows.append({"name": name, **measures(program, seconds[name]), **(faster if len(programs) > 1 else {})})
-    return report("step", settings_of(config) | {"rounds": rounds}, rows, [_MFU_NOTE])
+        found = compared(config, batch, rounds, ways, torch_forms)
+        rows += [{"name": f"batch {batch}, {way}"} | row for way, row in found.items()]
+    return report("step", settings_of(config) | {"rounds": rounds}, rows, [_MFU_NOTE, FASTER_NOTE])
 
 
-def step_against_torch(config: PretrainConfig, batch: int, forms: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Ours and PyTorch's step in turns, from the same weights and on the same batch.
+def compared(
+    config: PretrainConfig,
+    batch: int,
+    rounds: int,
+    ways: Mapping[str, dict[str, Any]],
+    torch_forms: Sequence[str] = (),
+    look: Callable[[TimedStep], Row] = lambda _: {},
+    threads: int = 1,
+) -> dict[str, Row]:
+    """The step computed in several ways, in turns, from the same weights and on the same batch.
+
+    A way that fails, or whose first loss differs from the first one's by more than rounding, is a row with a note in
+    place of figures; the first one may fail for want of memory only.
 
     Args:
-      forms: of `TORCH_FORMS`: "eager", attention written out; "compiled", torch.compile with fused attention and AdamW.
-
-    Raises:
-      InputError: PyTorch is not installed.
-      ArithmeticError: the first losses differ by more than rounding.
+      ways: name -> changes of the model's config.
+      torch_forms: of `TORCH_FORMS`: "eager", attention written out; "compiled", torch.compile with fused attention and
+        AdamW.
+      look: what else to say of a way; may train it on.
+      threads: programs that are compiled at once.
     """
-    program = TimedStep(config, batch)
-    program.start()
-    calls: dict[str, timing.Call] = {"ours": program, **torch_steps(config, batch, program.state.params, forms)}
-    losses = {name: call(1) for name, call in calls.items()}  # of the weights that all start from
-    for name, loss in losses.items():
-        if not same_loss(config, loss, losses["ours"]):
-            raise ArithmeticError(f"{name}: first loss {loss}, ours {losses['ours']}: not the same computation")
-    seconds = timing.take_turns(calls, rounds)
-    rows: list[Row] = [{"name": "ours", "first_loss": losses["ours"], **measures(program, seconds["ours"])}]
-    for name in list(calls)[1:]:
-        faster = {"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])}
-        rows.append({"name": name, "first_loss": losses[name]} | timing.rate_row(seconds[name], batch) | faster)
-    settings = settings_of(config) | {"batch": batch, "rounds": rounds}
-    return report("step --torch", settings, rows, [_MFU_NOTE])
+    rows: dict[str, Row] = {}
+    programs: dict[str, TimedStep] = {}
 
+    def compiled(change: dict[str, Any]) -> TimedStep:
+        return TimedStep(dataclasses.replace(config, model=config.model.replace(**change)), batch)
 
-def same_loss(config: PretrainConfig, loss: float, other: float) -> bool:
-    """Whether two losses, of the same weights and batch, differ by rounding alone."""
-    return bool(np.isclose(loss, other, rtol=_SAME_LOSS[config.model.encoder.dtype], atol=0))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # XLA compiles without Python's lock
+        begun = {name: pool.submit(compiled, change) for name, change in ways.items()}
+    for name, made in begun.items():
+        try:
+            programs[name] = program = made.result()
+            program.start()
+            rows[name] = {"first_loss": program(), **look(program)}
+        except Exception as error:  # what this device lacks, or has too little of
+            no_room = "RESOURCE_EXHAUSTED" in str(error)
+            if not rows and (torch_forms or not no_room):
+                raise
+            reason = "does not fit the device's memory" if no_room else " ".join(str(error).split())[:200]
+            rows[name] = {"note": f"failed: {reason}"}
+            if name in programs:
+                programs.pop(name).stop()
+    calls: dict[str, timing.Call] = dict(programs)
+    if torch_forms:
+        params = programs[next(iter(ways))].program.start().params
+        for name, call in torch_steps(config, batch, params, torch_forms).items():
+            calls[name], rows[name] = call, {"first_loss": call(1)}
+    first = next(iter(calls), "")
+    tolerance = _SAME_LOSS[config.model.encoder.dtype]
+    for name in list(calls):
+        if not np.isclose(rows[name]["first_loss"], rows[first]["first_loss"], rtol=tolerance, atol=0):
+            rows[name]["note"] = "another first loss: not the same computation"
+            del calls[name]
+    for name, seconds in (timed := timing.take_turns(calls, rounds)).items():
+        rows[name] |= measures(programs[name], seconds) if name in programs else timing.rate_row(seconds, batch)
+        if name != first:
+            rows[name]["first_is_faster_by"] = timing.ratio(seconds, timed[first])
+    for program in programs.values():
+        program.stop()
+    return rows
 
 
 def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence[str]) -> dict[str, timing.Call]:
     """PyTorch's step in each of the forms, from these parameters, on the batch that `TimedStep` has."""
-    if not forms:
-        return {}
     from infmae_jax.bench import torch_model
 
     params, arrays = jax.device_get(params), synthetic_batch(PretrainTask(endless_run(config, batch)))
@@ -177,8 +197,7 @@ def torch_steps(config: PretrainConfig, batch: int, params: Any, forms: Sequence
     calls: dict[str, timing.Call] = {}
     for form in forms:
         model = torch_model.from_params(config.model, params, config.data.image_size, form == "compiled")
-        update = torch_model.make_train_step(model, config.optimizer, lambda _: rate, form == "compiled")
-        calls[f"PyTorch {form}"] = _torch_call(update, inputs)
+        calls[f"PyTorch {form}"] = torch_model.train_call(model, config.optimizer, rate, inputs, form == "compiled")
     return calls
 
 
@@ -194,12 +213,3 @@ def measures(program: TimedStep, seconds: np.ndarray) -> Row:
         "memory_gib": program.memory_gib,
         "compile_s": program.compile_seconds,
     }
-
-
-def _torch_call(update: Callable[..., Any], inputs: tuple[Any, ...]) -> timing.Call:
-    def call(times: int) -> float:
-        for _ in range(times):
-            loss = update(*inputs)
-        return loss.item()  # which waits for the device
-
-    return call

@@ -7,7 +7,6 @@ patch. Weights carry the names of published state dicts, so `interop.names` conv
 Shape letters as in `infmae_jax.models`, but maps are channels first, (B,C,H,W), as PyTorch's convolutions take them.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -188,9 +187,9 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(dtype: str) -> contextlib.AbstractContextManager:
+def autocast(dtype: str) -> torch.autocast:
     """Mixed precision for the compute dtype "bfloat16", nothing for "float32"."""
-    return torch.autocast(device().type, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+    return torch.autocast(device().type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def batch(images: np.ndarray, ids_keep: np.ndarray, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,37 +206,37 @@ def batch(images: np.ndarray, ids_keep: np.ndarray, channels: int) -> tuple[torc
     return ((pixels / 255.0 - PIXEL_MEAN) / PIXEL_STD).contiguous(), torch.from_numpy(ids_keep).to(device()).long()
 
 
-def make_train_step(
-    model: TorchInfMAE, config: OptimizerConfig, learning_rate: Callable[[int], float], compiled: bool = False
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """One AdamW update a call, (images, ids_keep) -> loss, in the model's compute dtype.
+def train_call(
+    model: TorchInfMAE,
+    config: OptimizerConfig,
+    learning_rate: float,
+    inputs: tuple[torch.Tensor, torch.Tensor],
+    compiled: bool = False,
+) -> Callable[[int], float]:
+    """Makes so many AdamW updates on (images, ids_keep), in the model's compute dtype; returns the loss of the last.
 
     Args:
-      learning_rate: of the update with this number, from 0.
       compiled: through torch.compile, with the fused form of AdamW: the strongest form a user would pick.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(config.b1, config.b2), fused=True if compiled else None)
+    betas, fused = (config.b1, config.b2), True if compiled else None
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
     forward = torch.compile(model.__call__) if compiled else model
-    updates = 0
 
-    def step(images: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        nonlocal updates
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(updates)
-        updates += 1
-        optimizer.zero_grad(set_to_none=True)
-        with autocast(model.config.encoder.dtype):
-            loss = forward(images, ids_keep)
-        loss.backward()
-        if config.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
-        return loss.detach()
+    def call(times: int) -> float:
+        for _ in range(times):
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(model.config.encoder.dtype):
+                loss = forward(*inputs)
+            loss.backward()
+            if config.clip_norm > 0:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            optimizer.step()
+        return loss.item()  # which waits for the device
 
-    return step
+    return call
 
 
 def feature_call(model: TorchInfMAE, images: np.ndarray) -> Callable[[int], np.ndarray]:

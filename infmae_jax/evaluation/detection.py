@@ -9,19 +9,18 @@ Precision is taken at 101 recalls, of the hundred detections of an image with th
 as crowds absorb detections and count neither way. Measures without any box are None, not 0.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from data_pipelines.errors import InputError
 from data_pipelines.examples import Objects
 from infmae_jax.evaluation.hosts import gathered
+from infmae_jax.evaluation.segmentation import percent
 
 LIBRARY = "faster_coco_eval"
 MOST = 100  # detections of an image that count
@@ -45,7 +44,7 @@ class Boxes(NamedTuple):
     classes: np.ndarray
     masks: np.ndarray | None = None
 
-    def only(self, chosen: np.ndarray) -> Boxes:
+    def only(self, chosen: np.ndarray) -> Self:
         """Those that an index or a mask chooses."""
         return Boxes(*(None if of is None else of[chosen] for of in self))
 
@@ -184,10 +183,6 @@ def table_text(scores: dict[str, Any], protocol: str) -> str:
     width = max(len("class"), *(len(row["name"]) for row in scores["classes"]))
     lines = [f"{'class':{width}}      AP    AP50    boxes"]
     for row in scores["classes"]:
-        lines.append(f"{row['name']:{width}}  {_percent(row['AP'])}  {_percent(row['AP50'])}  {row['boxes']:7,}")
-    means = ", ".join(f"{name} {_percent(scores[name]).strip()}" for name in (*_NUMBERS, "AR100"))
+        lines.append(f"{row['name']:{width}}  {percent(row['AP'])}  {percent(row['AP50'])}  {row['boxes']:7,}")
+    means = ", ".join(f"{name} {percent(scores[name]).strip()}" for name in (*_NUMBERS, "AR100"))
     return "\n".join([*lines, means, f"in per cent, of {scores['boxes']:,} boxes; {protocol}"])
-
-
-def _percent(value: float | None) -> str:
-    return f"{'-' if value is None else format(100 * value, '.2f'):>6}"

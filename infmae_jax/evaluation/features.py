@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,12 @@ class LabelledFeatures:
     Attributes:
       values: (n,V,D) float32, V views of each image; a test split has one.
       classes: (n,) int32.
-      keys: names of the images.
+      key: gives the name of an image, by its number.
     """
 
     values: np.ndarray
     classes: np.ndarray
-    keys: Sequence[str]
+    key: Callable[[int], str]
 
 
 def labelled_features(
@@ -62,16 +62,30 @@ def labelled_features(
     folders = local_folders(shards)
     manifests = [read_manifest(folder) for folder in folders]
     reader = ExampleReader(folders, split)
+    mapped = dataclasses.replace(trained, intensity=Intensity("full_range"))  # the views have mapped their images
+
+    def computed(number: int, view: LabelledView, mirrored: bool) -> dict[str, np.ndarray]:
+        config = PipelineConfig(tuple(shards), batch_size=batch_size, image_size=view.size, seed=number, max_corrupt=0)
+        values, classes = [], []
+        with (
+            eval_batches(config, split, view) as batches,
+            progress_bar(f"features {split}", len(reader), "image") as bar,
+        ):
+            for batch in batches:
+                vectors = mapped.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"], feature)
+                values.append(vectors[batch["valid"]])
+                classes.append(batch[label][batch["valid"]])
+                bar.update(int(batch["valid"].sum()))
+        return {"values": np.concatenate(values), "classes": np.concatenate(classes)}
+
     found = []
     for number, (view, mirrored) in enumerate(views):
         view = dataclasses.replace(view, labels=(label,), intensity=trained.intensity)
         known = [trained.digest, [m.fingerprint for m in manifests], split, repr(view), mirrored, feature, number]
         path = cache / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]}.npz"
         if not path.is_file():
-            config = PipelineConfig(tuple(shards), batch_size=batch_size, image_size=view.size, seed=number)
-            values, classes = _one_view(trained, config, split, view, mirrored, label, feature)
             with atomic_write(path) as partial, partial.open("wb") as stream:
-                np.savez(stream, values=values, classes=classes)
+                np.savez(stream, **computed(number, view, mirrored))
         with np.load(path) as stored:
             found.append((stored["values"], stored["classes"]))
     classes = found[0][1]
@@ -83,41 +97,4 @@ def labelled_features(
     if bad.any():
         key = reader[int(bad.argmax())].key
         raise InputError(f"features of {key} are not finite under {trained.name}; use an earlier checkpoint")
-    return LabelledFeatures(values, classes, _Keys(reader))
-
-
-class _Keys(Sequence):
-    """Names of the examples, read when asked for."""
-
-    def __init__(self, reader: ExampleReader):
-        self._reader = reader
-
-    def __len__(self) -> int:
-        return len(self._reader)
-
-    def __getitem__(self, index: int) -> str:
-        return self._reader[index].key
-
-
-def _one_view(
-    trained: TrainedModel,
-    config: PipelineConfig,
-    split: str,
-    view: LabelledView,
-    mirrored: bool,
-    label: str,
-    feature: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(n,D) float32 features and (n,) int32 classes of one view."""
-    model = dataclasses.replace(trained, intensity=Intensity("full_range"))  # the view has mapped its images
-    values, classes = [], []
-    with (
-        eval_batches(dataclasses.replace(config, max_corrupt=0), split, view) as batches,
-        progress_bar(f"features {split}", len(ExampleReader(local_folders(config.shards), split)), "image") as bar,
-    ):
-        for batch in batches:
-            vectors = model.vectors(batch["image"][:, :, ::-1] if mirrored else batch["image"], feature)
-            values.append(vectors[batch["valid"]])
-            classes.append(batch[label][batch["valid"]])
-            bar.update(int(batch["valid"].sum()))
-    return np.concatenate(values), np.concatenate(classes)
+    return LabelledFeatures(values, classes, lambda index: reader[index].key)

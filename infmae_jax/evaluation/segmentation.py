@@ -7,17 +7,16 @@ that is predicted but in no label has IoU 0 and no recall.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import IGNORE
+from infmae_jax.evaluation.classification import confusion_counts
 
 _MEANS = ("mIoU", "mAcc", "aAcc")
 
 
-def confusion(labels: jax.Array, predicted: jax.Array, num_classes: int) -> jax.Array:
-    """Pixels of each true class (row) by predicted class (column), exact; may be jitted and added up.
+def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of each true class (row) by predicted class (column); those of many images are added up.
 
     Args:
       labels: (...) uint8; 255 is left out. Other values from `num_classes` on must have been refused before: they, too,
@@ -26,12 +25,10 @@ def confusion(labels: jax.Array, predicted: jax.Array, num_classes: int) -> jax.
       num_classes: K.
 
     Returns:
-      (K,K) int32; add those of many batches in int64.
+      (K,K) int64.
     """
-    size = num_classes**2
-    labels = labels.astype(jnp.int32)
-    cells = jnp.where(labels < num_classes, labels * num_classes + predicted.astype(jnp.int32), size)
-    return jnp.bincount(cells.reshape(-1), length=size).reshape(num_classes, num_classes).astype(jnp.int32)
+    known = labels < num_classes
+    return confusion_counts(labels[known], predicted[known], num_classes)
 
 
 def scores(matrix: np.ndarray, class_names: Sequence[str], background: int | None = 0) -> dict[str, Any]:
@@ -127,19 +124,20 @@ def table_text(scores: dict[str, Any], protocol: str) -> str:
     width = max(len("class"), *(len(row["name"]) for row in scores["classes"]))
     lines = [f"{'class':{width}}     IoU  recall  pixels"]
     lines += [
-        f"{row['name']:{width}}  {'  '.join(_percent(row[key]) for key in ('IoU', 'recall', 'share'))}"
+        f"{row['name']:{width}}  {'  '.join(percent(row[key]) for key in ('IoU', 'recall', 'share'))}"
         for row in scores["classes"]
     ]
     without = f"without {scores.get('background')}"
     for title, part in (("all classes", scores), (without, scores.get("without_background"))):
         if part:
-            lines.append(f"{title}: " + ", ".join(f"{key} {_percent(part[key]).strip()}" for key in _MEANS))
+            lines.append(f"{title}: " + ", ".join(f"{key} {percent(part[key]).strip()}" for key in _MEANS))
     if "boundary_f1" in scores:
-        lines.append(f"boundary F1 within 3 pixels: {_percent(scores['boundary_f1']['mean']).strip()}")
+        lines.append(f"boundary F1 within 3 pixels: {percent(scores['boundary_f1']['mean']).strip()}")
     return "\n".join([*lines, f"in per cent of {scores['pixels']:,} labelled pixels; {protocol}"])
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in a table."""
     return f"{'-' if value is None else format(100 * value, '.2f'):>6}"
 
 

@@ -80,20 +80,20 @@ def matched(truth: list[Component], predicted: list[Component], distance: float 
 
 
 class SmallTargetCounts:
-    """Counts over a data set, from which `scores` follow. Counts of several hosts may be added up (`values`).
+    """Counts over a data set, from which `scores` follow. Those of several hosts may be added up (`values`).
 
     Attributes:
-      values: (n,) float64: everything that was counted.
+      values: (n,) float64: everything that was counted; to be changed in place.
     """
 
     def __init__(self, threshold: float = THRESHOLD, sweep: Sequence[float] = SWEEP):
         """`threshold`: score above which a pixel is target; `sweep`: others to measure at."""
         self.threshold, self._thresholds = threshold, (threshold, *sweep)
-        self._images = np.zeros(2)  # images, sum of their IoU
-        self._targets = np.zeros(
-            (len(self._thresholds), 3)
-        )  # targets, found, pixels of false components; at each threshold
-        self._histograms = np.zeros((2, LEVELS + 1))  # scores of background pixels, of target pixels
+        sizes = 2, 3 * len(self._thresholds), 2 * (LEVELS + 1)
+        self.values = np.zeros(sum(sizes))
+        self._images, targets, histograms = np.split(self.values, np.cumsum(sizes[:-1]))  # images, sum of their IoU
+        self._targets = targets.reshape(-1, 3)  # targets, found, pixels of false components; at each threshold
+        self._histograms = histograms.reshape(2, -1)  # scores of background pixels, of target pixels
 
     def add(self, scores: np.ndarray, truth: np.ndarray) -> float:
         """Counts one image: scores (H,W) float from 0 to 1, truth (H,W) uint8: 0, 1 target, 255 does not count.
@@ -116,17 +116,6 @@ class SmallTargetCounts:
         iou = float((found & target).sum() / either) if either else 1.0
         self._images += 1, iou
         return iou
-
-    @property
-    def values(self) -> np.ndarray:
-        return np.concatenate([self._images, self._targets.reshape(-1), self._histograms.reshape(-1)])
-
-    @values.setter
-    def values(self, values: np.ndarray) -> None:
-        first, second = len(self._images), len(self._images) + self._targets.size
-        self._images = values[:first].copy()
-        self._targets = values[first:second].reshape(self._targets.shape).copy()
-        self._histograms = values[second:].reshape(self._histograms.shape).copy()
 
     def scores(self) -> dict[str, Any]:
         """The measures by name, and their sweep over thresholds; None where they have no meaning (no targets)."""

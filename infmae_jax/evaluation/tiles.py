@@ -6,12 +6,12 @@ twice is removed by non-maximum suppression within each class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from infmae_jax.evaluation.detection import Boxes, pairwise_iou
-from infmae_jax.evaluation.windows import BatchSize, Windows, canvas_of, in_groups, on_canvas, window_starts
+from infmae_jax.evaluation.windows import BatchSize, Tile, Windows, on_canvases, tiles_of
 
 T = TypeVar("T")
 Detect = Callable[[np.ndarray, np.ndarray], list[Boxes]]  # ((N,H,W) uint8, (N,2) int32 true sizes) -> N of Boxes
@@ -19,27 +19,6 @@ _AT_SEAM = 2.0  # pixels from the edge of a tile within which a box touches it
 _SAME = 0.5  # share of the smaller box inside the other one, from which on they are of one object
 _RIVAL = 0.5  # share of a box's score that a box which sees more must have
 _OVERLAP = 0.5  # IoU above which the lower of two boxes of a class from different tiles is removed
-
-
-class Tile(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def tiles_of(height: int, width: int, windows: Windows) -> list[Tile]:
-    """The tiles that cover an image: one where it is looked at whole or is no larger than a window."""
-    if windows.size == (0, 0):
-        return [Tile(0, 0, height, width)]
-    rows, columns = (
-        window_starts(extent, size, stride)
-        for extent, size, stride in zip((height, width), windows.size, windows.stride, strict=True)
-    )
-    size = min(height, windows.size[0]), min(width, windows.size[1])
-    return [Tile(row, column, *size) for row in rows for column in columns]
 
 
 def detections(
@@ -73,13 +52,7 @@ def detections(
             for tile in tiles:
                 yield number, tile, whole[tile.top : tile.top + tile.height, tile.left : tile.left + tile.width]
 
-    for group in in_groups(parts(), lambda part: canvas_of(*part[2].shape), batch_size):
-        canvas = canvas_of(*group[0][2].shape)
-        size = batch_size(canvas)
-        batch = np.zeros((size, *canvas), np.uint8)
-        sizes = np.tile(np.array(canvas, np.int32), (size, 1))
-        for place, (_, tile, part) in enumerate(group):
-            batch[place], sizes[place] = on_canvas(part, canvas), (tile.height, tile.width)
+    for group, batch, sizes in on_canvases(parts(), lambda part: part[2], batch_size):
         for (number, tile, _), found in zip(group, detect(batch, sizes), strict=False):
             image, tiles, known = waiting[number]
             known[tile] = found
@@ -104,13 +77,9 @@ def joined(parts: list[tuple[Tile, Boxes]], most: int) -> Boxes:
 
 def _cut(boxes: np.ndarray, tile: Tile, height: int, width: int) -> np.ndarray:
     """(n,) bool: which boxes, in pixels of the image, touch an edge of their tile that is not one of the image."""
-    bottom, right = tile.top + tile.height, tile.left + tile.width
-    return (
-        ((boxes[:, 0] < tile.left + _AT_SEAM) & (tile.left > 0))
-        | ((boxes[:, 1] < tile.top + _AT_SEAM) & (tile.top > 0))
-        | ((boxes[:, 2] > right - _AT_SEAM) & (right < width))
-        | ((boxes[:, 3] > bottom - _AT_SEAM) & (bottom < height))
-    )
+    edges = np.array([tile.left, tile.top, tile.left + tile.width, tile.top + tile.height])
+    near = (boxes - edges) * (1, 1, -1, -1) < _AT_SEAM
+    return (near & (edges != (0, 0, width, height))).any(axis=1)
 
 
 def _kept(whole: Boxes, origin: np.ndarray, cut: np.ndarray) -> np.ndarray:

@@ -3,15 +3,13 @@
 Shape letters: N images, H W rows and columns of their canvas, K scores per pixel (classes).
 """
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +54,7 @@ class Windows:
                 "windows.batch_size at least 1"
             )
 
-    def tiled(self, size: tuple[int, int], overlap: int | None = None) -> Windows:
+    def tiled(self, size: tuple[int, int], overlap: int | None = None) -> Self:
         """Windows of another size, of which neighbours share `overlap` pixels, by default a third of each side."""
         stride = tuple(side - (side // 3 + 1 if overlap is None else overlap) for side in size)
         return dataclasses.replace(self, size=size, stride=stride)
@@ -71,16 +69,18 @@ class Windows:
         return f"windows of {self.size[0]}x{self.size[1]}, stride {self.stride[0]}x{self.stride[1]}"
 
 
+class Tile(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
 def canvas_of(height: int, width: int) -> tuple[int, int]:
     """The sides of an image rounded up to multiples of 32: one program serves all images of a canvas."""
     return -(-height // MULTIPLE) * MULTIPLE, -(-width // MULTIPLE) * MULTIPLE
-
-
-def on_canvas(image: np.ndarray, canvas: tuple[int, int], fill: int = PAD_GRAY) -> np.ndarray:
-    """(h,w) -> (H,W): the image in the first corner, the rest filled."""
-    out = np.full(canvas, fill, image.dtype)
-    out[: image.shape[0], : image.shape[1]] = image
-    return out
 
 
 def window_starts(extent: int, window: int, stride: int) -> list[int]:
@@ -91,17 +91,26 @@ def window_starts(extent: int, window: int, stride: int) -> list[int]:
     return [min(number * stride, extent - window) for number in range(count)]
 
 
+def tiles_of(height: int, width: int, windows: Windows) -> list[Tile]:
+    """The tiles that cover an image: one where it is looked at whole or is no larger than a window."""
+    if windows.size == (0, 0):
+        return [Tile(0, 0, height, width)]
+    rows, columns = (
+        window_starts(extent, size, stride)
+        for extent, size, stride in zip((height, width), windows.size, windows.stride, strict=True)
+    )
+    size = min(height, windows.size[0]), min(width, windows.size[1])
+    return [Tile(row, column, *size) for row in rows for column in columns]
+
+
 def window_scores(scores: Scores, params: Any, images: jax.Array, windows: Windows) -> jax.Array:
     """(N,H,W) uint8 -> (N,H,W,K) float32: the mean over all windows that show a pixel. To be jitted."""
     count, height, width = images.shape
     pixels = normalize(images)[..., None]
-    if windows.size == (0, 0):
+    tiles = tiles_of(height, width, windows)
+    if len(tiles) == 1:
         return scores(params, pixels)
-    size = min(windows.size[0], height), min(windows.size[1], width)
-    rows, columns = (window_starts(*sides) for sides in zip((height, width), size, windows.stride, strict=True))
-    corners = [(row, column) for row in rows for column in columns]
-    if len(corners) == 1:
-        return scores(params, pixels)
+    corners, size = [tile[:2] for tile in tiles], tiles[0][2:]
     at_once = min(max(1, windows.batch_size // count), len(corners))
     spare = -len(corners) % at_once  # the last group is filled up with windows that do not count
     groups = np.array(corners + corners[:1] * spare).reshape(-1, at_once, 2)
@@ -124,38 +133,32 @@ def window_scores(scores: Scores, params: Any, images: jax.Array, windows: Windo
     return total / seen[None]
 
 
-class HostPrograms:
-    """Runs functions of (params, batch) on this host's devices, the batch spread over them.
+@functools.cache
+def _host_mesh() -> Mesh:
+    """This host's devices. Every host works through its own share of the images, so that none waits for another."""
+    return Mesh(np.array(jax.local_devices()), ("images",))
 
-    Every host works through its own share of the images with programs of its own, so that no host waits for another.
-    """
 
-    def __init__(self):
-        self._mesh = Mesh(np.array(jax.local_devices()), ("images",))
-        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
-        self._spread = NamedSharding(self._mesh, PartitionSpec("images"))
+def batch_size_of(windows: Windows) -> BatchSize:
+    """`windows.batch_size` images per device of this host, fewer of large canvases, whose scores take room."""
+    devices = _host_mesh().devices
+    most = _PIXELS_ON_CPU if devices.flat[0].platform == "cpu" else _PIXELS
+    return lambda canvas: devices.size * max(1, min(windows.batch_size, most // (canvas[0] * canvas[1])))
 
-    def batch_size(self, wanted: int) -> int:
-        """`wanted` images per device, as images."""
-        return wanted * self._mesh.size
 
-    def images_of(self, windows: Windows) -> BatchSize:
-        """`windows.batch_size` images per device, fewer of large canvases, whose scores take room."""
-        most = _PIXELS_ON_CPU if self._mesh.devices.flat[0].platform == "cpu" else _PIXELS
-        return lambda canvas: self.batch_size(max(1, min(windows.batch_size, most // (canvas[0] * canvas[1]))))
+def on_every_device(params: Any) -> Any:
+    """Parameters of any layout (arrays of NumPy, or over all hosts) on each of this host's devices."""
+    leaves = jax.tree.leaves(params)
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
+        everywhere = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
+        whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
+        params = jax.tree.map(lambda array: array.addressable_data(0), whole)
+    return jax.device_put(params, NamedSharding(_host_mesh(), PartitionSpec()))
 
-    def params(self, params: Any) -> Any:
-        """Parameters of any layout (arrays of NumPy, or over all hosts) on each of this host's devices."""
-        leaves = jax.tree.leaves(params)
-        if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
-            everywhere = NamedSharding(leaves[0].sharding.mesh, PartitionSpec())
-            whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(params)
-            params = jax.tree.map(lambda array: array.addressable_data(0), whole)
-        return jax.device_put(params, self._everywhere)
 
-    def put(self, batch: Any) -> Any:
-        """Arrays with a leading dimension, a multiple of the devices, spread over them."""
-        return jax.device_put(batch, self._spread)
+def over_devices(batch: Any) -> Any:
+    """Arrays with a leading dimension, a multiple of this host's devices, spread over them."""
+    return jax.device_put(batch, NamedSharding(_host_mesh(), PartitionSpec("images")))
 
 
 def in_groups(items: Iterable[T], kind: Callable[[T], K], size: Callable[[K], int]) -> Iterator[list[T]]:
@@ -168,6 +171,21 @@ def in_groups(items: Iterable[T], kind: Callable[[T], K], size: Callable[[K], in
         if len(group) == size(of):
             yield waiting.pop(of)
     yield from waiting.values()
+
+
+def on_canvases(
+    images: Iterable[T], pixels: Callable[[T], np.ndarray], size: BatchSize
+) -> Iterator[tuple[list[T], np.ndarray, np.ndarray]]:
+    """Images of one canvas together: they, (N,H,W) uint8 of them, filled up, and (N,2) int32, how much is image."""
+    for group in in_groups(images, lambda image: canvas_of(*pixels(image).shape), size):
+        canvas = canvas_of(*pixels(group[0]).shape)
+        batch = np.zeros((size(canvas), *canvas), np.uint8)
+        sizes = np.tile(np.array(canvas, np.int32), (len(batch), 1))
+        for place, image in enumerate(map(pixels, group)):
+            batch[place] = PAD_GRAY
+            batch[place, : image.shape[0], : image.shape[1]] = image
+            sizes[place] = image.shape
+        yield group, batch, sizes
 
 
 def one_behind(items: Iterable[T]) -> Iterator[T]:
@@ -205,9 +223,3 @@ def readable(
             yield found
         else:
             leave_out(item, error)
-
-
-@functools.cache
-def host_programs() -> HostPrograms:
-    """Those of this process."""
-    return HostPrograms()

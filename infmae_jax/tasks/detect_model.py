@@ -20,9 +20,9 @@ from infmae_jax.box_pictures import box_overlay, box_panel, paste
 from infmae_jax.evaluation import detection
 from infmae_jax.evaluation.detection import Boxes
 from infmae_jax.evaluation.hosts import concatenated, summed
-from infmae_jax.evaluation.labelled import HostShare, ImageWithObjects, images_with_objects
+from infmae_jax.evaluation.labelled import LabelledImage, LabelledImages
 from infmae_jax.evaluation.tiles import detections
-from infmae_jax.evaluation.windows import host_programs
+from infmae_jax.evaluation.windows import batch_size_of, on_every_device, over_devices
 from infmae_jax.evaluation.worst import Worst
 from infmae_jax.models.heads.detection import Detections, Detector
 from infmae_jax.models.patches import normalize
@@ -74,11 +74,10 @@ class DetectionModel(FineTuneModel):
     def predictions(
         self, params: Any, images: Iterable[Image], pixels: Callable[[Image], np.ndarray]
     ) -> Iterator[tuple[Image, Boxes]]:
-        programs = host_programs()
-        placed, size = programs.params(params), programs.images_of(self.config.windows)
+        placed, size = on_every_device(params), batch_size_of(self.config.windows)
 
         def detect(batch: np.ndarray, sizes: np.ndarray) -> list[Boxes]:
-            found = jax.device_get(self.compute(placed, *programs.put((batch, sizes))))
+            found = jax.device_get(self.compute(placed, *over_devices((batch, sizes))))
             columns = [found["boxes"], found["scores"], found["classes"], found.get("masks")]
             return [
                 Boxes(*(None if of is None else of[place] for of in columns)).only(valid)
@@ -101,21 +100,21 @@ class DetectionModel(FineTuneModel):
         Raises:
           InputError: no such split, or an example without a list of objects.
         """
-        share, counts = HostShare(shards, split), detection.DetectionCounts()
-        worst: Worst[tuple[float, ImageWithObjects, Boxes]] = Worst()
-        best: Worst[tuple[float, ImageWithObjects, Boxes]] = Worst()
+        labelled = LabelledImages(shards, split, self.config.data.intensity, "objects")
+        counts = detection.DetectionCounts()
+        worst: Worst[tuple[float, LabelledImage, Boxes]] = Worst()
+        best: Worst[tuple[float, LabelledImage, Boxes]] = Worst()
         listed = []
-        images = images_with_objects(share, self.config.data.intensity)
-        for image, found in self.predictions(params, images, lambda image: image.pixels):
-            counts.add(image.number, image.objects, found)
-            f1 = detection.image_f1(image.objects, found, self.config.threshold)
+        for image, found in self.predictions(params, labelled, lambda image: image.pixels):
+            counts.add(image.number, image.labels, found)
+            f1 = detection.image_f1(image.labels, found, self.config.threshold)
             worst.add(f1, (f1, image, found))
             best.add(-f1, (f1, image, found))
             if thorough:
                 number = image.attributes.get("image_id", image.number + 1)
                 listed += self.coco_results(number, image.key.split("/", 1)[-1], found, image.pixels.shape)
         counts.gather()
-        damaged = summed(np.array(len(share.damaged)))
+        damaged = summed(np.array(len(labelled.damaged)))
         scores = {**counts.scores(self.classes), "damaged": int(damaged), "protocol": self.protocol}
         drawn = {name: box_panel([self._row(*entry) for entry in kept.items()], self.classes)
                  for name, kept in (("worst", worst), ("best", best))}  # fmt: skip
@@ -124,8 +123,8 @@ class DetectionModel(FineTuneModel):
         rows = concatenated("".join(f"{json.dumps(row)}, " for row in listed)).rstrip(" ,")
         return {"scores": scores, **drawn, "files": {RESULTS_NAME: f"[{rows}]"}}
 
-    def _row(self, f1: float, image: ImageWithObjects, found: Boxes) -> tuple[str, np.ndarray, Boxes, Boxes]:
-        truth, shown = image.objects, found.only(found.scores >= self.config.threshold)
+    def _row(self, f1: float, image: LabelledImage, found: Boxes) -> tuple[str, np.ndarray, Boxes, Boxes]:
+        truth, shown = image.labels, found.only(found.scores >= self.config.threshold)
         true = Boxes(truth.boxes, np.ones(len(truth.boxes), np.float32), truth.classes)
         return f"{image.key}: F1 {f1:.2f}", image.pixels, true, shown
 

@@ -15,7 +15,7 @@ from data_pipelines import pipeline
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write
 from data_pipelines.views import LabelledView
-from infmae_jax.evaluation.windows import canvas_of, host_programs, in_groups, on_canvas, one_behind
+from infmae_jax.evaluation.windows import batch_size_of, on_canvases, on_every_device, one_behind, over_devices
 from infmae_jax.interop.load import graft
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import EncoderConfig
@@ -63,18 +63,10 @@ class FineTuneModel:
         Args:
           images: of any kind; `pixels` gives the (h,w) uint8 of one.
         """
-        programs = host_programs()
-        placed, size = programs.params(params), programs.images_of(self.config.windows)
-
-        def begun(group: list[Image]) -> tuple[list[Image], Any]:
-            canvas = canvas_of(*pixels(group[0]).shape)
-            batch = np.zeros((size(canvas), *canvas), np.uint8)
-            for place, image in enumerate(group):
-                batch[place] = on_canvas(pixels(image), canvas)
-            return group, self.compute(placed, programs.put(batch))
-
-        groups = in_groups(images, lambda image: canvas_of(*pixels(image).shape), size)
-        for group, computed in one_behind(map(begun, groups)):
+        placed, size = on_every_device(params), batch_size_of(self.config.windows)
+        batches = on_canvases(images, pixels, size)
+        begun = ((group, self.compute(placed, over_devices(batch))) for group, batch, _ in batches)
+        for group, computed in one_behind(begun):
             for image, found in zip(group, np.asarray(computed), strict=False):
                 height, width = pixels(image).shape
                 yield image, found[:height, :width]

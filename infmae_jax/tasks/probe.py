@@ -243,7 +243,7 @@ class _Batches:
     def keys(self, step: int) -> list[str]:
         """Of the first classifier's images."""
         size = self._task.batch_size
-        return [self._task.train.keys[index] for index in self._orders[0].indices(step * size, size)]
+        return [self._task.train.key(index) for index in self._orders[0].indices(step * size, size)]
 
     def close(self) -> None:
         """Nothing is open."""

@@ -19,7 +19,7 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import segmentation
 from infmae_jax.evaluation.hosts import summed
 from infmae_jax.evaluation.labelled import LabelledImages
-from infmae_jax.evaluation.windows import Windows, ahead, host_programs, window_scores
+from infmae_jax.evaluation.windows import Windows, ahead, window_scores
 from infmae_jax.evaluation.worst import Worst
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SegmentationHeadConfig
@@ -164,25 +164,18 @@ class SegmentationModel(FineTuneModel):
         Raises:
           InputError: no such split, or an example without mask.
         """
-        programs, count = host_programs(), len(self.classes)
-        params = programs.params(params)
-        size = programs.images_of(self.config.windows)
-        labelled = LabelledImages(shards, split, self.config.data.intensity, size)
+        labelled, count = LabelledImages(shards, split, self.config.data.intensity, "mask"), len(self.classes)
         totals = np.zeros(count * count + 2, np.int64)  # confusion matrix, images, damaged
         edges = np.zeros((count, 4), np.int64)
         worst: Worst[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = Worst()
-        for images, masks, group in labelled:
-            placed = programs.put((images, masks))
-            predicted, confusion = jax.device_get(_evaluated(self.module, self.config.windows, count, params, *placed))
-            totals[:-2] += confusion.reshape(-1)
-            for image, classes in zip(group, predicted, strict=False):
-                totals[-2] += 1
-                classes = classes[: image.mask.shape[0], : image.mask.shape[1]]
-                if thorough:
-                    edges += segmentation.boundary_counts(image.mask, classes, count)
-                valid = image.mask != IGNORE
-                right = float((classes == image.mask)[valid].mean()) if valid.any() else 1.0
-                worst.add(right, (image.key, image.image, image.mask, classes))
+        for image, classes in self.predictions(params, labelled, lambda image: image.pixels):
+            matrix = segmentation.confusion(image.labels, classes, count)
+            totals[:-2] += matrix.reshape(-1)
+            totals[-2] += 1
+            if thorough:
+                edges += segmentation.boundary_counts(image.labels, classes, count)
+            right = float(np.trace(matrix) / matrix.sum()) if matrix.any() else 1.0
+            worst.add(right, (image.key, image.pixels, image.labels, classes))
         totals[-1] = len(labelled.damaged)
         totals, edges = summed(totals), summed(edges)
         matrix = totals[:-2].reshape(count, count)
@@ -221,11 +214,3 @@ def _scores(module: Segmenter, params: Any, pixels: jax.Array) -> jax.Array:
 def _predicted(module: Segmenter, how: Windows, params: Any, images: jax.Array) -> jax.Array:
     scores = window_scores(functools.partial(_scores, module), params, images, how)
     return scores.argmax(axis=-1).astype(jnp.uint8)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _evaluated(
-    module: Segmenter, how: Windows, classes: int, params: Any, images: jax.Array, masks: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    predicted = _predicted(module, how, params, images)
-    return predicted, segmentation.confusion(masks, predicted, classes)

@@ -21,7 +21,7 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import small_targets
 from infmae_jax.evaluation.hosts import summed
 from infmae_jax.evaluation.labelled import LabelledImages
-from infmae_jax.evaluation.windows import Windows, host_programs, one_behind, window_scores
+from infmae_jax.evaluation.windows import Windows, window_scores
 from infmae_jax.evaluation.worst import Worst
 from infmae_jax.interop.trained_model import TrainedModel
 from infmae_jax.models.config import SmallTargetHeadConfig
@@ -178,20 +178,13 @@ class SmallTargetModel(FineTuneModel):
         Returns:
           scores: see `evaluation.small_targets`; worst: a picture of the images with the smallest IoU, of this host.
         """
-        programs = host_programs()
-        params = programs.params(params)
-        size = programs.images_of(self.config.windows)
-        labelled = LabelledImages(shards, split, self.config.data.intensity, size)
+        labelled = LabelledImages(shards, split, self.config.data.intensity, "mask")
         counts = small_targets.SmallTargetCounts(self.config.threshold, small_targets.SWEEP if thorough else ())
         worst: Worst[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = Worst()
-        computed = ((group, self.compute(params, programs.put(images))) for images, _, group in labelled)
-        for group, found in one_behind(computed):
-            for image, scores in zip(group, np.asarray(found), strict=False):
-                scores = scores[: image.mask.shape[0], : image.mask.shape[1]]
-                iou = counts.add(scores, image.mask)
-                above = (scores > self.config.threshold).astype(np.uint8)
-                worst.add(iou, (image.key, image.image, image.mask, above))
-        counts.values, damaged = summed(counts.values), summed(np.array(len(labelled.damaged)))
+        for image, scores in self.predictions(params, labelled, lambda image: image.pixels):
+            above = (scores > self.config.threshold).astype(np.uint8)
+            worst.add(counts.add(scores, image.labels), (image.key, image.pixels, image.labels, above))
+        counts.values[:], damaged = summed(counts.values), summed(np.array(len(labelled.damaged)))
         scores = {**counts.scores(), "damaged": int(damaged)}
         scores["protocol"] = f"{self._labels(shards)}{self.config.windows}; {scores['protocol']}"
         return {"scores": scores, "worst": pictures.segmentation_panel(worst.items(), self.classes)}

@@ -111,6 +111,6 @@ def test_memory_is_what_the_step_keeps_once(monkeypatch):
     compiled = SimpleNamespace(memory_analysis=lambda: analysis, cost_analysis=lambda: None, as_text=lambda: "")
     lowered = SimpleNamespace(compile=lambda compiler_options: compiled)
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
-    found = account.compile_step(account.Traced(lowered, mesh, {}))
-    assert found.memory == {"state": 110, "batch": 0, "temporaries": 50, "program": 5, "needed": 167}
-    assert found.gflop is None and found.gigabytes is None
+    _, found = account.compile_step(account.Traced(lowered, mesh, {}))
+    assert found["memory_bytes"] == {"state": 110, "batch": 0, "temporaries": 50, "program": 5, "needed": 167}
+    assert found["gflop_counted"] is None and found["gigabytes_counted"] is None

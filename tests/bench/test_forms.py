@@ -12,8 +12,8 @@ def test_other_computations_and_forms_that_fail_are_said(smoke, monkeypatch):
     monkeypatch.setattr(forms, "_ANYWHERE", ({"norm_pix_loss": True}, {"attention": "cudnn"}))
     ours, other, cudnn = forms.forms(smoke, 4, rounds=1, torch_forms=())["rows"]
     assert ours["name"] == "as configured" and ours["repeatable"] and "note" not in ours
-    assert ours["images_per_second"] > 0 and ours["faster"] == "1 (1-1)" != other["faster"]
-    assert other["note"] == "another first loss: not the same computation"
+    assert ours["images_per_second"] > 0
+    assert other["note"] == "another first loss: not the same computation" and "images_per_second" not in other
     assert cudnn["note"].startswith("failed: ") and "cudnn" in cudnn["note"] and "images_per_second" not in cudnn
 
 
@@ -22,7 +22,7 @@ def test_pytorch_is_named_with_its_version(smoke, monkeypatch):
     monkeypatch.setattr(forms, "_ANYWHERE", ())
     result = forms.forms(smoke, 2, rounds=1, torch_forms=["eager"])
     ours, theirs = result["rows"]
-    assert theirs["name"] == "PyTorch eager" and "note" not in theirs and theirs["images_per_second"] > 0
+    assert theirs["name"] == "PyTorch eager" and "note" not in theirs and "(" in theirs["first_is_faster_by"]
     assert f"torch={torch.__version__}" in text(result).splitlines()[0]
 
 

@@ -45,7 +45,7 @@ def test_features_of_a_split_are_those_of_its_images_in_order(small_encoder, lab
     assert (found.values.shape, found.values.dtype) == ((20, 1, 16), np.float32)
     np.testing.assert_allclose(found.values[:, 0], want, atol=2e-5)
     np.testing.assert_array_equal(found.classes, np.arange(20) % 2)
-    assert [found.keys[i] for i in (0, 19)] == ["images/00.png", "images/19.png"]
+    assert [found.key(i) for i in (0, 19)] == ["images/00.png", "images/19.png"]
 
 
 def test_every_feature_is_what_its_name_says(small_encoder, labelled, shards, tmp_path):
@@ -74,7 +74,7 @@ def test_views_of_training_images(small_encoder, shards, tmp_path):
 def test_what_is_finished_is_not_computed_again(small_encoder, other_encoder, shards, tmp_path, monkeypatch):
     first = take(small_encoder, shards, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_one_view", None)
+        patch.setattr(module, "eval_batches", None)
         np.testing.assert_array_equal(take(small_encoder, shards, tmp_path).values, first.values)
     assert np.abs(take(other_encoder, shards, tmp_path).values - first.values).max() > 1e-3
     white = dataclasses.replace(small_encoder, intensity=Intensity("min_max"))

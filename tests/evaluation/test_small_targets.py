@@ -150,6 +150,6 @@ def test_counts_of_hosts_add_up():
     for place, image in enumerate(images):
         whole.add(*image)
         parts[place % 2].add(*image)
-    parts[0].values = parts[0].values + parts[1].values
+    parts[0].values += parts[1].values
     np.testing.assert_allclose(parts[0].values, whole.values)
     assert parts[0].scores()["Pd"] == whole.scores()["Pd"] and whole.scores()["pixels"] == 4 * 108

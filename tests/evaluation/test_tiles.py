@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infmae_jax.evaluation.detection import Boxes
-from infmae_jax.evaluation.tiles import Tile, detections, joined, tiles_of
-from infmae_jax.evaluation.windows import Windows
+from infmae_jax.evaluation.tiles import detections, joined
+from infmae_jax.evaluation.windows import Tile, Windows, tiles_of
 
 WHOLE = Windows((0, 0))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import InputError
+from data_pipelines.transforms import PAD_GRAY
 from infmae_jax.evaluation import windows
 from infmae_jax.evaluation.windows import Windows
 from infmae_jax.models.patches import PIXEL_MEAN, PIXEL_STD
@@ -98,12 +99,12 @@ def test_groups_hold_one_kind_and_lose_nothing():
 
 
 def test_large_canvases_come_in_smaller_groups(monkeypatch):
-    size = windows.host_programs().images_of(Windows(batch_size=4))
+    size = windows.batch_size_of(Windows(batch_size=4))
     devices = jax.local_device_count()
     canvases = (512, 512), (1024, 1024), (1056, 1920), (2048, 2048), (9216, 9216)
     assert [size(canvas) // devices for canvas in ((256, 256), (512, 256), *canvases)] == [4, 2, 1, 1, 1, 1, 1]
     monkeypatch.setattr(windows, "_PIXELS_ON_CPU", windows._PIXELS)  # as on accelerators
-    size = windows.host_programs().images_of(Windows(batch_size=4))
+    size = windows.batch_size_of(Windows(batch_size=4))
     assert [size(canvas) // devices for canvas in canvases] == [4, 4, 2, 1, 1]
 
 
@@ -128,5 +129,7 @@ def test_ahead_keeps_the_order_and_does_not_run_away():
 def test_canvas_is_the_image_and_padding():
     image = np.arange(35, dtype=np.uint8).reshape(5, 7)
     assert windows.canvas_of(5, 7) == (32, 32) and windows.canvas_of(64, 65) == (64, 96)
-    canvas = windows.on_canvas(image, (32, 32), 200)
-    assert (canvas[:5, :7] == image).all() and (canvas[5:] == 200).all() and (canvas[:, 7:] == 200).all()
+    ((group, batch, sizes),) = windows.on_canvases(["name"], lambda _: image, lambda canvas: 2)
+    canvas = batch[0]
+    assert group == ["name"] and batch.shape == (2, 32, 32) and sizes.tolist() == [[5, 7], [32, 32]]
+    assert (canvas[:5, :7] == image).all() and (canvas[5:] == PAD_GRAY).all() and (canvas[:, 7:] == PAD_GRAY).all()

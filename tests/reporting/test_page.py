@@ -37,7 +37,7 @@ def test_page_of_an_eventful_run(eventful):
         "roll-backs 1", "checkpoints damaged 1", "saves failed 1", "checkpoints saved 1", "parameters 2,934,512",
         "GFLOP per image 1.25", "devices 2 x cpu", '"fsdp": 1', "shares.stepping 0.9",
         "reason digest of encoder/x differs", "hit/a.jpg b<1>", "2 records", "loss nan", "to step 20",
-        "restart (1)", "skipped update (2)", "roll-back (1)", "checkpoint damaged or not saved (2)",
+        "restart (1)", "skipped update (2)", "roll-back (1)", "checkpoint damaged (1)", "checkpoint not saved (1)",
         '"base_learning_rate": 0.004', '"jax": "0.10.2"', '"name": "encoder/x"',
         "loss: 0.51", "skipped updates: 2",
     ):  # fmt: skip

@@ -27,7 +27,7 @@ def blobs(seed=0, n=120, width=12, classes=3, spread=0.3):
 
 def split(features, labels):
     features = features[:, None] if features.ndim == 2 else features
-    return LabelledFeatures(features, labels, [f"{i}.png" for i in range(len(labels))])
+    return LabelledFeatures(features, labels, "{}.png".format)
 
 
 def trained(config, folder, train, test=None):
