@@ -7,6 +7,7 @@ loss is computed (`gathered`), and the batch decides all the rest.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,17 +85,13 @@ def _axis_sizes(config: MeshConfig, devices: int) -> list[int]:
 
 def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
     """Equal groups of devices: those slices that the platform reports, else neighbouring processes."""
-    reported = sorted({getattr(device, "slice_index", 0) for device in devices})
-    if devices[0].platform == "tpu" and len(reported) != count:
-        raise InputError(f"mesh.slices={count}, but the devices form {len(reported)}: set mesh.slices={len(reported)}")
-    if len(reported) == count:
-        groups = [[d for d in devices if getattr(d, "slice_index", 0) == index] for index in reported]
-    else:
-        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-        groups = np.array(ordered, object).reshape(count, -1).tolist()
-    if len({len(group) for group in groups}) > 1:
-        raise InputError(f"mesh.slices={count}: the slices have {', '.join(str(len(g)) for g in groups)} devices")
-    return groups
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if devices[0].platform == "tpu" and len(slices) != count:
+        raise InputError(f"mesh.slices={count}, but the devices form {len(slices)}: set mesh.slices={len(slices)}")
+    if len(slices) == count and len({*slices.values()}) > 1:
+        raise InputError(f"mesh.slices={count}: the slices have {', '.join(map(str, slices.values()))} devices")
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    return np.array(ordered, object).reshape(count, -1).tolist()
 
 
 def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
