@@ -92,8 +92,7 @@ class _TensorBoard(_Log):
 
     def __init__(self, folder: Path):
         # A file for each process; TensorBoard reads them in the order of their names.
-        seconds, fraction = divmod(time.time_ns(), 10**9)
-        super().__init__(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}")
+        super().__init__(folder / f"events.out.tfevents.{time.time_ns():019d}.{os.getpid()}")
 
     def write(self, row: Mapping[str, float]) -> None:
         scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
