@@ -104,14 +104,14 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}; use --input and --output")
     if (FLAGS["from"].value, FLAGS.to) == ("run", "jax-export") and is_finetuned(FLAGS.input):
-        print(export_finetuned(FLAGS.input, FLAGS.output, checkpoint_flags.image_size(), FLAGS.step))
+        print(export_finetuned(FLAGS.input, FLAGS.output, checkpoint_flags.rows_columns("image_size"), FLAGS.step))
         return
     trained = convert(
         FLAGS["from"].value,
         FLAGS.to,
         FLAGS.input,
         FLAGS.output,
-        image_size=checkpoint_flags.image_size(),
+        image_size=checkpoint_flags.rows_columns("image_size"),
         **checkpoint_flags.load_options(),
     )
     encoder, decoder = trained.config.encoder, trained.config.decoder
