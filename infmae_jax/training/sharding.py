@@ -56,8 +56,12 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
       InputError: as `make_mesh`.
     """
     sizes = _axis_sizes(config, len(devices))
-    shape = (sizes[0] // config.slices, *sizes[1:])
-    array = np.concatenate([_within_slice(group, shape) for group in _slices(devices, config.slices)])
+    slices = _slices(devices, config.slices)
+    if devices[0].platform == "tpu":  # JAX knows how the chips are wired
+        shape, types = (sizes[0] // config.slices, *sizes[1:]), (AxisType.Auto,) * len(AXES)
+        meshes = [jax.make_mesh(shape, AXES, axis_types=types, devices=group.tolist()) for group in slices]
+        slices = np.stack([mesh.devices for mesh in meshes])
+    array = slices.reshape(sizes)
     spanned = next((group for group in array.reshape(-1, sizes[2]) if len({d.process_index for d in group}) > 1), None)
     if spanned is not None:
         raise InputError(
@@ -83,21 +87,15 @@ def _axis_sizes(config: MeshConfig, devices: int) -> list[int]:
     return sizes
 
 
-def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
-    """Equal groups of devices: those slices that the platform reports, else neighbouring processes."""
+def _slices(devices: Sequence[jax.Device], count: int) -> np.ndarray:
+    """(count, n) devices: those slices that the platform reports, else neighbouring processes."""
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if devices[0].platform == "tpu" and len(slices) != count:
         raise InputError(f"mesh.slices={count}, but the devices form {len(slices)}: set mesh.slices={len(slices)}")
     if len(slices) == count and len({*slices.values()}) > 1:
         raise InputError(f"mesh.slices={count}: the slices have {', '.join(map(str, slices.values()))} devices")
     ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
-    return np.array(ordered, object).reshape(count, -1).tolist()
-
-
-def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    if devices[0].platform == "tpu":  # JAX knows how the chips are wired
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
-    return np.array(devices, object).reshape(shape)
+    return np.array(ordered, object).reshape(count, -1)
 
 
 def path_text(path: tuple[Any, ...]) -> str:
