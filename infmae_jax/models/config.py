@@ -183,11 +183,11 @@ class SegmentationHeadConfig:
         different = all(1 <= n <= 64 for n in scales) and len({*scales}) == len(scales)
         _check(self, "model.head", ("pool_scales", different, "different, 1 to 64"))
 
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """ValueError if the head reads maps that the encoder does not have."""
         if encoder.kind != "vit":
             return
-        if fuse_stages:
+        if encoder.fuse_stages:
             raise ValueError("fuse_stages adds stages 1 and 2, which a vit encoder lacks; set it to False")
         if self.kind == "upernet" or self.fcn_stage in (1, 2):
             reads = "kind=upernet" if self.kind == "upernet" else f"fcn_stage={self.fcn_stage}"
@@ -195,7 +195,7 @@ class SegmentationHeadConfig:
 
 
 class _ReadsFineMaps:
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """ValueError if the encoder lacks the maps of strides 4 and 8."""
         if encoder.kind == "vit":
             raise ValueError("model.head reads maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")
