@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from data_pipelines.commands import run_command
+from data_pipelines.commands import flags_only, run_command
 from data_pipelines.errors import InputError
 from data_pipelines.files import atomic_write, writing
 from data_pipelines.masking import token_grid
@@ -101,17 +101,16 @@ def _define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise InputError(f"unexpected argument {argv[1]!r}; use --input and --output")
+    flags_only(argv)
     if (FLAGS["from"].value, FLAGS.to) == ("run", "jax-export") and is_finetuned(FLAGS.input):
-        print(export_finetuned(FLAGS.input, FLAGS.output, checkpoint_flags.image_size(), FLAGS.step))
+        print(export_finetuned(FLAGS.input, FLAGS.output, checkpoint_flags.rows_columns("image_size"), FLAGS.step))
         return
     trained = convert(
         FLAGS["from"].value,
         FLAGS.to,
         FLAGS.input,
         FLAGS.output,
-        image_size=checkpoint_flags.image_size(),
+        image_size=checkpoint_flags.rows_columns("image_size"),
         **checkpoint_flags.load_options(),
     )
     encoder, decoder = trained.config.encoder, trained.config.decoder

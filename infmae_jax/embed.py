@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
     if values.image_size and values.view == "original":
         raise InputError("--image_size has no meaning with --view=original: leave one of them out")
-    size, output = checkpoint_flags.image_size() or (0, 0), output_file(values.output, "output")
+    size, output = checkpoint_flags.rows_columns("image_size") or (0, 0), output_file(values.output, "output")
     trained = load_encoder(values.checkpoint, image_size=size, **checkpoint_flags.load_options())
     trained = checkpoint_flags.with_intensity(trained)
     left_out = embed(trained, argv[1:], output, feature=values.feature, view=values.view, batch_size=values.batch_size)

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         trained,
         argv[1:],
         output,
-        image_size=checkpoint_flags.image_size(),
+        image_size=checkpoint_flags.rows_columns("image_size"),
         view=flags.FLAGS.view,
         colormap=flags.FLAGS.colormap,
         seed=flags.FLAGS.seed,

@@ -51,6 +51,6 @@ def features(config: PretrainConfig, batch: int, rounds: int, against_torch: boo
         | ({"ours_is_faster_by": timing.ratio(seconds[name], seconds["ours"])} if name != "ours" else {})
         for name in calls
     ]
-    at_once = images_at_once(batch, jax.devices()[:1])
+    at_once = images_at_once(batch)
     settings = settings_of(config) | {"batch": batch, "images_at_once": at_once, "rounds": rounds}
     return report("features", settings, rows)

@@ -173,7 +173,7 @@ def from_params(
     flat = traverse_util.flatten_dict(params)
     weights = {}
     for entry in names.table(config):
-        array = np.array(entry.layout.publish(np.asarray(flat[entry.path], np.float32)))
+        array = np.array(entry.publish(np.asarray(flat[entry.path], np.float32)))
         weights[entry.name] = torch.from_numpy(array).to(device()).requires_grad_()
     return TorchInfMAE(config, weights, image_size, fused_attention)
 

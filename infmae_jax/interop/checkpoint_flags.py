@@ -45,11 +45,12 @@ def with_intensity(trained: TrainedModel) -> TrainedModel:
     return dataclasses.replace(trained, intensity=asked)
 
 
-def image_size() -> tuple[int, int] | None:
-    """`--image_size=rows,columns`; None where it is left out."""
-    values = flags.FLAGS.image_size
-    if not values:
+def rows_columns(name: str, one_for_both: bool = False) -> tuple[int, int] | None:
+    """`--NAME=rows,columns`, or one number for both; None where it is left out."""
+    values = flags.FLAGS[name].value
+    if values is None:
         return None
-    if len(values) != 2 or not all(value.strip().isdigit() for value in values):
-        raise InputError(f"--image_size={','.join(values)} is not rows,columns: write, for example, 224,320")
-    return int(values[0]), int(values[1])
+    if len(values) not in (2 - one_for_both, 2) or not all(value.strip().isdigit() for value in values):
+        also = ", or one number for both" if one_for_both else ""
+        raise InputError(f"--{name}={','.join(values)} is not rows,columns: write, for example, 224,320{also}")
+    return int(values[0]), int(values[-1])

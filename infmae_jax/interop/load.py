@@ -296,8 +296,7 @@ def load_encoder(
 
 def untrained(config: InfMAEConfig, image_size: tuple[int, int] = DEFAULT_SIZE, seed: int = 0) -> TrainedModel:
     """An encoder with its initial random weights: the baseline that shows what pretraining adds."""
-    options = {"fuse_stages": config.encoder.fuse_stages} if config.encoder.kind == "hybrid" else {}
-    init = functools.partial(InfMAE(config).init, method="features", **options)
+    init = functools.partial(InfMAE(config).init, method="features", fuse_stages=config.encoder.fuse_stages)
     # It runs once: compiling it with optimisation costs twice the time and gains nothing.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         init = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})

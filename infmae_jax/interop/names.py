@@ -15,48 +15,30 @@ from infmae_jax.models.infmae import abstract_params
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a published array lays out one of ours.
+class Entry:
+    """One parameter in both forms.
 
     Attributes:
-      axes: for each published axis the axis of ours that it holds, or None for an axis of length one; () for arrays
-        that are the same in both.
+      path, ours: its place in our tree, and its shape there.
+      name, shape: its published name and shape.
+      axes: for each published axis the axis of ours that it holds; published axes of length one that hold none are
+        left out.
     """
 
-    axes: tuple[int | None, ...] = ()
+    path: tuple[str, ...]
+    ours: tuple[int, ...]
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
 
     def publish(self, array: np.ndarray) -> np.ndarray:
         """Our array in the published layout, contiguous."""
-        order = [axis for axis in self.axes or range(array.ndim) if axis is not None]
-        return np.ascontiguousarray(array.transpose(order)).reshape(self.shape(array.shape))
+        return np.ascontiguousarray(array.transpose(self.axes)).reshape(self.shape)
 
     def adopt(self, array: np.ndarray) -> np.ndarray:
         """A published array in our layout, contiguous."""
-        axes = self.axes or range(array.ndim)
-        order = [axis for axis in axes if axis is not None]
-        kept = [extent for extent, axis in zip(array.shape, axes, strict=True) if axis is not None]
-        return np.ascontiguousarray(array.reshape(kept).transpose(np.argsort(order)))
-
-    def shape(self, ours: tuple[int, ...]) -> tuple[int, ...]:
-        """Published shape of an array that has the shape `ours` here."""
-        return tuple(1 if axis is None else ours[axis] for axis in self.axes) if self.axes else tuple(ours)
-
-
-SAME = Layout()
-LINEAR = Layout((1, 0))  # ours (in, out)
-CONV = Layout((3, 2, 0, 1))  # ours (rows, columns, in, out)
-POINTWISE = Layout((1, 0, None, None))  # ours (in, out), published as a 1 x 1 convolution
-DEPTHWISE = Layout((2, None, 0, 1))  # ours (rows, columns, C)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter: its path in our tree, its published name and layout, and its published shape."""
-
-    path: tuple[str, ...]
-    name: str
-    layout: Layout
-    shape: tuple[int, ...]
+        kept = [self.ours[axis] for axis in self.axes]
+        return np.ascontiguousarray(array.reshape(kept).transpose(np.argsort(self.axes)))
 
 
 # From our path, joined by dots and without `encoder.`, to the published name.
@@ -74,8 +56,7 @@ def table(config: InfMAEConfig) -> list[Entry]:
     """An entry for every parameter of the model that `config` describes."""
     entries = []
     for path, leaf in traverse_util.flatten_dict(abstract_params(config)).items():
-        layout = _layout(path, len(leaf.shape))
-        entries.append(Entry(path, _published_name(path), layout, layout.shape(leaf.shape)))
+        entries.append(Entry(path, leaf.shape, _published_name(path), *_published_layout(path, leaf.shape)))
     return entries
 
 
@@ -86,8 +67,14 @@ def _published_name(path: tuple[str, ...]) -> str:
     return name
 
 
-def _layout(path: tuple[str, ...], rank: int) -> Layout:
+def _published_layout(path: tuple[str, ...], ours: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`Entry.shape` and `Entry.axes`."""
     if path[-1] != "kernel":
-        return SAME
-    in_convolution_block = re.match(r"blocks[12]_", path[1]) is not None
-    return {4: CONV, 3: DEPTHWISE, 2: POINTWISE if in_convolution_block else LINEAR}[rank]
+        return ours, tuple(range(len(ours)))
+    # Convolutions (rows, columns, in, out), depthwise ones (rows, columns, C), linear layers (in, out).
+    axes = {4: (3, 2, 0, 1), 3: (2, 0, 1), 2: (1, 0)}[len(ours)]
+    shape = tuple(ours[axis] for axis in axes)
+    if len(ours) == 3:
+        return (shape[0], 1, *shape[1:]), axes
+    pointwise = len(ours) == 2 and re.match(r"blocks[12]_", path[1])  # published as a 1 x 1 convolution
+    return (*shape, 1, 1) if pointwise else shape, axes

@@ -57,17 +57,15 @@ class Inert(NamedTuple):
 class _Dict(dict):
     """A dictionary that hashes only what is safe to hash."""
 
+    def __init__(self, pairs=()):
+        super().__init__()
+        for key, value in pairs:
+            self[key] = value
+
     def __setitem__(self, key: Any, value: Any) -> None:
         if not _is_key(key):
             raise PickleRefused("it has dictionary keys that are neither short text nor numbers")
         super().__setitem__(key, value)
-
-
-def _dictionary(pairs=()) -> _Dict:
-    made = _Dict()
-    for key, value in pairs:
-        made[key] = value
-    return made
 
 
 def _rebuild_tensor(storage, offset, shape, stride, *unused) -> StoredTensor:
@@ -91,7 +89,7 @@ _MAKERS = {
     "torch._utils._rebuild_tensor_v3": _rebuild_typed_tensor,
     "torch._utils._rebuild_parameter": lambda tensor, *unused: tensor,
     "torch._utils._rebuild_parameter_with_state": lambda tensor, *unused: tensor,
-    "collections.OrderedDict": _dictionary,
+    "collections.OrderedDict": _Dict,
     "torch.Size": lambda extents=(): extents if isinstance(extents, tuple) else tuple(extents[: MAX_RANK + 1]),
 }
 # Names of what checkpoints carry beside tensors: arguments, random states, paths, NumPy numbers, configs. All inert.
@@ -167,7 +165,7 @@ class _Machine(pickle._Unpickler):
 
     def load_dict(self) -> None:
         items = self.pop_mark()
-        self.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
+        self.append(_Dict(zip(items[::2], items[1::2], strict=True)))
 
     def load_empty_set(self) -> None:
         self.append(Inert("set"))

@@ -54,7 +54,7 @@ def from_state(state: Mapping[str, np.ndarray], metadata: str | None = None, **g
     image_size = DEFAULT_SIZE
     if whole or _POSITIONS[0] in state:
         image_size = tuple(extent * PATCH for extent in _check_positions(state, config, whole))
-    params = {entry.path: entry.layout.adopt(np.asarray(state[entry.name], np.float32)) for entry in entries}
+    params = {entry.path: entry.adopt(np.asarray(state[entry.name], np.float32)) for entry in entries}
     filters = None
     if config.encoder.kind == "hybrid" and _SCORE_WEIGHT in state:
         filters = tuple(np.asarray(state[name], np.float32) for name in (_SCORE_WEIGHT, _SCORE_BIAS))
@@ -87,7 +87,7 @@ def to_state(checkpoint: TrainedModel) -> tuple[dict[str, np.ndarray], str]:
         state[_SCORE_WEIGHT], state[_SCORE_BIAS] = checkpoint.score_filters or score_filters(config, checkpoint.mask)
     grid = tuple(extent // PATCH for extent in checkpoint.image_size)
     state.update(zip(_POSITIONS, _published_positions(config, grid), strict=True))
-    state.update({entry.name: entry.layout.publish(np.asarray(params[entry.path], np.float32)) for entry in entries})
+    state.update({entry.name: entry.publish(np.asarray(params[entry.path], np.float32)) for entry in entries})
     untold = (config.encoder.heads, config.decoder.heads, config.norm_pix_loss)
     model = dict(zip(_UNTOLD, untold, strict=True))
     return state, json.dumps({"model": model, "mask": dataclasses.asdict(checkpoint.mask)})

@@ -1,6 +1,5 @@
 """safetensors files with the tensor names and layouts of the published checkpoint."""
 
-import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,11 +32,4 @@ def read_checkpoint(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dic
 def write_checkpoint(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes float32 tensors; `metadata` goes into the file's header, with the mark that PyTorch tools look for."""
     arrays = {name: np.ascontiguousarray(array, np.float32).reshape(array.shape) for name, array in tensors.items()}
-    path = Path(path)
-    path.touch()
-    usual_mode = path.stat().st_mode
-    try:
-        safetensors.numpy.save_file(arrays, path, {"format": "pt", **metadata})
-    except safetensors.SafetensorError as error:
-        raise OSError(errno.EIO, str(error)) from error
-    path.chmod(usual_mode)  # the library writes files that only their owner can read
+    Path(path).write_bytes(safetensors.numpy.save(arrays, {"format": "pt", **metadata}))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -169,11 +169,10 @@ class Reconstruction(NamedTuple):
     losses: np.ndarray
 
 
-def images_at_once(batch: int, devices: Sequence[jax.Device]) -> int:
-    """How many images of a batch to take at once: all; on a lone CPU a few, whose activations its caches hold."""
-    first, *others = devices
+def images_at_once(batch: int) -> int:
+    """How many images of a batch to take at once: all; on a CPU a few, whose activations its caches hold."""
     some = max(n for n in range(1, _AT_ONCE_ON_CPU + 1) if batch % n == 0)
-    return some if first.platform == "cpu" and not others and 2 * some >= _AT_ONCE_ON_CPU else batch
+    return some if jax.default_backend() == "cpu" and 2 * some >= _AT_ONCE_ON_CPU else batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
@@ -181,7 +180,7 @@ def encode(
     config: InfMAEConfig, params: dict, pixels: jax.Array, size: tuple[int, int], average: bool
 ) -> dict[str, jax.Array]:
     """(N,H,W,C) uint8 padded, and the size before -> float32 maps that cover that size, or their means."""
-    at_once = images_at_once(len(pixels), jax.devices()[:1])
+    at_once = images_at_once(len(pixels))
 
     def take(some: jax.Array) -> dict[str, jax.Array]:
         features = functools.partial(InfMAE(config).apply, {"params": params}, normalize(some), method="features")

@@ -189,26 +189,12 @@ class NonOverlappingConv(nn.Module):
         return add_bias(patch_product(x.astype(dtype), kernel.astype(dtype)), bias)
 
 
-@jax.custom_vjp
 def patch_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(..., r, p, s, p, C), (p, p, C, features) -> (..., r, s, features): the sum over the cells of a kernel position.
 
     On TPUs the contraction as it stands, without the copy that brings the cells together; elsewhere a matrix product.
     """
     return jax.lax.platform_dependent(x, kernel, tpu=_contract, default=_as_matrices)
-
-
-def _patch_product_backward(saved, grad):
-    def pullback(form, x, kernel, grad):
-        return jax.vjp(form, x, kernel)[1](grad)
-
-    forms = {"tpu": _contract, "default": _as_matrices}
-    return jax.lax.platform_dependent(
-        *saved, grad, **{name: functools.partial(pullback, form) for name, form in forms.items()}
-    )
-
-
-patch_product.defvjp(lambda x, kernel: (patch_product(x, kernel), (x, kernel)), _patch_product_backward)
 
 
 def _contract(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -38,13 +38,9 @@ def _check(config: Any, section: str, *others: tuple[str, bool, str]) -> None:
             raise ValueError(f"{section}.{field}={getattr(config, field)!r} must be {allowed}")
 
 
-def _check_heads(width: int, heads: int, attention: str = "auto") -> None:
+def _check_heads(width: int, heads: int) -> None:
     if heads < 1 or width < 4 or width % heads or width % 4:
         raise ValueError(f"model width {width} must be divisible by 4 and by its {heads} attention heads")
-    if attention == "cudnn" and (width // heads % 8 or width // heads > 128):
-        raise ValueError(
-            f"model.encoder.attention=cudnn takes heads of 8, 16, ... 128 features, not {width} / {heads}; use xla"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +96,7 @@ class EncoderConfig:
             ("depths", len(depths) == 3 and all(0 <= n <= _MOST_BLOCKS for n in depths), f"three, 0 to {_MOST_BLOCKS}"),
             ("position_grid", short, "token rows, columns"),
         )
-        if self.attention == "cudnn" and self.dtype != "bfloat16":
-            raise ValueError(f"model.encoder.attention=cudnn computes in bfloat16, not {self.dtype}; use xla")
-        _check_heads(self.widths[-1], self.heads, self.attention)
+        _check_heads(self.widths[-1], self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +131,6 @@ class InfMAEConfig:
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig = DecoderConfig()
     norm_pix_loss: bool = False
-
-    def __post_init__(self):
-        _check_heads(self.decoder.width, self.decoder.heads, self.encoder.attention)
 
     def replace(self, **changes: Any) -> Self:
         """The config with some values changed, each in the part that has it.
@@ -192,11 +183,11 @@ class SegmentationHeadConfig:
         different = all(1 <= n <= 64 for n in scales) and len({*scales}) == len(scales)
         _check(self, "model.head", ("pool_scales", different, "different, 1 to 64"))
 
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """ValueError if the head reads maps that the encoder does not have."""
         if encoder.kind != "vit":
             return
-        if fuse_stages:
+        if encoder.fuse_stages:
             raise ValueError("fuse_stages adds stages 1 and 2, which a vit encoder lacks; set it to False")
         if self.kind == "upernet" or self.fcn_stage in (1, 2):
             reads = "kind=upernet" if self.kind == "upernet" else f"fcn_stage={self.fcn_stage}"
@@ -204,7 +195,7 @@ class SegmentationHeadConfig:
 
 
 class _ReadsFineMaps:
-    def check_encoder(self, encoder: EncoderConfig, fuse_stages: bool = False) -> None:
+    def check_encoder(self, encoder: EncoderConfig) -> None:
         """ValueError if the encoder lacks the maps of strides 4 and 8."""
         if encoder.kind == "vit":
             raise ValueError("model.head reads maps of strides 4 and 8, which a vit encoder lacks; use a hybrid one")

@@ -67,9 +67,9 @@ class InfMAE(nn.Module):
     def _predict(self, tokens: jax.Array, first: int) -> jax.Array:
         return self.decoder.predict(tokens, first).astype(blocks.float_dtype(self.config.encoder.dtype))
 
-    def features(self, images: jax.Array, **options: bool) -> dict[str, jax.Array]:
+    def features(self, images: jax.Array, fuse_stages: bool = False) -> dict[str, jax.Array]:
         """Feature maps of whole images, see the encoder's `features`. Needs only the encoder's parameters."""
-        return self.encoder.features(images, **options)
+        return self.encoder.features(images, fuse_stages)
 
 
 def masked_loss(pred: jax.Array, target: jax.Array, mask: jax.Array, norm_pix: bool) -> jax.Array:

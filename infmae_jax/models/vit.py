@@ -32,9 +32,10 @@ class ViTEncoder(nn.Module):
         """(B,H,W,C) float32 normalised, (B,K) int32 -> (B,1+K,D) after the final norm, the class token first."""
         return self.norm(self._tokens(images, ids_keep))
 
-    def features(self, images: jax.Array) -> dict[str, jax.Array]:
+    def features(self, images: jax.Array, fuse_stages: bool = False) -> dict[str, jax.Array]:
         """stage3 (B,h,w,D) before the final norm; after it: tokens (B,1+N,D), class token first, and pooled (B,D),
-        the mean over the patch tokens."""
+        the mean over the patch tokens. It has no stages that could be fused, as in pretraining."""
+        del fuse_stages
         tokens = self._tokens(images, None)
         stage3 = tokens[:, 1:].reshape(tokens.shape[0], *patches.token_grid(*images.shape[1:3]), tokens.shape[-1])
         tokens = self.norm(tokens)

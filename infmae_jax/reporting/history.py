@@ -16,7 +16,6 @@ from infmae_jax.training.writers import EVENTS_NAME, METRICS_NAME, read_events, 
 MOST_ROWS = 20_000  # of metrics.jsonl; of a longer file as many are read, evenly spread
 _RECENT_ROWS = 10
 _ENDINGS = ("finished", "preempted", "interrupted", "stopped")
-_INTERRUPTED = 130  # exit code that a `preempted` event carries after Ctrl-C
 _SILENT_SECONDS = 600.0  # at least; a run that logs rarely may be silent for longer
 _SILENT_ROWS = 10
 
@@ -117,7 +116,6 @@ class RunHistory:
         if turns and (word := turns[-1]["event"]) in _ENDINGS:
             if word in ("finished", "stopped"):
                 return word, str(turns[-1].get("reason", ""))
-            word = "interrupted" if turns[-1].get("code") == _INTERRUPTED else word
             return word, f"at step {int(turns[-1]['step']):,}; the same command continues it"
         if self.seen is None:
             return ("silent", "nothing says since when") if self.rows else ("new", "nothing logged yet")

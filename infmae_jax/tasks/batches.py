@@ -10,7 +10,7 @@ from data_pipelines.pipeline import PipelineConfig
 from data_pipelines.views import View
 from infmae_jax.training.task import Position
 
-_ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
+ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders: far from the small seeds that people choose
 
 
 class PipelineBatches:
@@ -18,7 +18,7 @@ class PipelineBatches:
 
     def __init__(self, data: PipelineConfig, at: Position, view: View | None = None):
         """`view`: what a sample is; by default that of pretraining."""
-        seed = (data.seed + at.order * _ORDER_STRIDE) % 2**32 if at.order else data.seed
+        seed = (data.seed + at.order * ORDER_STRIDE) % 2**32 if at.order else data.seed
         self._data = dataclasses.replace(data, seed=seed)
         hosts = jax.process_index(), jax.process_count()
         self._batches = pipeline.train_batches(self._data, at.step, *hosts, view=view)

@@ -42,9 +42,7 @@ class DetectionModel(FineTuneModel):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
         super().__init__(config)
         self.category_ids = _category_ids(config)
-        self.module = Detector(
-            config.encoder, config.head, len(config.classes), config.masks != "none", config.encoder.fuse_stages
-        )
+        self.module = Detector(config.encoder, config.head, len(config.classes), config.masks != "none")
 
     @property
     def protocol(self) -> str:
@@ -112,7 +110,8 @@ class DetectionModel(FineTuneModel):
             best.add(-f1, (f1, image, found))
             if thorough:
                 number = image.attributes.get("image_id", image.number + 1)
-                listed += self.coco_results(number, image.key.split("/", 1)[-1], found, image.pixels.shape)
+                file, rows = image.key.split("/", 1)[-1], self._objects(found, image.pixels.shape)
+                listed += [_coco_result(number, file, row) for row in rows]
         counts.gather()
         damaged = summed(np.array(len(labelled.damaged)))
         scores = {**counts.scores(self.classes), "damaged": int(damaged), "protocol": self.protocol}
@@ -151,10 +150,6 @@ class DetectionModel(FineTuneModel):
                 row["segmentation"] = encode_rle(paste(found.masks[place], found.boxes[place], size))
             rows.append(row)
         return rows
-
-    def coco_results(self, number: int | str, file: str, found: Boxes, size: tuple[int, int]) -> list[dict[str, Any]]:
-        """The boxes of an image of this size as entries of a COCO results file."""
-        return [_coco_result(number, file, row) for row in self._objects(found, size)]
 
     def finish(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
         """Writes all boxes in COCO's format, in the source's category ids, and as a table."""

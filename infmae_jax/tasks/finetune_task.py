@@ -44,7 +44,7 @@ class FineTuneModel:
         """`config`: with classes and architecture filled in, see `resolved`; InputError for an encoder without the
         maps that the head reads."""
         try:
-            config.head.check_encoder(config.encoder, config.encoder.fuse_stages)
+            config.head.check_encoder(config.encoder)
         except ValueError as error:
             raise InputError(f"{config.checkpoint}: {error}") from error
         self.config, self.classes = config, config.classes
@@ -129,7 +129,8 @@ class FineTuneTask(Task):
         return fingerprint_of(self.config)
 
     def init(self, key: jax.Array) -> Any:
-        return self.model.init(key, self.batch_of_zeros()["image"])
+        shape, dtype = self.batch_spec["image"]
+        return self.model.init(key, np.zeros((1, *shape[1:]), dtype))
 
     def initial(self, shapes: Any) -> Any:
         """The encoder of the checkpoint under a new head; what was taken is printed."""
@@ -166,10 +167,6 @@ class FineTuneTask(Task):
         """Random streams of dropout and, where the encoder trains, of drop path."""
         names = ("dropout", "drop_path") if self.config.freeze == "none" else ("dropout",)
         return dict(zip(names, jax.random.split(key, len(names)), strict=True))
-
-    def batch_of_zeros(self) -> dict[str, np.ndarray]:
-        """One image of the training size, to initialise with."""
-        return {name: np.zeros((1, *shape[1:]), dtype) for name, (shape, dtype) in self.batch_spec.items()}
 
 
 def layer_of(path: str, encoder: EncoderConfig) -> int:

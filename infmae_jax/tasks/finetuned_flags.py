@@ -4,7 +4,7 @@ from typing import Any
 
 from absl import flags
 
-from data_pipelines.errors import InputError
+from infmae_jax.interop.checkpoint_flags import rows_columns
 
 
 def define() -> None:
@@ -18,10 +18,5 @@ def define() -> None:
 
 def options() -> dict[str, Any]:
     """What the flags say, as arguments of `load_finetuned` beside the run."""
-    values = flags.FLAGS
-    tile = values.tile
-    if tile is not None:
-        if len(tile) not in (1, 2) or not all(side.strip().isdigit() for side in tile):
-            raise InputError(f"--tile={','.join(tile)}: give rows,columns in pixels, or one number for both")
-        tile = int(tile[0]), int(tile[-1])
+    values, tile = flags.FLAGS, rows_columns("tile", one_for_both=True)
     return {"step": values.step, "tile": tile, "overlap": values.overlap, "threshold": values.threshold}

@@ -22,13 +22,13 @@ from infmae_jax import pictures
 from infmae_jax.evaluation import classification
 from infmae_jax.evaluation.features import LabelledFeatures
 from infmae_jax.interop.trained_model import FEATURES
+from infmae_jax.tasks.batches import ORDER_STRIDE
 from infmae_jax.training.config import Count, Duration, OptimizerConfig, RunConfig
 from infmae_jax.training.duration import in_steps
 from infmae_jax.training.task import Evaluator, Loss, Position, Task
 
 NORM_EPS = 1e-6
 _INITIAL_STD = 0.01
-_ORDER_STRIDE = 0x9E3779B1  # between the data seeds of a run's orders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +225,7 @@ class _Batches:
 
     def __init__(self, task: ProbeTask, at: Position):
         self._task, self._step = task, at.step
-        first = task.config.seed + at.order * _ORDER_STRIDE
+        first = task.config.seed + at.order * ORDER_STRIDE
         self._seeds = [(first + head) % 2**32 for head in range(task.config.heads)]
         self._orders = [RecordOrder([task.num_examples], (), seed) for seed in self._seeds]
 

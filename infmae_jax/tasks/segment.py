@@ -144,7 +144,7 @@ class SegmentationModel(FineTuneModel):
     def __init__(self, config: SegmentConfig):
         """`config`: with classes and architecture filled in, see `finetune.resolved`."""
         super().__init__(config)
-        self.module = Segmenter(config.encoder, config.head, len(config.classes), config.encoder.fuse_stages)
+        self.module = Segmenter(config.encoder, config.head, len(config.classes))
 
     @property
     def protocol(self) -> str:

@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
 from data_pipelines.errors import InputError
+from infmae_jax.models.config import within
 from infmae_jax.training.duration import in_steps
 
 T = TypeVar("T")
@@ -301,13 +302,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Annotated:
         hint, allowed = typing.get_args(hint)
         value = _convert(hint, value, path)
-        try:
-            within = _within(value, allowed)
-        except InputError as error:
-            raise InputError(f"config key {path}: {error}") from error
-        if not within:
+        if value != "duration" and within(value, allowed):
+            return value
+        if "duration" not in allowed:
             relation = "one of" if hint is str else "in"
             raise InputError(f"config key {path}={reprlib.repr(value)} must be {relation} {allowed}")
+        try:
+            in_steps(value, batch_size=1, num_examples=1, total_steps=1)  # says what is wrong with it
+        except InputError as error:
+            raise InputError(f"config key {path}: {error}") from error
         return value
     if hint == tuple[str, ...] and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -333,19 +336,6 @@ def _convert_tuple(hint: Any, value: Any, path: str) -> tuple:
     if not kinds:
         return _as_tuple(value)
     return tuple(_convert(kinds[0 if ... in kinds else i], item, f"{path}[{i}]") for i, item in enumerate(value))
-
-
-def _within(value: Any, allowed: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)", or a text is among "a, b"; "duration" is any of these."""
-    if isinstance(value, str):
-        choices = allowed.split(", ")
-        if value not in choices and "duration" in choices:
-            in_steps(value, batch_size=1, num_examples=1, total_steps=1)  # says what is wrong with it
-            return True
-        return value in choices
-    low, high = (float(end) for end in allowed[1:-1].split(","))
-    above = low <= value if allowed[0] == "[" else low < value
-    return above and (value <= high if allowed[-1] == "]" else value < high)
 
 
 def _as_tuple(value: Any) -> Any:

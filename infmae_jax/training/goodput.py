@@ -54,15 +54,10 @@ class Goodput:
         return dict(self._seconds)
 
     def shares(self) -> dict[str, float]:
-        """Every share of the wall time until now, 0 to 1."""
+        """Every share of the wall time until now, 0 to 1; that of "stepping" is the goodput."""
         seconds = self.seconds()
         total = sum(seconds.values()) or 1.0
         return {name: value / total for name, value in seconds.items()}
-
-    @property
-    def goodput(self) -> float:
-        """Stepping as a share of the wall time, 0 to 1."""
-        return self.shares()["stepping"]
 
     def _count(self) -> None:
         now = self._clock()

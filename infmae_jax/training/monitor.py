@@ -118,7 +118,7 @@ class Monitor:
             "images_per_second": self._task.batch_size / seconds_per_step,
             "data_wait_seconds": self.clock.seconds()["data_wait"] - self._waited,
             "substituted_samples": self._batches.substituted,
-            "goodput": self.clock.goodput,
+            "goodput": self.clock.shares()["stepping"],
             "device_memory_gib": hardware.device_memory_gib(),
             "mfu": self.program.mfu(seconds_per_step),
         }

@@ -41,36 +41,29 @@ class Profile:
             of the device and the last steps would be missing.
         """
         wanted = number in self._steps
-        if self._running and not wanted:
-            self._stop(pending)
-        elif wanted and not self._running:
-            self._start()
+        if self._running != wanted:
+            self._switch(wanted, pending)
         return jax.profiler.StepTraceAnnotation("train", step_num=number)
 
     def close(self) -> None:
         """Closes a trace that is still open. Safe to call at any time, and twice."""
         if self._running:
-            self._stop(None)
+            self._switch(False)
 
-    def _start(self) -> None:
+    def _switch(self, on: bool, pending: Any = None) -> None:
+        """Starts the trace, or stops it for good."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
+            if on:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                jax.profiler.start_trace(str(self._folder))
+            else:
+                self._steps = range(0)
+                jax.block_until_ready(pending)
+                jax.profiler.stop_trace()
+            self._running = on
         except (OSError, RuntimeError) as error:
-            self._give_up(error)
-
-    def _stop(self, pending: Any) -> None:
-        self._running, self._steps = False, range(0)
-        try:
-            jax.block_until_ready(pending)
-            jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:
-            self._give_up(error)
-
-    def _give_up(self, error: Exception) -> None:
-        self._steps = range(0)
-        logging.warning("no profile in %s, training goes on: %s", self._folder, str(error).splitlines()[0])
+            self._running, self._steps = False, range(0)
+            logging.warning("no profile in %s, training goes on: %s", self._folder, str(error).splitlines()[0])
 
 
 def _parse(steps: str) -> range:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -191,24 +192,20 @@ def workdir_lock(run: str | Path) -> Iterator[None]:
             f"{run} cannot be used as --workdir: {error.strerror or error}; make it writable or choose another"
         ) from error
     with file:
-        _lock(file, run)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            _write(file, f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        except BlockingIOError as error:
+            raise InputError(
+                f"{run} is in use by {_holder(file)}; wait for it, end it, or choose another --workdir"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            logging.warning("%s is on a file system without locks: see to it that no second run uses it", run)
         yield
         _write(file, "")
-
-
-def _lock(file: BinaryIO, run: str | Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{run} is in use by {_holder(file)}; wait for it, end it, or choose another --workdir"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        logging.warning("%s is on a file system without locks: see to it that no second run uses it", run)
-        return
-    _write(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}) + "\n")
 
 
 def _write(file: BinaryIO, text: str) -> None:
@@ -219,10 +216,7 @@ def _write(file: BinaryIO, text: str) -> None:
 
 def _holder(file: BinaryIO) -> str:
     """Who holds the lock, as far as its file says."""
-    try:
-        file.seek(0)
-        holder = json.loads(file.read(4096))
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(holder["since"]))
-        return f"process {holder['pid']} on {holder['host']} since {since}"
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return "another process"
+    file.seek(0)
+    text = file.read(400).decode(errors="replace")
+    known = re.fullmatch(r"process \d+ on [\w.-]+ since [\d :-]+ UTC", text.strip(), re.ASCII)
+    return known[0] if known else "another process"

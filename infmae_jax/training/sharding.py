@@ -7,6 +7,7 @@ loss is computed (`gathered`), and the batch decides all the rest.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,12 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
       InputError: as `make_mesh`.
     """
     sizes = _axis_sizes(config, len(devices))
-    shape = (sizes[0] // config.slices, *sizes[1:])
-    array = np.concatenate([_within_slice(group, shape) for group in _slices(devices, config.slices)])
+    slices = _slices(devices, config.slices)
+    if devices[0].platform == "tpu":  # JAX knows how the chips are wired
+        shape, types = (sizes[0] // config.slices, *sizes[1:]), (AxisType.Auto,) * len(AXES)
+        meshes = [jax.make_mesh(shape, AXES, axis_types=types, devices=group.tolist()) for group in slices]
+        slices = np.stack([mesh.devices for mesh in meshes])
+    array = slices.reshape(sizes)
     spanned = next((group for group in array.reshape(-1, sizes[2]) if len({d.process_index for d in group}) > 1), None)
     if spanned is not None:
         raise InputError(
@@ -82,25 +87,15 @@ def _axis_sizes(config: MeshConfig, devices: int) -> list[int]:
     return sizes
 
 
-def _slices(devices: Sequence[jax.Device], count: int) -> list[list[jax.Device]]:
-    """Equal groups of devices: those slices that the platform reports, else neighbouring processes."""
-    reported = sorted({getattr(device, "slice_index", 0) for device in devices})
-    if devices[0].platform == "tpu" and len(reported) != count:
-        raise InputError(f"mesh.slices={count}, but the devices form {len(reported)}: set mesh.slices={len(reported)}")
-    if len(reported) == count:
-        groups = [[d for d in devices if getattr(d, "slice_index", 0) == index] for index in reported]
-    else:
-        ordered = sorted(devices, key=lambda d: (d.process_index, d.id))
-        groups = np.array(ordered, object).reshape(count, -1).tolist()
-    if len({len(group) for group in groups}) > 1:
-        raise InputError(f"mesh.slices={count}: the slices have {', '.join(str(len(g)) for g in groups)} devices")
-    return groups
-
-
-def _within_slice(devices: list[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    if devices[0].platform == "tpu":  # JAX knows how the chips are wired
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
-    return np.array(devices, object).reshape(shape)
+def _slices(devices: Sequence[jax.Device], count: int) -> np.ndarray:
+    """(count, n) devices: those slices that the platform reports, else neighbouring processes."""
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if devices[0].platform == "tpu" and len(slices) != count:
+        raise InputError(f"mesh.slices={count}, but the devices form {len(slices)}: set mesh.slices={len(slices)}")
+    if len(slices) == count and len({*slices.values()}) > 1:
+        raise InputError(f"mesh.slices={count}: the slices have {', '.join(map(str, slices.values()))} devices")
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    return np.array(ordered, object).reshape(count, -1)
 
 
 def path_text(path: tuple[Any, ...]) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import logging
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -53,21 +52,18 @@ def read_events(run: str | Path) -> list[dict[str, Any]]:
             and isinstance(e.get("event"), str)]  # fmt: skip
 
 
-class _Log(contextlib.AbstractContextManager):
+class _Log(AppendOnlyFile, contextlib.AbstractContextManager):
     """A file that a run appends to; inside `with`, what the file refuses is counted, and the first one is a warning."""
 
-    def __init__(self, path: Path, name: str = ""):
-        self._file, self._name, self.failures = AppendOnlyFile(path), name or path.name, 0
-
-    def close(self) -> None:
-        self._file.close()
+    failures = 0
 
     def __exit__(self, kind, error, traceback) -> bool:
         if not isinstance(error, OSError):
             return False
         self.failures += 1
         if self.failures == 1:
-            logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", self._name, error)
+            name = self.path.name
+            logging.warning("%s: a write failed (%s); training goes on, later lines are tried anew", name, error)
         return True
 
 
@@ -75,17 +71,17 @@ class _Lines(_Log):
     """One JSON object a line; where steps grow, it may be rewound."""
 
     def write(self, row: Mapping[str, float]) -> None:
-        self._file.append((json.dumps(_plain(row), allow_nan=False) + "\n").encode())
+        self.append((_json(row) + "\n").encode())
 
     def rewind(self, step: int) -> None:
         end = 0
-        if step > 0 and self._file.size:
-            for line, line_end in lines_from_the_end(self._file.path):
+        if step > 0 and self.size:
+            for line, line_end in lines_from_the_end(self.path):
                 found = _parse_line(line).get("step")
                 if _is_step(found) and found < step:
                     end = line_end
                     break
-        self._file.truncate(end)
+        self.truncate(end)
 
 
 class _TensorBoard(_Log):
@@ -96,8 +92,7 @@ class _TensorBoard(_Log):
 
     def __init__(self, folder: Path):
         # A file for each process; TensorBoard reads them in the order of their names.
-        seconds, fraction = divmod(time.time_ns(), 10**9)
-        super().__init__(folder / f"events.out.tfevents.{seconds:010d}.{fraction:09d}.{os.getpid()}", folder.name)
+        super().__init__(folder / f"events.out.tfevents.{time.time_ns():019d}.{os.getpid()}")
 
     def write(self, row: Mapping[str, float]) -> None:
         scalars = {key: float(value) for key, value in row.items() if key not in ("step", "time")}
@@ -110,62 +105,24 @@ class _TensorBoard(_Log):
 
     def _append(self, **event: Any) -> None:
         data = _record(Event(**{"wall_time": time.time(), **event}))
-        if self._file.size == 0:
+        if self.size == 0:
             data = _record(Event(wall_time=time.time(), file_version="brain.Event:2")) + data
-        self._file.append(data)
+        self.append(data)
 
 
-class EventLog:
-    """Appends what happens to a run to RUN/events.jsonl; does nothing where `active` is False.
-
-    Numbers that JSON does not have are written as the texts "nan", "inf" and "-inf".
-    """
-
-    def __init__(self, run: str | Path, active: bool = True):
-        self._lines = _Lines(Path(run) / EVENTS_NAME) if active else None
-
-    def write(self, event: str, step: int, **details: Any) -> None:
-        """One line: the time, the step that it happened at, the event's name, and what is known of it."""
-        if self._lines is not None:
-            with self._lines:
-                self._lines.write({"time": time.time(), "step": int(step), "event": event, **details})
-
-    def close(self) -> None:
-        if self._lines is not None:
-            self._lines.close()
-
-
-class MetricsWriter:
-    """Writes logged steps to RUN/metrics.jsonl and RUN/tensorboard.
-
-    Opening for a run resumed at `first_step` drops the rows of that step and later ones: they will be made again.
-    Does nothing where `active` is False.
-
-    Args:
-      run: run folder.
-      first_step: the step that will be made first.
-      active: on one process of a job.
+class _Writer:
+    """Writes to files of a run; does nothing where `active` is False.
 
     Attributes:
       failures: writes that failed so far, over all files.
     """
 
-    def __init__(self, run: str | Path, first_step: int, active: bool = True):
-        self._logs = [_Lines(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard")] if active else []
-        self.rewind(first_step)
+    def __init__(self, active: bool, *logs: _Lines | _TensorBoard):
+        self._logs = logs if active else ()
 
     @property
     def failures(self) -> int:
         return sum(log.failures for log in self._logs)
-
-    def write(self, row: Mapping[str, float]) -> None:
-        """One object a logged step; `row` has the key "step". The time of writing is added, as `time`."""
-        stamped = {"step": row["step"], "time": time.time(), **row}
-        self._each(lambda log: log.write(stamped))
-
-    def rewind(self, step: int) -> None:
-        """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
-        self._each(lambda log: log.rewind(step))
 
     def close(self) -> None:
         self._each(lambda log: log.close())
@@ -176,6 +133,47 @@ class MetricsWriter:
                 act(log)
 
 
+class EventLog(_Writer):
+    """Appends what happens to a run to RUN/events.jsonl; does nothing where `active` is False.
+
+    Numbers that JSON does not have are written as the texts "nan", "inf" and "-inf".
+    """
+
+    def __init__(self, run: str | Path, active: bool = True):
+        super().__init__(active, _Lines(Path(run) / EVENTS_NAME))
+
+    def write(self, event: str, step: int, **details: Any) -> None:
+        """One line: the time, the step that it happened at, the event's name, and what is known of it."""
+        row = {"time": time.time(), "step": int(step), "event": event, **details}
+        self._each(lambda log: log.write(row))
+
+
+class MetricsWriter(_Writer):
+    """Writes logged steps to RUN/metrics.jsonl and RUN/tensorboard.
+
+    Opening for a run resumed at `first_step` drops the rows of that step and later ones: they will be made again.
+    Does nothing where `active` is False.
+
+    Args:
+      run: run folder.
+      first_step: the step that will be made first.
+      active: on one process of a job.
+    """
+
+    def __init__(self, run: str | Path, first_step: int, active: bool = True):
+        super().__init__(active, _Lines(Path(run) / METRICS_NAME), _TensorBoard(Path(run) / "tensorboard"))
+        self.rewind(first_step)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """One object a logged step; `row` has the key "step". The time of writing is added, as `time`."""
+        stamped = {"step": row["step"], "time": time.time(), **row}
+        self._each(lambda log: log.write(stamped))
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows of `step` and later: the run goes back there, and they will be made again."""
+        self._each(lambda log: log.rewind(step))
+
+
 def _record(event: Any) -> bytes:
     """A protocol buffer as TFRecord: length, its checksum, data, their checksum."""
     data = event.SerializeToString()
@@ -183,17 +181,10 @@ def _record(event: Any) -> bytes:
     return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
 
 
-def _plain(value: Any) -> Any:
+def _json(row: Mapping[str, Any]) -> str:
     """NumPy scalars and arrays, paths and exceptions as JSON, with text for the numbers that it does not have."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else repr(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+    text = json.dumps(row, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    return json.dumps(json.loads(text, parse_constant=lambda name: repr(float(name))))
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

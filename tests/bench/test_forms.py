@@ -9,12 +9,12 @@ from infmae_jax.bench.results import text
 
 
 def test_other_computations_and_forms_that_fail_are_said(smoke, monkeypatch):
-    monkeypatch.setattr(forms, "_ANYWHERE", ({"norm_pix_loss": True}, {"attention": "cudnn"}))
-    ours, other, cudnn = forms.forms(smoke, 4, rounds=1, torch_forms=())["rows"]
+    monkeypatch.setattr(forms, "_ANYWHERE", ({"norm_pix_loss": True}, {"attention": "flash"}))
+    ours, other, flash = forms.forms(smoke, 4, rounds=1, torch_forms=())["rows"]
     assert ours["name"] == "as configured" and ours["repeatable"] and "note" not in ours
     assert ours["images_per_second"] > 0
     assert other["note"] == "another first loss: not the same computation" and "images_per_second" not in other
-    assert cudnn["note"].startswith("failed: ") and "cudnn" in cudnn["note"] and "images_per_second" not in cudnn
+    assert flash["note"].startswith("failed: ") and "flash" in flash["note"] and "images_per_second" not in flash
 
 
 def test_pytorch_is_named_with_its_version(smoke, monkeypatch):

@@ -32,23 +32,33 @@ def test_table_covers_every_parameter_once(config):
     assert len({entry.name for entry in entries}) == len(entries)
 
 
-@pytest.mark.parametrize("layout", [names.SAME, names.LINEAR, names.CONV, names.POINTWISE, names.DEPTHWISE])
-def test_layouts_are_inverse(layout):
-    rank = sum(axis is not None for axis in layout.axes) or 2
-    ours = np.random.default_rng(0).normal(size=(2, 3, 4, 5)[:rank])
-    there = layout.publish(ours)
-    assert there.shape == layout.shape(ours.shape)
-    np.testing.assert_array_equal(layout.adopt(there), ours)
+@pytest.mark.parametrize("config", ARCHITECTURES)
+def test_layouts_are_inverse(config):
+    for entry in names.table(config):
+        ours = np.arange(np.prod(entry.ours), dtype=np.float32).reshape(entry.ours)
+        there = entry.publish(ours)
+        assert there.shape == entry.shape
+        np.testing.assert_array_equal(entry.adopt(there), ours)
 
 
 def test_layouts_by_index():
     """ours[...] and published[...] name the same weight: (rows, columns, in, out) against (out, in, rows, columns)."""
-    rng = np.random.default_rng(0)
-    conv, depthwise, linear = rng.normal(size=(4, 4, 3, 7)), rng.normal(size=(5, 5, 6)), rng.normal(size=(3, 7))
-    assert names.CONV.publish(conv)[6, 2, 1, 3] == conv[1, 3, 2, 6]
-    assert names.DEPTHWISE.publish(depthwise)[4, 0, 1, 3] == depthwise[1, 3, 4]
-    assert names.POINTWISE.publish(linear)[5, 2, 0, 0] == linear[2, 5]
-    assert names.LINEAR.publish(linear)[5, 2] == linear[2, 5]
+    entries = {
+        ".".join(entry.path[1:-1]): entry for entry in names.table(variant("tiny")) if entry.path[-1] == "kernel"
+    }
+
+    def both(name):
+        ours = np.arange(np.prod(entries[name].ours)).reshape(entries[name].ours)
+        return ours, entries[name].publish(ours)
+
+    conv, published_conv = both("patch_embed1.proj")
+    assert published_conv[6, 2, 1, 3] == conv[1, 3, 2, 6] and published_conv.shape == (48, 3, 4, 4)
+    depthwise, published_depthwise = both("blocks1_0.dwconv")
+    assert published_depthwise[4, 0, 1, 3] == depthwise[1, 3, 4] and published_depthwise.shape == (48, 1, 5, 5)
+    pointwise, published_pointwise = both("blocks2_1.conv1")
+    assert published_pointwise[5, 2, 0, 0] == pointwise[2, 5] and published_pointwise.shape == (96, 96, 1, 1)
+    linear, published_linear = both("blocks3_0.mlp.fc1")
+    assert published_linear[5, 2] == linear[2, 5] and published_linear.shape == (768, 192)
 
 
 @pytest.mark.parametrize("mae", [False, True])

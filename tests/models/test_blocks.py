@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from infmae_jax.models import blocks, transformer
+from infmae_jax.models.config import variant
 
 POINTS = np.linspace(-9, 9, 361)
 PHI = np.array([0.5 * math.erfc(-x / 2**0.5) for x in POINTS])
@@ -118,10 +119,12 @@ def test_cudnn_attention_is_asked_for_where_the_number_of_tokens_is_even(monkeyp
     )
 
 
-def test_cudnn_attention_by_name_is_that_of_auto_where_there_is_none():
-    """So that a model trained with it on a GPU can be used on any machine."""
-    x = jax.random.normal(jax.random.key(0), (1, 4, 16), jnp.bfloat16)
-    auto, by_name = (transformer.Attention(2, "bfloat16", method) for method in ("auto", "cudnn"))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_cudnn_attention_by_name_is_that_of_auto_where_there_is_none(dtype):
+    """So that a model trained with it on a GPU can be used on any machine, and with any number format."""
+    x = jax.random.normal(jax.random.key(0), (1, 4, 16), jnp.dtype(dtype))
+    auto, by_name = (transformer.Attention(2, dtype, method) for method in ("auto", "cudnn"))
+    assert variant("tiny", attention="cudnn", dtype=dtype).encoder.attention == "cudnn"
     params = auto.init(jax.random.key(0), x)
     np.testing.assert_array_equal(by_name.apply(params, x), auto.apply(params, x))
 

@@ -15,7 +15,9 @@ from infmae_jax.models.heads.pyramid import FeaturePyramid
 from tests.models.parameters import randomised
 from tests.models.test_segmentation_heads import slow_conv, slow_norm
 
-ENCODER = EncoderConfig(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv")
+ENCODER = EncoderConfig(
+    widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv", fuse_stages=False
+)
 HEAD = DetectionHeadConfig(
     channels=8, box_channels=16, box_convs=1, mask_convs=1, anchor_sizes=(8, 12, 16, 24, 32), rpn_samples=16,
     pre_nms_train=40, pre_nms_test=30, proposals_train=30, proposals_test=20, rois=16, max_candidates=40,

@@ -16,7 +16,9 @@ from infmae_jax.models.heads.layers import Output
 from infmae_jax.models.heads.segmentation import FCN, Segmenter, Stride32, UperNet
 from tests.models.parameters import randomised
 
-ENCODER = EncoderConfig(widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv")
+ENCODER = EncoderConfig(
+    widths=(8, 12, 16), depths=(1, 1, 1), heads=2, in_channels=1, depthwise="conv", fuse_stages=False
+)
 CLASSES = 5
 
 
@@ -157,7 +159,8 @@ def test_pooling_and_resizing_against_loops_and_pytorch(old, new):
 @pytest.mark.parametrize("channels, published", [(768, 72.5), (512, 37.1), (256, 14.7)])
 def test_upernet_has_the_parameters_of_its_parts(channels, published):
     """Published, in millions: UperNet on InfMAE-Base with the convolution to stride 32."""
-    model = Segmenter(variant("base").encoder, SegmentationHeadConfig(channels=channels), 9)
+    encoder = variant("base", fuse_stages=False).encoder
+    model = Segmenter(encoder, SegmentationHeadConfig(channels=channels), 9)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 1)))["params"]
 
     def conv(size, before, after):
@@ -185,13 +188,14 @@ UPERNET = SegmentationHeadConfig(channels=16, auxiliary_channels=8)
     (SegmentationHeadConfig("fcn", 16, fcn_stage=4, auxiliary_weight=0), False),
 ])  # fmt: skip
 def test_the_model_is_encoder_and_heads(head, fuse_stages):
-    model = Segmenter(ENCODER, head, CLASSES, fuse_stages)
+    encoder = dataclasses.replace(ENCODER, fuse_stages=fuse_stages)
+    model = Segmenter(encoder, head, CLASSES)
     params = randomised(model, IMAGES)
 
     @jax.jit
     def both(params):
         options = {"method": "features", "fuse_stages": fuse_stages}
-        found = HybridEncoder(ENCODER).apply({"params": params["encoder"]}, IMAGES, **options)
+        found = HybridEncoder(encoder).apply({"params": params["encoder"]}, IMAGES, **options)
         maps = [found[f"stage{i}"] for i in (1, 2, 3)]
         if "stride32" in params:
             maps.append(Stride32("group", "float32").apply({"params": params["stride32"]}, maps[2]))
@@ -267,7 +271,7 @@ def test_bfloat16_keeps_parameters_and_logits_in_float32():
 
 
 def test_a_vit_has_stage_3_alone():
-    encoder = EncoderConfig("vit", 1, (16, 16, 16), (1, 1, 1), heads=2)
+    encoder = EncoderConfig("vit", 1, (16, 16, 16), (1, 1, 1), heads=2, fuse_stages=False)
     model = Segmenter(encoder, SegmentationHeadConfig("fcn", 16), CLASSES)
     out = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), IMAGES)[0])
     assert out["logits"].shape == out["auxiliary"].shape == (2, 3, 5, CLASSES)
@@ -277,7 +281,8 @@ def test_a_vit_has_stage_3_alone():
         (SegmentationHeadConfig("fcn"), True, "fuse_stages adds stages 1 and 2, which a vit encoder lacks"),
     ):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(Segmenter(encoder, head, CLASSES, fuse_stages).init, jax.random.key(0), IMAGES)
+            other = dataclasses.replace(encoder, fuse_stages=fuse_stages)
+            jax.eval_shape(Segmenter(other, head, CLASSES).init, jax.random.key(0), IMAGES)
 
 
 @pytest.mark.parametrize("change, message", [

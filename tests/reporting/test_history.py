@@ -18,7 +18,7 @@ def read_now(monkeypatch):
         ([event(-90, "start", 0)], 60, "running", "ago"),
         ([event(-90, "start", 0)], 7200, "silent", "h: killed, or it hangs"),
         ([event(-90, "start", 0), event(-50, "preempted", 9, code=75)], 60, "preempted", "at step 9"),
-        ([event(-90, "start", 0), event(-50, "preempted", 9, code=130)], 60, "interrupted", "at step 9"),
+        ([event(-90, "start", 0), event(-50, "interrupted", 9, code=130)], 60, "interrupted", "at step 9"),
         ([event(-90, "preempted", 9), event(-50, "resume", 9)], 60, "running", ""),
         ([event(-90, "start", 0), event(-50, "stopped", 9, reason="numbers diverged")], 60, "stopped", "diverged"),
         ([event(-90, "start", 0), event(-50, "finished", 100)], 9e9, "finished", ""),

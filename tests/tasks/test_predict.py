@@ -141,7 +141,7 @@ def test_tiles_in_place_of_the_whole_image(runs, kind, tmp_path):
         ("small_target", ["--threshold=50"], "--threshold=50 is a probability"),
         ("segment", ["--tile=100"], "--tile=100,100: give rows,columns, multiples of 32"),
         ("segment", ["--tile=64", "--overlap=64"], "--overlap=64: give rows,columns, multiples of 32"),
-        ("segment", ["--tile=a"], "--tile=a: give rows,columns in pixels"),
+        ("segment", ["--tile=a"], "--tile=a is not rows,columns"),
         ("segment", ["--overlap=16"], "--overlap belongs to --tile"),
     ],
 )

@@ -56,17 +56,16 @@ class Detector(nn.Module):
     `box2`, `box3`) and `mask`.
 
     Attributes:
-      encoder, head: architectures; the anchor sizes must be given.
+      encoder, head: architectures; the anchor sizes must be given. With `fuse_stages` the encoder's embedded stages 1
+        and 2 are added to stage 3, as in pretraining; MCMAE leaves them out.
       num_classes: K, without background.
       masks: with a mask head.
-      fuse_stages: add the embedded stages 1 and 2 to stage 3, as pretraining does; MCMAE leaves them out.
     """
 
     encoder: EncoderConfig
     head: DetectionHeadConfig
     num_classes: int
     masks: bool = False
-    fuse_stages: bool = False
 
     def setup(self):
         c, dtype = self.head, self.encoder.dtype
@@ -150,8 +149,7 @@ class Detector(nn.Module):
 
     def _regions(self, pixels: jax.Array) -> tuple[list, list, list, list]:
         """Pixels -> maps of the pyramid, and anchors, logits and codes of its levels."""
-        options = {"fuse_stages": True} if self.fuse_stages else {}
-        stages = self.backbone.features(pixels, **options)
+        stages = self.backbone.features(pixels, self.encoder.fuse_stages)
         maps = self.pyramid([stages[name] for name in ("stage1", "stage2", "stage3")])
         return maps, anchors_of(maps, self.head), *self.rpn(maps)
 

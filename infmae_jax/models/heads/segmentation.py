@@ -120,15 +120,14 @@ class Segmenter(nn.Module):
     """An encoder and its heads: parameters `encoder`, `head` and, where they are used, `stride32` and `auxiliary`.
 
     Attributes:
-      encoder, head: architectures.
+      encoder, head: architectures. With `fuse_stages` the encoder's embedded stages 1 and 2 are added to stage 3, as in
+        pretraining; MCMAE leaves them out.
       num_classes: K.
-      fuse_stages: add the embedded stages 1 and 2 to stage 3, as pretraining does; MCMAE leaves them out.
     """
 
     encoder: EncoderConfig
     head: SegmentationHeadConfig
     num_classes: int
-    fuse_stages: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, auxiliary: bool = True) -> dict[str, jax.Array]:
@@ -146,9 +145,9 @@ class Segmenter(nn.Module):
           ValueError: the head reads maps that the encoder does not have, or impossible images.
         """
         c, dtype = self.head, self.encoder.dtype
-        c.check_encoder(self.encoder, self.fuse_stages)
+        c.check_encoder(self.encoder)
         encoder = ENCODER_MODULES[self.encoder.kind](self.encoder, name="encoder")
-        found = encoder.features(images, **({"fuse_stages": True} if self.fuse_stages else {}))
+        found = encoder.features(images, self.encoder.fuse_stages)
         maps = {stage: found[f"stage{stage}"] for stage in (1, 2, 3) if f"stage{stage}" in found}
         if c.kind == "upernet" or c.fcn_stage == 4:
             maps[4] = Stride32(c.norm, dtype, name="stride32")(maps[3])

@@ -69,6 +69,6 @@ class TargetDetector(nn.Module):
         """
         self.head.check_encoder(self.encoder)
         encoder = ENCODER_MODULES[self.encoder.kind](self.encoder, name="encoder")
-        maps = encoder.features(images, fuse_stages=self.encoder.fuse_stages)
+        maps = encoder.features(images, self.encoder.fuse_stages)
         stages = [maps[name] for name in ("stage1", "stage2", "stage3")]
         return Decoder(self.head, self.encoder.dtype, name="head")(images, stages, deep)
