@@ -27,6 +27,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
 from PIL import Image
 
+from data_pipelines.errors import InputError
+
 IMAGE, KEY, SOURCE, MASK, LABEL = "image", "key", "source", "mask", "label"
 BOXES, CLASSES, AREA, CROWD = "objects/bbox", "objects/label", "objects/area", "objects/is_crowd"
 SEGMENTATION = "objects/segmentation"
@@ -241,12 +243,22 @@ def decode_pixels(example: Example) -> np.ndarray:
 
 
 def decode_mask(example: Example) -> np.ndarray:
-    """Returns the class mask of an example that has one, (H, W) uint8.
+    """Returns the class mask of an example, (H, W) uint8.
 
     Raises:
       CorruptExample: it does not decode, or not to the image's size.
+      InputError: the example has none.
     """
+    if example.mask is None:
+        raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
     return _decoded(example, "mask", example.mask, "png", np.uint8)
+
+
+def objects_of(example: Example) -> Objects:
+    """Returns the objects of an example, of which there may be none; InputError where nobody looked for them."""
+    if example.objects is None:
+        raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
+    return example.objects
 
 
 def _decoded(example: Example, what: str, data: bytes, encoding: str, dtype: Any) -> np.ndarray:

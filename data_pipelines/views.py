@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import IGNORE, Example, Objects, decode_mask, decode_pixels
+from data_pipelines.examples import IGNORE, Example, Objects, decode_mask, decode_pixels, objects_of
 from data_pipelines.intensity import Intensity
 from data_pipelines.masking import MaskConfig, num_visible, select_visible, token_grid, token_scores
 from data_pipelines.outlines import mask_in_box, outline
@@ -147,8 +147,6 @@ class LabelledView(View):
         return spec | {name: ((), np.int32) for name in self.labels}
 
     def sample(self, example: Example, geometry: Geometry, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        if self.mask and example.mask is None:
-            raise InputError(f"{example.key} has no class mask: choose a shard set with masks")
         if self.focus and self.zoom and rng.random() < self.focus:
             geometry = self._focused(example, geometry, rng)
         if self.max_objects and geometry.mirrored:
@@ -178,9 +176,7 @@ class LabelledView(View):
         return row, column
 
     def _objects(self, example: Example, geometry: Geometry) -> dict[str, np.ndarray]:
-        objects = example.objects
-        if objects is None:
-            raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
+        objects = objects_of(example)
         boxes, valid = geometry.boxes(objects.boxes, self.min_visible)
         count = int(valid.sum())
         if count > self.max_objects:

@@ -7,17 +7,13 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines.errors import InputError
-from data_pipelines.examples import CorruptExample, decode_mask, decode_pixels
+from data_pipelines.examples import CorruptExample, decode_mask, decode_pixels, objects_of
 from data_pipelines.intensity import Intensity
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
 from infmae_jax.evaluation.windows import readable
 
-_MISSING = {
-    "mask": "class mask: choose a shard set with masks",
-    "objects": "list of objects: choose a shard set with boxes",
-}
+_LABELS = {"mask": decode_mask, "objects": objects_of}
 
 
 class LabelledImage(NamedTuple):
@@ -63,8 +59,6 @@ class LabelledImages:
     def _read(self, number: int) -> LabelledImage:
         """InputError where it has no labels of the kind."""
         example = self._reader[number]
-        if getattr(example, self._kind) is None:
-            raise InputError(f"{example.key} has no {_MISSING[self._kind]}")
+        labels = _LABELS[self._kind](example)
         pixels = self._intensity.apply(decode_pixels(example), example.attributes)
-        labels = decode_mask(example) if self._kind == "mask" else example.objects
         return LabelledImage(number, example.key, pixels, labels, example.attributes)

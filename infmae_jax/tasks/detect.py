@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import InputError
-from data_pipelines.examples import CorruptExample, Objects
+from data_pipelines.examples import CorruptExample, Objects, objects_of
 from data_pipelines.outlines import outline
 from data_pipelines.reader import ExampleReader
 from data_pipelines.remote import local_folders
@@ -148,8 +148,7 @@ def survey(config: DetectConfig, split: str) -> Survey:
 
     def read(index: int) -> tuple[str, Objects, int]:
         example = reader[index]
-        if (objects := example.objects) is None:
-            raise InputError(f"{example.key} has no list of objects: choose a shard set with boxes")
+        objects = objects_of(example)
         pairs = zip(objects.segmentations, objects.boxes, strict=False)
         return example.key, objects, sum(outline(text, box) is not None for text, box in pairs)
 
