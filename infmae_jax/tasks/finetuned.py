@@ -11,8 +11,7 @@ import numpy as np
 from data_pipelines.errors import InputError
 from infmae_jax.evaluation.windows import MULTIPLE
 from infmae_jax.interop.load import require_fit
-from infmae_jax.tasks.detect import DetectConfig, DetectTask
-from infmae_jax.tasks.detect_model import DetectionModel
+from infmae_jax.tasks.detect import DetectConfig, DetectionModel, DetectTask
 from infmae_jax.tasks.finetune import FineTuneConfig
 from infmae_jax.tasks.segment import SegmentationModel, SegmentConfig, SegmentTask
 from infmae_jax.tasks.small_target import SmallTargetConfig, SmallTargetModel, SmallTargetTask

@@ -25,5 +25,3 @@ def task_of(kind, checkpoint, labelled, **changes):
     config = dataclasses.replace(config, checkpoint=str(checkpoint), data=data, **changes)
     config, trained = resolved(config)
     return KINDS[kind].task(config, trained), config
-
-

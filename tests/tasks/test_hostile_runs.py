@@ -15,8 +15,7 @@ from PIL import Image
 from configs.detect import boxes_tiny_cpu
 from data_pipelines.errors import InputError
 from infmae_jax.evaluate import evaluate
-from infmae_jax.tasks.detect import DetectConfig
-from infmae_jax.tasks.detect_model import DetectionModel
+from infmae_jax.tasks.detect import DetectConfig, DetectionModel
 from infmae_jax.tasks.finetune import without_data
 from infmae_jax.tasks.finetuned import load_finetuned
 from infmae_jax.training import storage
