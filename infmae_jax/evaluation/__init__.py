@@ -1,1 +1,1 @@
-"""Measures of what an encoder has learnt: linear probe and k-NN on frozen features."""
+"""How good a model is: k-NN on frozen features, confusion counts, boxes by COCO's definition, small targets."""
