@@ -111,7 +111,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], define_flags: Calla
             return step()
         except Exception as error:  # config files are code: whatever they raise is the user's to mend
             lines = [line.strip() for line in str(error.args[0] if error.args else error).splitlines() if line.strip()]
-            print(f"error: {printable(lines[-1]) if lines else type(error).__name__}", file=sys.stderr)
+            last = lines[-1] if lines else type(error).__name__
+            last = re.sub(r"^flag (--\w+)=None: .*", r"\1 is missing: --help says what it is", last)
+            print(f"error: {printable(last)}", file=sys.stderr)
             raise SystemExit(InputError.exit_code) from None
 
     def guarded(args: Sequence[str]) -> int | None:

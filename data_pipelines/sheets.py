@@ -45,8 +45,8 @@ def class_colours(count: int) -> np.ndarray:
     from matplotlib.colors import hsv_to_rgb
 
     numbers = np.arange(count)
-    hue, bright = (0.6 + numbers * 0.61803398875) % 1.0, np.where(numbers % 3, 1.0, 0.6)
-    colours = hsv_to_rgb(np.stack([hue, np.where(numbers % 2, 0.5, 1.0), bright], axis=-1))
+    hue, bright = (0.28 + numbers * 0.61803398875) % 1.0, np.take([0.85, 1.0, 0.65], numbers % 3)
+    colours = hsv_to_rgb(np.stack([hue, np.where(numbers % 2, 1.0, 0.5), bright], axis=-1))
     colours[:1] = 0
     return (255 * colours).astype(np.uint8)
 

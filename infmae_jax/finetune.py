@@ -47,6 +47,8 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> int:
     flags_only(argv)
+    if flags.FLAGS["config"].using_default_value:
+        raise InputError("--config is missing: name one of configs/segment, configs/detect or configs/small_target")
     clock, kind = Goodput(), kind_of(flags.FLAGS.config, "--config")
     workdir = run_path(flags.FLAGS.workdir, kind.task.name)
     config = from_config(kind.config, flags.FLAGS.config)

@@ -13,8 +13,8 @@ EXIT_LEFT_OUT = 4
 def require_any(images: Collection, sources: Sequence[str | Path]) -> None:
     """InputError where no images were found in the sources."""
     if not images:
-        where = ", ".join(map(str, sources)) or "nothing"
-        raise InputError(f"no images in {where}: name image files, or a folder of them")
+        where = f" in {', '.join(map(str, sources))}" if sources else ""
+        raise InputError(f"no images{where}: name image files, or a folder of them")
 
 
 def require_some(left_out: Sequence[str], images: int) -> None:

@@ -1,6 +1,7 @@
 """Mistakes of the user end in one line, a non-zero exit code, and nothing half-written."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -71,6 +72,20 @@ def test_bench_prints_a_table_and_json(tmp_path):
     assert report["subject"] == "flops" and report["versions"]["jax"] and report["device"].endswith("cpu")
     for row in report["rows"]:
         assert row["stage"] in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command, flags, message",
+    [
+        ("embed", ["--checkpoint=random"], "error: --output is missing: --help says what it is"),
+        ("finetune", ["--checkpoint=random", "--workdir=RUN"], "error: --config is missing: name one of"),
+    ],
+)
+def test_what_is_missing_is_said(command, flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = commands.run(f"infmae_jax.{command}", *flags)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(message), done.stderr
+    assert not os.listdir(tmp_path)
 
 
 def test_help_lists_the_flags_that_other_modules_define():

@@ -79,7 +79,12 @@ def _read_all(
         files, note = splits_of(root, images, labels)
         folders = dict.fromkeys(files, (images, labels))
     else:
-        files, note = {name: images_of(pair[0]) for name, pair in folders.items()}, ""
+        labelled = {name: pair for name, pair in folders.items() if pair[1].is_dir()}
+        without = [str(images) for name, (images, _) in folders.items() if name not in labelled]
+        if not labelled:
+            raise InputError(f"{without[0]} has no folder of labels {folders.popitem()[1][1]}: put them there")
+        note = f"left out, as there is no folder of labels for them: {', '.join(without)}" if without else ""
+        files, folders = {name: images_of(pair[0]) for name, pair in labelled.items()}, labelled
     for pair in dict.fromkeys(folders.values()):
         _refuse_orphans(*pair, ".xml" if categories is None else ".txt")
     found = {name: [read(file, folders[name][1] / file.stem, categories) for file in files[name]] for name in files}
@@ -91,10 +96,7 @@ def _read_all(
 
 
 def _refuse_orphans(images: Path, labels: Path, suffix: str) -> None:
-    """InputError for a file of labels without image, whose boxes would be lost without a word, or images whose folder
-    of labels is not there, which would all count as empty."""
-    if not labels.is_dir():
-        raise InputError(f"{images} has no folder of labels {labels}: put them there, or remove the images")
+    """InputError for a file of labels without image: its boxes would be lost without a word."""
     known = {path.stem for path in images_of(images)} | {Path(name).stem for name in _NAME_LISTS}
     if lost := sorted(path.name for path in labels.glob(f"*{suffix}") if path.stem not in known):
         raise InputError(

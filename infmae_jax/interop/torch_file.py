@@ -106,6 +106,8 @@ def _read_legacy(file: BinaryIO, start: bytes) -> tuple[dict[str, np.ndarray], d
     for key in keys:
         first = end + 8
         end = first + int.from_bytes(data[end:first], "little") * sizes.get(key, 0)
+        if end > len(data):
+            raise EOFError("it ends inside its tensors")
         found[key] = data[first:end]
     return _arrays_of(tree, file, found.get, system.get("little_endian") is False)
 

@@ -51,6 +51,13 @@ class TrainedModel:
     step: int | None = None
     score_filters: tuple[np.ndarray, np.ndarray] | None = None
 
+    def __repr__(self) -> str:
+        """One line: the weights would be thousands."""
+        count = sum(leaf.size for leaf in jax.tree.leaves(dict(self.params)))
+        step = "" if self.step is None else f", step {self.step}"
+        size = "x".join(map(str, self.image_size))
+        return f"<{self.name or 'model'}{step}: {self.config.encoder.kind}, {count:,} parameters, images {size}>"
+
     def __getitem__(self, index: int) -> Any:
         """Of `module, params`, which is how Python unpacks what has no iterator."""
         return (self.module, self.params)[index]

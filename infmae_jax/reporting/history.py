@@ -87,7 +87,9 @@ class RunHistory:
     def step(self) -> int:
         """Steps made, as far as the folder says."""
         at_end = [event["step"] for event in self.events[-1:] if event["event"] in (*_ENDINGS, "save")]
-        return int(max([0, *(row["step"] + 1 for row in self.rows[-1:]), *at_end]))
+        # A row of a step is written once that is made, one of an evaluation says how many have been.
+        made = [row["step"] + ("loss" in row) for row in self.rows[-1:]]
+        return int(max([0, *made, *at_end]))
 
     @functools.cached_property
     def total_steps(self) -> int | None:

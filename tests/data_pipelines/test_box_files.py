@@ -1,6 +1,7 @@
 """Boxes as COCO, VOC and YOLO files hold them: the same boxes in all three, every mistake in one line."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,18 @@ def test_yolo_without_classes_and_turned_images_are_refused(tmp_path):
         build("coco_boxes", tmp_path / "data", root)
     (root / "classes.txt").unlink()
     with pytest.raises(InputError, match="no list of classes: add classes.txt"):
+        read_boxes(root)
+
+
+def test_images_without_a_folder_of_yolo_labels_are_not_empty_ones(tmp_path):
+    root = yolo(tmp_path / "set")
+    shutil.copytree(root / "images/val", root / "images/test")
+    splits, note = read_boxes(root)
+    assert set(splits) == {"train", "val"} and note.endswith(f"no folder of labels for them: {root / 'images/test'}")
+    for split in ("train", "val"):
+        shutil.move(root / "labels" / split, tmp_path / split)
+    (root / "labels/a.txt").write_text("")
+    with pytest.raises(InputError, match="images/train has no folder of labels .*: put them there"):
         read_boxes(root)
 
 

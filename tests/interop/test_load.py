@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -46,6 +47,10 @@ def save(path, state, key="model"):
 
 def encoder_only(state):
     return {name: array for name, array in state.items() if not name.startswith(("decoder", "mask_token"))}
+
+
+def test_a_model_is_shown_in_one_line(model):
+    assert re.fullmatch(r"<random: hybrid, [\d,]+ parameters, images 224x224>", repr(model))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 15), (17, 33), (32, 48)])

@@ -5,6 +5,7 @@ import collections
 import io
 import os
 import pickle
+import struct
 import subprocess
 import zipfile
 
@@ -46,8 +47,12 @@ def test_reads_the_format_before_torch_1_6(tmp_path):
     assert_equal(torch_file.read_checkpoint(tmp_path / "c.pth")[0], {"weight": WEIGHT, "bias": BIAS})
     data = (tmp_path / "c.pth").read_bytes()
     (tmp_path / "short.pth").write_bytes(data[:-3])
-    with pytest.raises(InputError, match="short.pth is truncated"):
-        torch_file.read_checkpoint(tmp_path / "short.pth")
+    last = BIAS.tobytes()
+    assert data.endswith(last)
+    (tmp_path / "false.pth").write_bytes(data[: -len(last) - 8] + struct.pack("<Q", 1 << 63) + last)
+    for name in ("short.pth", "false.pth"):
+        with pytest.raises(InputError, match=f"{name} is truncated"):
+            torch_file.read_checkpoint(tmp_path / name)
 
 
 def test_keys_of_the_older_format_are_text(tmp_path):

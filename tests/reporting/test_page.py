@@ -220,3 +220,8 @@ def test_a_very_long_file_is_read_in_bounded_memory(tmp_path, monkeypatch):
     assert read.problems == [f"metrics.jsonl is long: {len(steps)} rows, evenly spread, are shown"]
     assert most < 16 << 20
     assert read.step == 20_000
+
+
+def test_a_row_of_an_evaluation_says_how_many_steps_are_made(tmp_path):
+    run = make_run(tmp_path / "run", [metrics_row(5, time=NOW), {"step": 6, "time": NOW, "val_miou": 0.5}])
+    assert RunHistory(run).step == 6
