@@ -93,7 +93,7 @@ def test_a_broken_file_is_named_and_the_rest_done(folder, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["EMPTY"], "no images in"), ([], "no images: name image files"), (["gone.png"], "none of the 1 images can be read"),
+    (["EMPTY"], "no images in"), ([], "no images: name image"), (["gone.png"], "none of the 1 images can be read"),
     (["EMPTY", "--output=x.csv"], "neither .npz nor .parquet"), (["EMPTY", "--low=3"], "--low and --high belong"),
     (["EMPTY", "--image_size=15,32"], "multiples of 16"),
     (["EMPTY", "--image_size=64,64", "--view=original"], "--image_size has no meaning with --view=original"),

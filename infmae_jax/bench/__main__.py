@@ -145,7 +145,7 @@ SUBJECTS: dict[str, Callable[[_Settings], dict[str, Any]]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0, or 1 where a subject of `all` failed."""
+    """Exit code 0, or 1 where a subject of `all`, or the comparison with PyTorch's step, failed."""
     if len(argv) != 2 or argv[1] not in (*SUBJECTS, "all"):
         raise InputError(f"say what to measure: python -m infmae_jax.bench {'|'.join(SUBJECTS)}|all")
     # So that PyTorch and child processes find memory too.

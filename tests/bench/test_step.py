@@ -59,6 +59,14 @@ def test_pytorch_in_turns(smoke):
     assert "(" in theirs["first_is_faster_by"]
 
 
+def test_another_first_loss_of_pytorch_is_a_failure(smoke, monkeypatch):
+    monkeypatch.setattr(step, "torch_steps", lambda *_: {"PyTorch eager": lambda times: 0.0})
+    result = step.step(smoke, [2], 1, ["eager"])
+    ours, theirs = result["rows"]
+    assert result["failed"] and theirs["note"] == "another first loss: not the same computation"
+    assert ours["images_per_second"] > 0
+
+
 def test_another_computation_is_not_compared(smoke, monkeypatch):
     torch_model = pytest.importorskip("infmae_jax.bench.torch_model", exc_type=Exception)
     monkeypatch.setattr(torch_model, "CONV_EPS", 1.0)
